@@ -1,0 +1,13 @@
+//! `vmar image` (being built)
+
+use super::Common;
+use crate::error::Result;
+
+/// Verbs of `vmar image`.
+#[derive(Debug, clap::Subcommand)]
+pub enum Verb {}
+
+/// Runs the verb.
+pub fn run(_common: &Common, verb: Verb) -> Result<()> {
+    match verb {}
+}

@@ -1,0 +1,102 @@
+//! The command line: one file a verb. Raw arguments are resolved here, work is done on the floors below.
+
+pub mod image;
+pub mod library;
+pub mod map;
+pub mod output;
+pub mod overlay;
+pub mod serve;
+pub mod stats;
+pub mod trace;
+
+use crate::error::{Error, ErrorKind, Result};
+use clap::{Parser, Subcommand};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// VMs of different images share the host page cache.
+#[derive(Debug, Parser)]
+#[command(
+    name = "vmar",
+    version,
+    about,
+    max_term_width = 100,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+/// What every verb takes.
+#[derive(Debug, clap::Args)]
+pub struct Common {
+    /// The library directory
+    #[arg(long, global = true, env = "VMAR_LIBRARY", value_name = "DIR")]
+    pub library: Option<PathBuf>,
+    /// Print JSON instead of a table (informational commands)
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+impl Common {
+    /// The library directory, or how to name one.
+    pub fn library(&self) -> Result<&Path> {
+        self.library.as_deref().ok_or_else(|| {
+            Error::new(ErrorKind::Usage, "--library", "no library is named")
+                .mend("give --library DIR or set VMAR_LIBRARY")
+        })
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Make a library
+    #[command(subcommand)]
+    Library(library::Verb),
+    /// Add images and look at them
+    #[command(subcommand)]
+    Image(image::Verb),
+    /// Look inside a block map
+    #[command(subcommand)]
+    Map(map::Verb),
+    /// Copy-on-write overlays
+    #[command(subcommand)]
+    Overlay(overlay::Verb),
+    /// Traces of base reads
+    #[command(subcommand)]
+    Trace(trace::Verb),
+    /// Similarity and map sizes of a library
+    Stats(stats::Args),
+    /// Be a VM's disk: the vhost-user-blk backend
+    Serve(serve::Args),
+}
+
+/// Runs the binary: parses, dispatches, prints one line on failure.
+pub fn main() -> ExitCode {
+    // Rust ignores SIGPIPE, and a closed `| head` would then be a panic in println!.
+    // SAFETY: called once, first thing in main, before any thread exists.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    let cli = Cli::parse();
+    let common = &cli.common;
+    let result = match cli.verb {
+        Verb::Library(verb) => library::run(common, verb),
+        Verb::Image(verb) => image::run(common, verb),
+        Verb::Map(verb) => map::run(common, verb),
+        Verb::Overlay(verb) => overlay::run(common, verb),
+        Verb::Trace(verb) => trace::run(common, verb),
+        Verb::Stats(args) => stats::run(common, args),
+        Verb::Serve(args) => serve::run(common, args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(err) => {
+            eprintln!("vmar: {err}");
+            ExitCode::from(if err.kind() == ErrorKind::Usage { 2 } else { 1 })
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Tables for humans, JSON for scripts, and progress bars. (being built)

@@ -1,0 +1,118 @@
+//! Blocking transfers of whole ranges: short reads and writes are carried on, EINTR is retried.
+
+use super::buf::{IoBuf, advance};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// Pieces that one system call takes (IOV_MAX).
+const IOV_MAX: usize = 1024;
+
+/// One `preadv2` with `flags` at `offset`; the kernel may transfer less than asked.
+pub(super) fn preadv2(file: &File, bufs: &[IoBuf], offset: u64, flags: libc::c_int) -> io::Result<usize> {
+    let count = bufs.len().min(IOV_MAX) as libc::c_int;
+    // SAFETY: IoBuf is a transparent iovec, `count` of them are readable, and their makers promised the memory.
+    let n = unsafe { libc::preadv2(file.as_raw_fd(), bufs.as_ptr().cast(), count, offset as libc::off_t, flags) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// Reads exactly the list's length at `offset`. End of file before that is `UnexpectedEof`: a short base image must
+/// never read as zeros.
+pub fn read_exact_at(file: &File, bufs: &[IoBuf], mut offset: u64) -> io::Result<()> {
+    let mut left = bufs.to_vec();
+    advance(&mut left, 0);
+    while !left.is_empty() {
+        match preadv2(file, &left, offset, 0) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => {
+                advance(&mut left, n);
+                offset += n as u64;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Writes the whole list at `offset`.
+pub fn write_all_at(file: &File, bufs: &[IoBuf], mut offset: u64) -> io::Result<()> {
+    let mut left = bufs.to_vec();
+    advance(&mut left, 0);
+    while !left.is_empty() {
+        let count = left.len().min(IOV_MAX) as libc::c_int;
+        // SAFETY: as in `preadv2`.
+        let n = unsafe { libc::pwritev(file.as_raw_fd(), left.as_ptr().cast(), count, offset as libc::off_t) };
+        match usize::try_from(n) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => {
+                advance(&mut left, n);
+                offset += n as u64;
+            }
+            Err(_) => {
+                let e = io::Error::last_os_error();
+                if e.kind() != io::ErrorKind::Interrupted {
+                    return Err(e);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Switches the kernel's own readahead off for this open file: reads fetch exactly the pages asked for. Readahead would
+/// fill the cache with neighbours in the *target* image, which the plan of the read knows nothing of.
+pub fn disable_readahead(file: &File) -> io::Result<()> {
+    // SAFETY: plain system call on an open descriptor.
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) } {
+        0 => Ok(()),
+        e => Err(io::Error::from_raw_os_error(e)),
+    }
+}
+
+/// Punches a hole: the range reads as zeros afterwards and takes no space. The file's size stays.
+pub fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    loop {
+        // SAFETY: plain system call on an open descriptor.
+        let r = unsafe { libc::fallocate(file.as_raw_fd(), mode, offset as libc::off_t, len as libc::off_t) };
+        if r == 0 {
+            return Ok(());
+        }
+        let e = io::Error::last_os_error();
+        if e.kind() != io::ErrorKind::Interrupted {
+            return Err(e);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn end_of_file_is_an_error_and_not_zeros() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[1; 100], 0).unwrap();
+        let mut mem = [0u8; 101];
+        // SAFETY: `mem` outlives the call.
+        let buf = unsafe { IoBuf::from_raw(mem.as_mut_ptr(), 101) };
+        assert_eq!(read_exact_at(&file, &[buf], 0).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn more_pieces_than_one_call_takes() {
+        let file = tempfile::tempfile().unwrap();
+        let mut mem: Vec<u8> = (0..3000u32).map(|i| i as u8).collect();
+        // SAFETY: `mem` outlives the calls and is not touched meanwhile.
+        let bufs: Vec<_> = (0..3000).map(|i| unsafe { IoBuf::from_raw(mem.as_mut_ptr().wrapping_add(i), 1) }).collect();
+        write_all_at(&file, &bufs, 7).unwrap();
+        let mut got = vec![0; 3000];
+        file.read_exact_at(&mut got, 7).unwrap();
+        assert_eq!(got, mem);
+        mem.fill(0);
+        read_exact_at(&file, &bufs, 7).unwrap();
+        assert_eq!(got, mem);
+    }
+}

@@ -1,0 +1,1 @@
+//! The engine that waits: io_uring, one ring a queue thread. (being built)

@@ -1,0 +1,5 @@
+//! The binary `vmar`.
+
+fn main() -> std::process::ExitCode {
+    vmar::cli::main()
+}
