@@ -2,12 +2,12 @@
 
 use super::request::SEGMENTS_MAX;
 use crate::units::{BLOCK_SIZE, SECTOR_SIZE};
-use virtio_bindings::virtio_blk::{
+use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 /// Data segments of a request: a queue of 128 less header and status, what QEMU's own virtio-blk offers by default.
 /// SIZE_MAX is not offered at all: libblkio takes a value of 0 for a largest transfer of 0.

@@ -2,7 +2,7 @@
 
 use crate::io::buf::{self, IoBuf};
 use crate::units::SECTOR_SIZE;
-use virtio_bindings::virtio_blk::{
+use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
