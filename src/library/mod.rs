@@ -1,1 +1,185 @@
-//! (being built)
+//! The library: a directory that names images and keeps what vmar knows of each.
+//!
+//! ```text
+//! DIR/library.json             the catalog: one record an image (see `catalog`)
+//! DIR/lock                     held (flock) by the one writer; holds its pid
+//! DIR/runs/NAME.gGEN.parquet   fingerprints of an image, immutable (see `fingerprint::run`)
+//! DIR/maps/NAME.map            the block map of an image (see FORMAT.md)
+//! DIR/images/NAME.gGEN.raw     only images that vmar converted; raw images stay where they are
+//! DIR/staging/                 everything is written here first; what an interrupted writer left is removed
+//! ```
+//!
+//! Readers take no lock: the catalog and the maps are only ever replaced by rename, and runs never change. A directory
+//! may be copied or moved: everything inside it is named relative to it, raw images by absolute path.
+
+mod catalog;
+mod name;
+mod writer;
+
+pub use catalog::{Catalog, ImageRecord, Policy, RunRef, Source};
+pub use name::check_name;
+pub use writer::{Transaction, Writer};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::ImageId;
+use std::fs::{File, Metadata};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// File name of the catalog.
+const CATALOG: &str = "library.json";
+/// File name of the writers' lock.
+const LOCK: &str = "lock";
+/// Fingerprint runs.
+const RUNS: &str = "runs";
+/// Block maps.
+const MAPS: &str = "maps";
+/// Converted images.
+const IMAGES: &str = "images";
+/// Files on their way to one of the three above.
+const STAGING: &str = "staging";
+
+/// A library as it was when it was opened: a snapshot of its catalog. Open it again to see later changes.
+#[derive(Clone, Debug)]
+pub struct Library {
+    dir: PathBuf,
+    catalog: Catalog,
+}
+
+impl Library {
+    /// Reads the catalog of the library in `dir`.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no library, `Unsupported` when a newer vmar wrote it, `Corrupt` when the catalog
+    /// contradicts itself.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Library> {
+        let dir = dir.as_ref();
+        Ok(Library { dir: dir.to_path_buf(), catalog: Catalog::load(&dir.join(CATALOG))? })
+    }
+
+    /// Makes an empty library in `dir`, which is created if it is not there and must otherwise be empty.
+    pub fn init(dir: impl AsRef<Path>, policy: Policy, fingerprint: crate::fingerprint::Algorithm) -> Result<Library> {
+        writer::init(dir.as_ref(), policy, fingerprint)?;
+        Library::open(dir)
+    }
+
+    /// The library's directory, as it was named when it was opened.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What the catalog says.
+    pub fn catalog(&self) -> &Catalog {
+        &self.catalog
+    }
+
+    /// All images, in order of ID.
+    pub fn images(&self) -> &[ImageRecord] {
+        &self.catalog.images
+    }
+
+    /// The image of that name.
+    pub fn image(&self, name: &str) -> Result<&ImageRecord> {
+        self.images().iter().find(|r| r.name == name).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, name, format!("no such image in library {}", self.dir.display()))
+                .mend("'vmar image list' shows the names")
+        })
+    }
+
+    /// The image of that ID.
+    pub fn image_by_id(&self, id: ImageId) -> Result<&ImageRecord> {
+        let found = self.images().binary_search_by_key(&id, |r| r.id).ok().and_then(|at| self.images().get(at));
+        found.ok_or_else(|| {
+            let cause = format!("library {} has no image with this ID", self.dir.display());
+            Error::new(ErrorKind::NotFound, format!("image {id}"), cause)
+        })
+    }
+
+    /// The raw file that holds the image's bytes.
+    pub fn image_path(&self, record: &ImageRecord) -> PathBuf {
+        // `join` with an absolute path is that path.
+        self.dir.join(&record.path)
+    }
+
+    /// The block map of the image of that name.
+    pub fn map_path(&self, name: &str) -> PathBuf {
+        self.dir.join(map_file(name))
+    }
+
+    /// The fingerprint run of the image.
+    pub fn run_path(&self, record: &ImageRecord) -> PathBuf {
+        self.dir.join(&record.run.file)
+    }
+
+    /// Opens the image's raw file for reading, if it still is what was fingerprinted.
+    ///
+    /// # Errors
+    /// `NotFound` when the file vanished; `Changed` when its size or its modification time differ from the catalog.
+    /// The size and the time are hints that cost nothing; `vmar image verify` looks at the bytes.
+    pub fn open_image(&self, record: &ImageRecord) -> Result<File> {
+        let path = self.image_path(record);
+        let file = open_regular(&path).map_err(|err| match err.kind() {
+            ErrorKind::NotFound => {
+                let cause = format!("the raw file of image {} has vanished", record.name);
+                Error::file(ErrorKind::NotFound, &path, cause).mend("put it back where it was")
+            }
+            _ => err,
+        })?;
+        let meta = file.metadata().map_err(|e| Error::io(&path, "look at it", e))?;
+        self.check_identity(record, &meta)?;
+        Ok(file)
+    }
+
+    /// Refuses a file whose size or modification time are not those of the record.
+    pub fn check_identity(&self, record: &ImageRecord, meta: &Metadata) -> Result<()> {
+        let changed = |cause: String, mend: String| {
+            Err(Error::file(ErrorKind::Changed, self.image_path(record), cause).mend(mend))
+        };
+        let name = &record.name;
+        if meta.len() != record.size {
+            return changed(
+                format!("image {name} has {} bytes, but {} when it was added", meta.len(), record.size),
+                format!("put the original back ('vmar image verify {name}' then checks its bytes)"),
+            );
+        }
+        if mtime_ns(meta) != record.mtime_ns {
+            return changed(
+                format!("image {name} has another modification time than when it was added"),
+                format!("run 'vmar image verify {name}': it accepts the file if its bytes are the same"),
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Opens a regular file for reading. A FIFO or a device of that name is refused before it can block or have effects.
+pub fn open_regular(path: &Path) -> Result<File> {
+    let meta = std::fs::metadata(path).map_err(|e| Error::io(path, "open it", e))?;
+    if !meta.is_file() {
+        return Err(Error::file(ErrorKind::Unsupported, path, "not a regular file"));
+    }
+    File::open(path).map_err(|e| Error::io(path, "open it", e))
+}
+
+/// Modification time in nanoseconds since 1970, as the catalog keeps it.
+pub fn mtime_ns(meta: &Metadata) -> i64 {
+    meta.mtime().saturating_mul(1_000_000_000).saturating_add(meta.mtime_nsec())
+}
+
+/// Where the map of an image goes, relative to the library.
+pub fn map_file(name: &str) -> String {
+    format!("{MAPS}/{name}.map")
+}
+
+/// Where the fingerprints of one generation of an image go, relative to the library.
+pub fn run_file(name: &str, generation: u64) -> String {
+    format!("{RUNS}/{name}.g{generation}.parquet")
+}
+
+/// Where a converted image goes, relative to the library.
+pub fn converted_file(name: &str, generation: u64) -> String {
+    format!("{IMAGES}/{name}.g{generation}.raw")
+}
+
+#[cfg(test)]
+mod tests;

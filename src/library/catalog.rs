@@ -1,0 +1,270 @@
+//! `library.json`: what a library is and which images it has.
+
+use super::name::check_name;
+use crate::codec::{hex, unhex};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fingerprint::Algorithm;
+use crate::image::Format;
+use crate::units::{BLOCK_SIZE, IMAGE_SIZE_MAX, ImageId, SECTOR_SIZE, blocks_in};
+use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
+use std::fmt;
+use std::io::Read;
+use std::path::{Component, Path, PathBuf};
+use std::str::FromStr;
+
+/// What the file says it is.
+const FORMAT: &str = "vmar-library";
+/// The version that this code reads and writes. A newer one is refused.
+const VERSION: u32 = 1;
+
+/// Which copy of a content is the canonical one, the one that all reads are sent to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Policy {
+    /// The lowest block of the lowest image ID, inside one image too (paper, section 3.1).
+    Paper,
+}
+
+impl Policy {
+    /// The number that stands for the policy in a block map.
+    pub fn code(self) -> u32 {
+        match self {
+            Policy::Paper => 1,
+        }
+    }
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Policy::Paper => "paper",
+        })
+    }
+}
+
+impl FromStr for Policy {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Policy> {
+        match text {
+            "paper" => Ok(Policy::Paper),
+            _ => Err(Error::new(ErrorKind::Usage, format!("policy {text:?}"), "unknown").mend("the policies: paper")),
+        }
+    }
+}
+
+/// The whole catalog.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Catalog {
+    format: String,
+    version: u32,
+    /// Says which library this is, however often it is copied or moved: 32 hexadecimal digits.
+    pub uuid: String,
+    /// The canonical copy of a content.
+    pub policy: Policy,
+    /// How blocks are fingerprinted.
+    pub fingerprint: Algorithm,
+    /// The sharing domain of images that are added: blocks are only shared inside one.
+    pub domain: String,
+    /// The ID of the next image. IDs are never reused.
+    pub next_id: u32,
+    /// In order of ID.
+    pub images: Vec<ImageRecord>,
+}
+
+/// One image.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageRecord {
+    /// Its number: the lower it is, the more images read from this one.
+    #[serde(with = "id_as_number")]
+    pub id: ImageId,
+    /// Its name in this library.
+    pub name: String,
+    /// Counts up from 1 when the image is replaced by an update.
+    pub generation: u64,
+    /// Raw file: absolute, or relative to the library if vmar made it. See [`super::Library::image_path`].
+    pub path: PathBuf,
+    /// What it was converted from; `None` for a raw file used in place.
+    pub source: Option<Source>,
+    /// Bytes of the raw file, a multiple of 512.
+    pub size: u64,
+    /// Modification time of the raw file: a cheap hint that it changed.
+    pub mtime_ns: i64,
+    /// Digest of the content, see [`crate::fingerprint::digest`].
+    #[serde(with = "digest_as_hex")]
+    pub digest: [u8; 32],
+    /// Sharing domain.
+    pub domain: String,
+    /// 4 KiB blocks, a partial last one included.
+    pub blocks: u64,
+    /// Of these, how many are not all zero.
+    pub nonzero_blocks: u64,
+    /// How the blocks were fingerprinted.
+    pub fingerprint: Algorithm,
+    /// The fingerprints.
+    pub run: RunRef,
+}
+
+impl ImageRecord {
+    /// True if vmar made the raw file (and may remove it with the image).
+    pub fn owned(&self) -> bool {
+        self.source.is_some()
+    }
+
+    /// Bytes of block `block`: 4096, or fewer for a partial last one; 0 past the end.
+    pub fn block_len(&self, block: u32) -> u64 {
+        self.size.saturating_sub(u64::from(block) * BLOCK_SIZE).min(BLOCK_SIZE)
+    }
+}
+
+/// The file that an image was converted from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    /// Its format.
+    pub format: Format,
+    /// Where it was. vmar does not need it any more.
+    pub path: PathBuf,
+}
+
+/// A fingerprint run: names the file and proves that it is whole.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunRef {
+    /// Relative to the library.
+    pub file: PathBuf,
+    /// Size of the file.
+    pub bytes: u64,
+    /// CRC-32C of the file.
+    pub crc32c: u32,
+}
+
+/// What every version of the catalog has.
+#[derive(Deserialize)]
+struct Header {
+    format: String,
+    version: u32,
+}
+
+impl Catalog {
+    /// The catalog of a new library.
+    pub(super) fn new(policy: Policy, fingerprint: Algorithm) -> std::io::Result<Catalog> {
+        let mut uuid = [0u8; 16];
+        std::fs::File::open("/dev/urandom")?.read_exact(&mut uuid)?;
+        Ok(Catalog {
+            format: FORMAT.to_string(),
+            version: VERSION,
+            uuid: hex(&uuid),
+            policy,
+            fingerprint,
+            domain: "default".to_string(),
+            next_id: 0,
+            images: Vec::new(),
+        })
+    }
+
+    /// Reads and checks the catalog in `path`.
+    pub(super) fn load(path: &Path) -> Result<Catalog> {
+        let text = std::fs::read(path).map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {
+                let dir = path.parent().unwrap_or(path);
+                Error::file(ErrorKind::NotFound, dir, "no vmar library here")
+                    .mend(format!("make one with 'vmar library init {}'", dir.display()))
+            }
+            _ => Error::io(path, "read the catalog", e),
+        })?;
+        let corrupt = |cause: String| Error::file(ErrorKind::Corrupt, path, cause).mend("restore it from a backup");
+        let header: Header = serde_json::from_slice(&text).map_err(|e| corrupt(format!("not a catalog: {e}")))?;
+        if header.format != FORMAT {
+            return Err(corrupt(format!("its format is {:?} and not {FORMAT:?}", header.format)));
+        }
+        if header.version > VERSION {
+            let cause = format!("written in library format {}, this vmar knows up to {VERSION}", header.version);
+            return Err(Error::file(ErrorKind::Unsupported, path, cause).mend("use a newer vmar"));
+        }
+        let catalog: Catalog = serde_json::from_slice(&text).map_err(|e| corrupt(e.to_string()))?;
+        catalog.check().map_err(corrupt)?;
+        Ok(catalog)
+    }
+
+    /// The text of the catalog file.
+    pub(super) fn to_json(&self) -> serde_json::Result<Vec<u8>> {
+        let mut text = serde_json::to_vec_pretty(self)?;
+        text.push(b'\n');
+        Ok(text)
+    }
+
+    /// Everything that other code takes for granted.
+    fn check(&self) -> Result<(), String> {
+        if unhex::<16>(&self.uuid).is_none() {
+            return Err(format!("uuid {:?} is not 32 hexadecimal digits", self.uuid));
+        }
+        let mut names = HashSet::new();
+        let mut lowest_free = 0;
+        for record in &self.images {
+            let name = &record.name;
+            record.check().map_err(|what| format!("image {name:?}: {what}"))?;
+            if record.id.0 < lowest_free || record.id.0 >= self.next_id {
+                return Err(format!("image {name:?}: ID {} is out of order", record.id));
+            }
+            lowest_free = record.id.0 + 1;
+            if !names.insert(name) {
+                return Err(format!("two images are called {name:?}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl ImageRecord {
+    fn check(&self) -> Result<(), String> {
+        check_name(&self.name).map_err(|e| e.to_string())?;
+        if self.size == 0 || self.size % SECTOR_SIZE != 0 || self.size > IMAGE_SIZE_MAX {
+            return Err(format!("impossible size {}", self.size));
+        }
+        if self.blocks != blocks_in(self.size) || self.nonzero_blocks > self.blocks {
+            return Err(format!("{} blocks, {} non-zero, do not fit the size", self.blocks, self.nonzero_blocks));
+        }
+        let path_is_good = if self.owned() { is_inside(&self.path) } else { self.path.is_absolute() };
+        if !path_is_good || !is_inside(&self.run.file) {
+            return Err("a path leads out of the library".to_string());
+        }
+        Ok(())
+    }
+}
+
+/// A relative path that stays below where it starts.
+fn is_inside(path: &Path) -> bool {
+    path.components().all(|c| matches!(c, Component::Normal(_))) && path.file_name().is_some()
+}
+
+/// [`ImageId`] as a plain number.
+mod id_as_number {
+    use crate::units::ImageId;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(id: &ImageId, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_u32(id.0)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<ImageId, D::Error> {
+        u32::deserialize(d).map(ImageId)
+    }
+}
+
+/// A digest as 64 hexadecimal digits.
+mod digest_as_hex {
+    use crate::codec::{hex, unhex};
+    use serde::{Deserialize, Deserializer, Serializer, de};
+
+    pub fn serialize<S: Serializer>(digest: &[u8; 32], s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&hex(digest))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<[u8; 32], D::Error> {
+        let text = String::deserialize(d)?;
+        unhex(&text).ok_or_else(|| de::Error::custom("a digest is 64 hexadecimal digits"))
+    }
+}

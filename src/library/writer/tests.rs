@@ -1,0 +1,150 @@
+use super::super::tests::{record, with_one_image};
+use super::super::{converted_file, map_file, run_file};
+use super::*;
+
+/// Every file below the library but the lock.
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut out = Vec::new();
+    for place in [RUNS, MAPS, IMAGES, STAGING] {
+        out.extend(fs::read_dir(dir.join(place)).unwrap().map(|e| e.unwrap().path()));
+    }
+    out.sort();
+    out
+}
+
+#[test]
+fn a_second_writer_is_refused_and_told_who_is_first() {
+    let (_dir, library, _) = with_one_image();
+    let first = Writer::open(library.dir()).unwrap();
+    let err = Writer::open(library.dir()).unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::Busy);
+    assert!(err.to_string().contains(&format!("process {}", std::process::id())), "{err}");
+    drop(first);
+    Writer::open(library.dir()).unwrap();
+}
+
+#[test]
+fn a_dropped_change_leaves_nothing() {
+    let (_dir, library, _) = with_one_image();
+    let before = files(library.dir());
+    let mut writer = Writer::open(library.dir()).unwrap();
+    let mut change = writer.begin();
+    fs::write(change.stage(&map_file("b")).unwrap(), "x").unwrap();
+    drop(change);
+    assert_eq!(files(library.dir()), before);
+}
+
+#[test]
+fn a_file_in_the_way_is_never_replaced() {
+    let (dir, library, _) = with_one_image();
+    let mine = library.dir().join(map_file("b"));
+    let raw = dir.path().join("b.raw");
+    fs::write(&raw, [1; 4096]).unwrap();
+    let mut writer = Writer::open(library.dir()).unwrap();
+
+    let mut change = writer.begin();
+    fs::write(change.stage(&run_file("b", 1)).unwrap(), "x").unwrap();
+    fs::write(change.stage(&map_file("b")).unwrap(), "x").unwrap();
+    fs::write(&mine, "mine").unwrap();
+    let err = change.commit(vec![record("b", 1, &raw)]).unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::Exists);
+    assert_eq!(fs::read_to_string(&mine).unwrap(), "mine");
+    assert!(!library.dir().join(run_file("b", 1)).exists(), "what was moved before is gone again");
+    assert_eq!(Library::open(library.dir()).unwrap().images().len(), 1);
+
+    assert_eq!(writer.begin().stage(&map_file("b")).unwrap_err().kind(), ErrorKind::Exists);
+}
+
+/// Stops a commit after each of its steps, as kill -9 would, and lets the next writer recover.
+#[test]
+fn a_writer_killed_at_any_step_leaves_before_or_after() {
+    for step in 0..=6 {
+        let (dir, library, _) = with_one_image();
+        let (lib, staging) = (library.dir().to_path_buf(), library.dir().join(STAGING));
+        let before = files(&lib);
+        let raw = dir.path().join("b.raw");
+        fs::write(&raw, [1; 4096]).unwrap();
+        let moves: Vec<Move> = [run_file("b", 1), map_file("b"), converted_file("b", 1)]
+            .iter()
+            .map(|to| Move { staged: to.rsplit('/').next().unwrap().to_string(), to: to.clone() })
+            .collect();
+        // Somebody else's files that recovery must not touch.
+        let foreign = [lib.join("images/b.g1.txt"), lib.join("maps/z.map")];
+        for path in &foreign {
+            fs::write(path, "mine").unwrap();
+        }
+
+        for file in &moves {
+            fs::write(staging.join(&file.staged), "x").unwrap();
+        }
+        if step >= 1 {
+            write_journal(&staging, &Journal { version: JOURNAL_VERSION, files: moves.clone() }).unwrap();
+        }
+        for (i, file) in moves.iter().enumerate() {
+            if step >= 2 + i {
+                rename_new(&staging.join(&file.staged), &lib.join(&file.to)).unwrap();
+            }
+        }
+        let mut catalog = library.catalog().clone();
+        catalog.next_id = 2;
+        catalog.images.push(record("b", 1, &raw));
+        if step == 5 {
+            fs::write(staging.join(CATALOG), "half").unwrap();
+        }
+        if step == 6 {
+            save(&lib, &catalog).unwrap();
+        }
+
+        let writer = Writer::open(&lib).unwrap();
+        let mut after = before.clone();
+        after.extend(foreign.iter().cloned());
+        if step == 6 {
+            after.extend(moves.iter().map(|m| lib.join(&m.to)));
+            assert_eq!(writer.library().catalog(), &catalog);
+        } else {
+            assert_eq!(writer.library().catalog(), library.catalog());
+        }
+        // The converted file is not named by this record (it is a raw one), so it counts as a leftover.
+        after.retain(|p| step != 6 || *p != lib.join(converted_file("b", 1)));
+        after.sort();
+        assert_eq!(files(&lib), after, "step {step}");
+        for path in &foreign {
+            assert_eq!(fs::read_to_string(path).unwrap(), "mine");
+        }
+    }
+}
+
+#[test]
+fn recovery_keeps_a_file_of_that_name_that_it_did_not_move() {
+    let (_dir, library, _) = with_one_image();
+    let staging = library.dir().join(STAGING);
+    let mine = library.dir().join(converted_file("b", 1));
+    fs::write(&mine, "mine").unwrap();
+    fs::write(staging.join("b.g1.raw"), "x").unwrap();
+    let file = Move { staged: "b.g1.raw".to_string(), to: converted_file("b", 1) };
+    write_journal(&staging, &Journal { version: JOURNAL_VERSION, files: vec![file.clone()] }).unwrap();
+    Writer::open(library.dir()).unwrap();
+    assert_eq!(fs::read_to_string(&mine).unwrap(), "mine");
+    assert!(!staging.join("b.g1.raw").exists());
+
+    // A second link to the staged file is the trace of a rename on a file system without RENAME_NOREPLACE.
+    fs::remove_file(&mine).unwrap();
+    fs::write(staging.join("b.g1.raw"), "x").unwrap();
+    fs::hard_link(staging.join("b.g1.raw"), &mine).unwrap();
+    write_journal(&staging, &Journal { version: JOURNAL_VERSION, files: vec![file] }).unwrap();
+    Writer::open(library.dir()).unwrap();
+    assert!(!mine.exists());
+}
+
+#[test]
+fn a_journal_that_leads_out_of_the_library_is_refused() {
+    let (_dir, library, _) = with_one_image();
+    let staging = library.dir().join(STAGING);
+    for to in ["../x", "library.json", "runs/../../x", "other/x", "maps/.."] {
+        let file = Move { staged: "x".to_string(), to: to.to_string() };
+        write_journal(&staging, &Journal { version: JOURNAL_VERSION, files: vec![file] }).unwrap();
+        assert_eq!(Writer::open(library.dir()).unwrap_err().kind(), ErrorKind::Corrupt, "{to}");
+    }
+    write_journal(&staging, &Journal { version: JOURNAL_VERSION + 1, files: vec![] }).unwrap();
+    assert_eq!(Writer::open(library.dir()).unwrap_err().kind(), ErrorKind::Unsupported);
+}
