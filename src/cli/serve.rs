@@ -1,13 +1,188 @@
-//! `vmar serve` (being built)
+//! `vmar serve`: be a VM's disk.
 
 use super::Common;
-use crate::error::Result;
+use crate::daemon::socket::{Inherited, Listening, inherit};
+use crate::daemon::{QUEUES_MAX, StopSignal, serve};
+use crate::device::request::SERIAL_SIZE;
+use crate::device::{Disk, Store};
+use crate::error::{Error, ErrorKind, Result};
+use crate::library::{ImageRecord, Library};
+use crate::overlay::{BaseIdentity, OpenOptions, Overlay};
+use crate::redirect::trace::TraceHeader;
+use crate::redirect::{Base, Recorder};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// What QEMU's conventions for backend programs ask for (docs/interop/vhost-user.rst).
+const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
 
 /// Arguments of `vmar serve`.
 #[derive(Debug, clap::Args)]
-pub struct Args {}
+#[command(after_help = "QEMU's side:\n  \
+    -object memory-backend-memfd,id=mem,size=1G,share=on -machine q35,memory-backend=mem\n  \
+    -chardev socket,id=disk0,path=PATH -device vhost-user-blk-pci,chardev=disk0")]
+pub struct Args {
+    /// Image of the library to serve
+    #[arg(long, value_name = "NAME", conflicts_with = "blk_file")]
+    image: Option<String>,
+    /// Copy-on-write overlay of that image ('vmar overlay create'); needed unless --read-only
+    #[arg(long, value_name = "FILE", requires = "image")]
+    overlay: Option<PathBuf>,
+    /// Serve a raw file as it is, without a library; written in place unless --read-only
+    #[arg(long, value_name = "FILE")]
+    blk_file: Option<PathBuf>,
+    /// Listen on this unix socket
+    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    socket_path: Option<PathBuf>,
+    /// Use this inherited unix socket, listening or connected
+    #[arg(long, value_name = "N")]
+    fd: Option<i32>,
+    /// Print what this backend can do as JSON, and exit
+    #[arg(long)]
+    print_capabilities: bool,
+    /// Refuse writes
+    #[arg(long)]
+    read_only: bool,
+    /// Queues to offer; a VM uses as many of them as it has CPUs, and only those cost a thread
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
+    num_queues: u16,
+    /// Write the trace of base reads to this file
+    #[arg(long, value_name = "FILE", requires = "image")]
+    record: Option<PathBuf>,
+    /// Directory on tmpfs for the overlay's live state [default: /run/vmar, or below XDG_RUNTIME_DIR]
+    #[arg(long, value_name = "DIR", env = "VMAR_STATE_DIR")]
+    state_dir: Option<PathBuf>,
+    /// Open an overlay whose live state is lost; writes that were not flushed are given up
+    #[arg(long, requires = "overlay")]
+    discard_unflushed: bool,
+}
 
 /// Runs the verb.
-pub fn run(_common: &Common, _args: Args) -> Result<()> {
+pub fn run(common: &Common, args: Args) -> Result<()> {
+    if args.print_capabilities {
+        println!("{CAPABILITIES}");
+        return Ok(());
+    }
+    if args.socket_path.is_none() && args.fd.is_none() {
+        return Err(usage("no socket is named", "give --socket-path PATH or --fd N"));
+    }
+    // From here on SIGTERM means: finish, flush, close.
+    let stop = StopSignal::install()?;
+    let disk = open_disk(common, &args)?;
+    let bound = match (&args.socket_path, args.fd) {
+        (Some(path), _) => Listening::bind(path).map(Inherited::Listening),
+        (None, Some(fd)) => inherit(fd),
+        (None, None) => Err(usage("no socket is named", "give --socket-path PATH or --fd N")),
+    };
+    match bound {
+        Ok(endpoint) => serve(disk, endpoint, args.num_queues, &stop),
+        Err(e) => {
+            // Nobody was served, so the overlay is left as it was found.
+            if let Err(close) = disk.close() {
+                log::error!("{close}");
+            }
+            Err(e)
+        }
+    }
+}
+
+fn usage(cause: &str, mend: &str) -> Error {
+    Error::new(ErrorKind::Usage, "serve", cause).mend(mend)
+}
+
+fn open_disk(common: &Common, args: &Args) -> Result<Disk> {
+    if let Some(file) = &args.blk_file {
+        return open_flat(common, file, args.read_only);
+    }
+    let Some(name) = &args.image else {
+        return Err(usage("no disk is named", "give --image NAME with --overlay FILE or --read-only, or --blk-file FILE"));
+    };
+    if args.overlay.is_none() && !args.read_only {
+        return Err(usage(
+            "an image is never written",
+            "give --overlay FILE (made by 'vmar overlay create') for the VM's writes, or --read-only",
+        ));
+    }
+    let library = Library::open(common.library()?)?;
+    let record = library.image(name)?.clone();
+    let base = Base::open(&library, name)?;
+    let store = open_store(args, &record)?;
+    let serial = serial(&record.digest, args.overlay.as_deref());
+    let recorder = args.record.as_ref().map(|path| Recorder::create(path, &trace_header(&library, &record))).transpose()?;
+    Ok(Disk::new(base, store, serial, recorder))
+}
+
+fn open_store(args: &Args, record: &ImageRecord) -> Result<Store> {
+    let Some(path) = &args.overlay else { return Ok(Store::ReadOnly(None)) };
+    let state_dir = args.state_dir.clone().unwrap_or_else(default_state_dir);
+    let overlay = Overlay::open(
+        path,
+        &OpenOptions {
+            read_only: args.read_only,
+            state_dir: &state_dir,
+            base: Some(BaseIdentity { digest: record.digest, generation: record.generation, size: record.size }),
+            discard_unflushed: args.discard_unflushed,
+        },
+    )?;
+    Ok(if args.read_only { Store::ReadOnly(Some(overlay)) } else { Store::Overlay(overlay) })
+}
+
+fn open_flat(common: &Common, file: &Path, read_only: bool) -> Result<Disk> {
+    if !read_only && let Some(dir) = &common.library {
+        refuse_library_image(dir, file)?;
+    }
+    let base = Base::flat(file, !read_only)?;
+    let serial = serial(file.as_os_str().as_encoded_bytes(), None);
+    let store = if read_only { Store::ReadOnly(None) } else { Store::InPlace };
+    Ok(Disk::new(base, store, serial, None))
+}
+
+/// A raw image that a library maps must never be written. Its read-only mode says so too, see [`Base::flat`].
+fn refuse_library_image(dir: &Path, file: &Path) -> Result<()> {
+    let Ok(meta) = std::fs::metadata(file) else { return Ok(()) };
+    let library = Library::open(dir)?;
+    for record in library.images() {
+        let same = std::fs::metadata(library.image_path(record))
+            .is_ok_and(|m| (m.dev(), m.ino()) == (meta.dev(), meta.ino()));
+        if same {
+            let cause = format!("is image {} of library {}, which must not change", record.name, dir.display());
+            return Err(Error::file(ErrorKind::Unsupported, file, cause)
+                .mend(format!("use --image {} with --overlay, or --read-only", record.name)));
+        }
+    }
     Ok(())
+}
+
+/// Where the live state of overlays goes: it must not survive a reboot, so it is on tmpfs.
+fn default_state_dir() -> PathBuf {
+    // SAFETY: geteuid has no preconditions.
+    if unsafe { libc::geteuid() } == 0 {
+        return PathBuf::from("/run/vmar");
+    }
+    std::env::var_os("XDG_RUNTIME_DIR").map_or_else(|| PathBuf::from("/run/vmar"), |dir| PathBuf::from(dir).join("vmar"))
+}
+
+/// A serial that stays the same as long as image and overlay do.
+fn serial(image: &[u8], overlay: Option<&Path>) -> [u8; SERIAL_SIZE] {
+    let mut hash = blake3::Hasher::new();
+    hash.update(image);
+    if let Some(path) = overlay {
+        let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        hash.update(path.as_os_str().as_encoded_bytes());
+    }
+    let text = format!("vmar-{}", hash.finalize().to_hex());
+    let mut out = [0; SERIAL_SIZE];
+    out.copy_from_slice(&text.as_bytes()[..SERIAL_SIZE]);
+    out
+}
+
+fn trace_header(library: &Library, record: &ImageRecord) -> TraceHeader {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    TraceHeader {
+        library: library.catalog().uuid,
+        image: record.id.0,
+        generation: record.generation,
+        digest: record.digest,
+        start_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+    }
 }

@@ -1,1 +1,242 @@
-//! The engine that waits: io_uring, one ring a queue thread. (being built)
+//! The engine that waits: io_uring, one ring a queue thread.
+//!
+//! Only reads that the page cache could not serve come here. Buffered reads of a regular file wait on the page's lock by
+//! task work, so hundreds of misses can be in flight without a thread each. Guest memory is never registered as fixed
+//! buffers: ballooning punches the memfd, and pinned pages would live on silently beside the guest's.
+
+use super::buf::{IoBuf, advance};
+use io_uring::{IoUring, opcode, squeue, types};
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+/// Entries of the submission queue; the completion queue has twice as many.
+const ENTRIES: u32 = 128;
+
+/// Operations handed to the kernel at a time. Below the completion queue's size, so that it cannot overflow; further
+/// operations wait in a list of our own.
+const IN_KERNEL_MAX: usize = 2 * ENTRIES as usize;
+
+/// IOV_MAX: pieces that one operation may have.
+const IOV_MAX: usize = 1024;
+
+/// A finished read: the caller's token and how it went. A read that hits the end of the file is `UnexpectedEof`.
+#[derive(Debug)]
+pub struct Finished {
+    /// What [`Uring::read`] was given.
+    pub token: u64,
+    /// Ok when every byte was read.
+    pub result: io::Result<()>,
+}
+
+/// One read in flight. Boxed iovecs stay where they are until the operation has ended.
+#[derive(Debug)]
+struct Op {
+    token: u64,
+    fd: RawFd,
+    offset: u64,
+    bufs: Vec<IoBuf>,
+}
+
+/// Waiting reads on an io_uring. Must stay on the thread that made it.
+pub struct Uring {
+    ring: IoUring,
+    ops: Vec<Option<Op>>,
+    free: Vec<usize>,
+    waiting: VecDeque<usize>,
+    in_kernel: usize,
+}
+
+impl Uring {
+    /// Makes a ring that raises `event` (an eventfd) when a read has finished.
+    pub fn new(event: BorrowedFd<'_>) -> io::Result<Self> {
+        // DEFER_TASKRUN (Linux 6.1) keeps completions off this thread's other system calls; older kernels go without.
+        let ring = IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .build(ENTRIES)
+            .or_else(|_| IoUring::new(ENTRIES))?;
+        ring.submitter().register_eventfd(event.as_raw_fd())?;
+        Ok(Uring { ring, ops: Vec::new(), free: Vec::new(), waiting: VecDeque::new(), in_kernel: 0 })
+    }
+
+    /// Reads that have not finished.
+    pub fn in_flight(&self) -> usize {
+        self.in_kernel + self.waiting.len()
+    }
+
+    /// Queues a read of exactly the list's length at `offset`; [`Uring::reap`] tells its end under `token`. Nothing is
+    /// handed to the kernel before [`Uring::submit`].
+    ///
+    /// The caller keeps `file` open and the memory behind `bufs` mapped until then (a request holds both).
+    pub fn read(&mut self, token: u64, file: &File, offset: u64, bufs: Vec<IoBuf>) {
+        let op = Op { token, fd: file.as_raw_fd(), offset, bufs };
+        let index = match self.free.pop() {
+            Some(index) => {
+                self.ops[index] = Some(op);
+                index
+            }
+            None => {
+                self.ops.push(Some(op));
+                self.ops.len() - 1
+            }
+        };
+        self.waiting.push_back(index);
+    }
+
+    /// Hands waiting reads to the kernel, as many as it takes.
+    pub fn submit(&mut self) -> io::Result<()> {
+        while self.in_kernel < IN_KERNEL_MAX
+            && let Some(&index) = self.waiting.front()
+        {
+            let Some(op) = &self.ops[index] else { unreachable!("a waiting operation has a slot") };
+            let entry = entry_of(op).user_data(index as u64);
+            // SAFETY: the iovecs live in `self.ops[index]`, whose heap buffer does not move, until the completion is
+            // reaped; the memory and the file behind them are kept by the caller of `read`.
+            match unsafe { self.ring.submission().push(&entry) } {
+                Ok(()) => {
+                    self.waiting.pop_front();
+                    self.in_kernel += 1;
+                }
+                Err(squeue::PushError { .. }) => self.enter()?,
+            }
+        }
+        if self.ring.submission().is_empty() { Ok(()) } else { self.enter() }
+    }
+
+    /// One io_uring_enter that submits what is in the queue.
+    fn enter(&mut self) -> io::Result<()> {
+        loop {
+            match self.ring.submit() {
+                Ok(_) => return Ok(()),
+                Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+                // EAGAIN/EBUSY: the kernel is short of memory or wants completions reaped first.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
+                    std::thread::yield_now();
+                    return Ok(());
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Collects finished reads without waiting. Short reads are carried on and do not show.
+    pub fn reap(&mut self, mut finished: impl FnMut(Finished)) -> io::Result<()> {
+        if self.in_kernel > 0 {
+            // With DEFER_TASKRUN completions appear only when the kernel is entered for events.
+            match self.ring.submitter().submit_with_args(0, &types::SubmitArgs::new()) {
+                Ok(_) => {}
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ETIME)) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        let mut again = false;
+        while let Some(cqe) = { self.ring.completion().next() } {
+            self.in_kernel -= 1;
+            let index = cqe.user_data() as usize;
+            match self.step(index, cqe.result()) {
+                Some(result) => {
+                    let Some(op) = self.ops[index].take() else { unreachable!("a completed operation has a slot") };
+                    self.free.push(index);
+                    finished(Finished { token: op.token, result });
+                }
+                None => {
+                    self.waiting.push_back(index);
+                    again = true;
+                }
+            }
+        }
+        if again || !self.waiting.is_empty() { self.submit() } else { Ok(()) }
+    }
+
+    /// Takes one completion into account: `None` when the operation has to go on.
+    fn step(&mut self, index: usize, result: i32) -> Option<io::Result<()>> {
+        let Some(Some(op)) = self.ops.get_mut(index) else { unreachable!("a completion names a slot") };
+        match result {
+            0 => Some(Err(io::ErrorKind::UnexpectedEof.into())),
+            n if n > 0 => {
+                op.offset += n as u64;
+                advance(&mut op.bufs, n as usize);
+                op.bufs.is_empty().then_some(Ok(()))
+            }
+            e if matches!(-e, libc::EINTR | libc::EAGAIN) => None,
+            e => Some(Err(io::Error::from_raw_os_error(-e))),
+        }
+    }
+}
+
+/// The submission entry of a read.
+fn entry_of(op: &Op) -> squeue::Entry {
+    let count = op.bufs.len().min(IOV_MAX) as u32;
+    opcode::Readv::new(types::Fd(op.fd), op.bufs.as_ptr().cast(), count).offset(op.offset).build()
+}
+
+impl Drop for Uring {
+    /// Waits for what is in flight: the kernel writes into memory that its owner may free next.
+    fn drop(&mut self) {
+        self.waiting.clear();
+        while self.in_kernel > 0 {
+            match self.ring.submit_and_wait(1) {
+                Ok(_) => {}
+                Err(e) if e.raw_os_error() == Some(libc::EINTR) => continue,
+                Err(_) => break,
+            }
+            while self.ring.completion().next().is_some() {
+                self.in_kernel -= 1;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd};
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::FileExt;
+
+    fn wait_all(ring: &mut Uring) -> Vec<Finished> {
+        let mut out = Vec::new();
+        while ring.in_flight() > 0 {
+            ring.reap(|f| out.push(f)).unwrap();
+        }
+        out
+    }
+
+    #[test]
+    fn many_reads_more_than_the_ring_holds() {
+        let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let data: Vec<u8> = (0..4096 * 1000u32).map(|i| (i / 7) as u8).collect();
+        file.write_all_at(&data, 0).unwrap();
+        let mut mem = vec![0u8; data.len()];
+        let mut ring = Uring::new(event.as_fd()).unwrap();
+        for i in 0..1000usize {
+            // SAFETY: `mem` outlives the ring's work, which is waited for below.
+            let buf = unsafe { IoBuf::from_raw(mem.as_mut_ptr().wrapping_add(i * 4096), 4096) };
+            ring.read(i as u64, &file, i as u64 * 4096, vec![buf]);
+        }
+        ring.submit().unwrap();
+        let mut tokens: Vec<_> = wait_all(&mut ring).into_iter().map(|f| f.result.map(|()| f.token).unwrap()).collect();
+        tokens.sort_unstable();
+        assert_eq!(tokens, (0..1000).collect::<Vec<_>>());
+        assert!(mem == data);
+    }
+
+    #[test]
+    fn a_read_past_the_end_is_an_error() {
+        let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[1; 1000], 0).unwrap();
+        let mut mem = vec![0u8; 2000];
+        let mut ring = Uring::new(event.as_fd()).unwrap();
+        // SAFETY: as above.
+        let buf = unsafe { IoBuf::from_raw(mem.as_mut_ptr(), 2000) };
+        ring.read(5, &file, 0, vec![buf]);
+        ring.submit().unwrap();
+        let done = wait_all(&mut ring);
+        assert_eq!(done.len(), 1);
+        assert_eq!(done[0].result.as_ref().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+}

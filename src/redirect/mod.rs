@@ -1,1 +1,142 @@
-//! (being built)
+//! Redirected reads of a base image (paper, section 3.2): the plan, and the reader that runs it.
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | [`plan`] | which bytes come from where; pure |
+//! | [`reader`] | sub-reads side by side into the guest's buffers |
+//! | [`record`] | the trace of base reads (`serve --record`) |
+//! | [`trace`] | the format of that trace |
+
+pub mod plan;
+pub mod reader;
+pub mod record;
+pub mod trace;
+
+pub use record::Recorder;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{Mapping, file};
+use crate::library::Library;
+use crate::map::Map;
+use crate::units::{IMAGE_SIZE_MAX, ImageId, SECTOR_SIZE};
+use plan::{Layout, Piece};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+/// An open base: the map of its image and every image that the map points to.
+pub struct Base {
+    layout: Layout<Mapping>,
+    targets: Vec<Open>,
+    size: u64,
+}
+
+/// An open target.
+#[derive(Debug)]
+struct Open {
+    id: ImageId,
+    path: PathBuf,
+    file: File,
+}
+
+impl std::fmt::Debug for Base {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Base").field("targets", &self.targets).field("size", &self.size).finish_non_exhaustive()
+    }
+}
+
+impl Base {
+    /// Opens the image of that name: its map, and each image that the map points to, if it is still the one that the map
+    /// was made for.
+    ///
+    /// # Errors
+    /// `Corrupt` for a broken map, `Changed` when map, catalog and files do not belong together, `NotFound` when one is
+    /// missing. Nothing is ever served in place of what is missing.
+    pub fn open(library: &Library, name: &str) -> Result<Base> {
+        let record = library.image(name)?;
+        let path = library.map_path(name);
+        let mapping = Mapping::open(&path).map_err(|e| {
+            let err = Error::io(&path, "open the block map", e);
+            if err.kind() == ErrorKind::NotFound { err.mend("restore it from a copy of the library") } else { err }
+        })?;
+        let map = Map::new(mapping).map_err(|e| e.at(&path))?;
+        let source = map.source();
+        if (source.image, source.generation, source.digest, source.size)
+            != (record.id, record.generation, record.digest, record.size)
+        {
+            return Err(Error::file(ErrorKind::Changed, &path, format!("is the map of another image than {name}"))
+                .mend("restore the map that belongs to this library"));
+        }
+        let targets = map.targets().map(|(target, _)| open_target(library, &path, target)).collect::<Result<_>>()?;
+        Ok(Base { layout: Layout::Mapped(map), targets, size: record.size })
+    }
+
+    /// A raw file read as it is (`--blk-file`), opened for writing if `writable`.
+    ///
+    /// # Errors
+    /// Besides those of opening: a size that is no multiple of 512, and a file without any write permission when it is to
+    /// be written (images of a library are made read-only; root's own rights do not count).
+    pub fn flat(path: &Path, writable: bool) -> Result<Base> {
+        use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+        let failed = |e| Error::io(path, "open", e);
+        let meta = std::fs::metadata(path).map_err(failed)?;
+        if !meta.is_file() && !meta.file_type().is_block_device() {
+            return Err(Error::file(ErrorKind::Unsupported, path, "is neither a regular file nor a block device"));
+        }
+        if writable && meta.permissions().mode() & 0o222 == 0 {
+            return Err(Error::file(ErrorKind::Unsupported, path, "is read-only; vmar makes the images of a library so")
+                .mend("serve it with --read-only, or through --image and --overlay"));
+        }
+        let file = File::options().read(true).write(writable).open(path).map_err(failed)?;
+        let size = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|e| failed(e.into()))?;
+        if size % SECTOR_SIZE != 0 || size == 0 || size > IMAGE_SIZE_MAX {
+            let cause = format!("has {size} bytes; a disk has a multiple of {SECTOR_SIZE}, up to 16 TiB");
+            return Err(Error::file(ErrorKind::Unsupported, path, cause));
+        }
+        let open = Open { id: ImageId(0), path: path.to_path_buf(), file };
+        Ok(Base { layout: Layout::Flat, targets: vec![open], size })
+    }
+
+    /// Bytes of the image.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The file of a target of the map.
+    ///
+    /// # Panics
+    /// If there is no such target: the map was verified when it was opened.
+    pub fn file(&self, target: u32) -> &File {
+        &self.targets[target as usize].file
+    }
+
+    /// The path of that file.
+    pub fn path(&self, target: u32) -> &Path {
+        &self.targets[target as usize].path
+    }
+
+    /// The image ID of a target.
+    pub fn image_id(&self, target: u32) -> ImageId {
+        self.targets[target as usize].id
+    }
+
+    /// Appends the pieces that `[offset, offset + len)` is made of; the first is byte `at` of the request.
+    pub fn plan(&self, offset: u64, len: usize, at: usize, out: &mut Vec<Piece>) {
+        plan::plan_base(&self.layout, self.size, offset, len, at, out);
+    }
+}
+
+/// Opens one target of a map and makes sure that it is the image that the map means.
+fn open_target(library: &Library, map: &Path, target: crate::map::Target) -> Result<Open> {
+    let record = library.image_by_id(target.image).map_err(|e| {
+        Error::file(ErrorKind::Changed, map, format!("points to an image that is gone: {e}"))
+            .mend("restore the library from a copy")
+    })?;
+    if (record.generation, record.digest, record.size) != (target.generation, target.digest, target.size) {
+        let cause = format!("was made for another generation of image {}", record.name);
+        return Err(Error::file(ErrorKind::Changed, map, cause).mend("restore the library from a copy"));
+    }
+    let path = library.image_path(record);
+    let file = library.open_image(record)?;
+    file::disable_readahead(&file).map_err(|e| Error::io(&path, "switch readahead off", e))?;
+    Ok(Open { id: target.image, path, file })
+}

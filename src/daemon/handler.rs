@@ -1,0 +1,394 @@
+//! The vhost-user messages of one connection (QEMU docs/interop/vhost-user.rst).
+//!
+//! `vhost-user-backend` brings a handler of its own, but it is private and leaves no room for what a disk needs later
+//! (an inflight region, a config-change message, several connections); only its vrings are used here.
+
+use super::worker::{self, Worker};
+use super::{GuestMap, GuestMemory, Vring};
+use crate::device::{Disk, Geometry, Jobs};
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
+    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserSharedMsg, VhostUserShMemConfig,
+    VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use vhost_user_backend::VringT;
+use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::QueueT;
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestRegionMmap};
+
+/// Entries a ring may have: what QEMU allows for vhost-user-blk (its `queue-size` property).
+const QUEUE_SIZE_MAX: u16 = 1024;
+
+/// Memory slots offered: what QEMU's own backends offer (VHOST_USER_MAX_RAM_SLOTS).
+const MEM_SLOTS_MAX: u64 = 512;
+
+/// A region of guest memory as the frontend sees it.
+#[derive(Clone, Copy, Debug)]
+struct Mapping {
+    /// Address in the frontend's process.
+    user: u64,
+    /// Guest-physical address.
+    guest: u64,
+    /// Bytes.
+    size: u64,
+}
+
+/// A ring and its thread.
+struct Ring {
+    vring: Vring,
+    worker: Option<Worker>,
+    running: bool,
+}
+
+/// The state of one connection.
+pub struct Handler {
+    disk: Arc<Disk>,
+    jobs: Arc<Jobs>,
+    geometry: Geometry,
+    memory: GuestMemory,
+    mappings: Vec<Mapping>,
+    rings: Vec<Ring>,
+    features: u64,
+}
+
+impl Handler {
+    /// A handler for a new connection.
+    pub fn new(disk: Arc<Disk>, jobs: Arc<Jobs>, num_queues: u16) -> io::Result<Self> {
+        let memory = GuestMemory::new(GuestMap::new());
+        let ring = || {
+            let vring = Vring::new(memory.clone(), QUEUE_SIZE_MAX).map_err(io::Error::other)?;
+            Ok(Ring { vring, worker: None, running: false })
+        };
+        let rings = (0..num_queues).map(|_| ring()).collect::<io::Result<_>>()?;
+        let geometry = disk.geometry(num_queues);
+        Ok(Handler { disk, jobs, geometry, memory, mappings: Vec::new(), rings, features: 0 })
+    }
+
+    /// Finishes what is in flight and ends the queue threads.
+    pub fn shut_down(&mut self) {
+        worker::stop_all(self.rings.iter().filter_map(|r| r.worker.as_ref()));
+        for ring in &mut self.rings {
+            ring.running = false;
+            ring.worker = None;
+        }
+    }
+
+    fn offered(&self) -> u64 {
+        self.geometry.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    fn ring(&mut self, index: u32) -> Result<&mut Ring> {
+        self.rings.get_mut(index as usize).ok_or(Error::InvalidParam)
+    }
+
+    /// Starts or stops the ring's thread, as kick, enable and addresses now say. A ring that (re)starts is looked at
+    /// without waiting for a kick: QEMU sends none after reconnecting.
+    fn update(&mut self, index: u32) -> Result<()> {
+        let Handler { disk, jobs, memory, rings, features, .. } = self;
+        let ring = rings.get_mut(index as usize).ok_or(Error::InvalidParam)?;
+        let (runs, kick) = {
+            let state = ring.vring.get_ref();
+            let runs = state.is_enabled() && state.get_queue().ready();
+            (runs, state.get_kick().as_ref().map(|kick| kick.try_clone()))
+        };
+        let Some(kick) = kick.filter(|_| runs) else {
+            if let Some(worker) = ring.worker.as_ref().filter(|_| ring.running) {
+                worker.stop();
+            }
+            ring.running = false;
+            return Ok(());
+        };
+        let kick = {
+            use std::os::fd::{FromRawFd, IntoRawFd};
+            let raw = kick.map_err(Error::ReqHandlerError)?.into_raw_fd();
+            // SAFETY: the clone was just made and its number taken; the File is its only owner.
+            unsafe { File::from_raw_fd(raw) }
+        };
+        if ring.worker.is_none() {
+            let vring = ring.vring.clone();
+            let worker =
+                Worker::spawn(index as usize, vring, memory.clone(), Arc::clone(disk), Arc::clone(jobs)).map_err(|e| {
+                    log::error!("queue {index}: cannot start its thread and io_uring: {e}");
+                    Error::ReqHandlerError(e)
+                })?;
+            ring.worker = Some(worker);
+        }
+        let write_through = *features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
+        if let Some(worker) = &ring.worker {
+            worker.run(kick, write_through);
+        }
+        ring.running = true;
+        Ok(())
+    }
+
+    fn replace_memory(&mut self, map: GuestMap) -> Result<()> {
+        // Requests in flight keep the old map until they have ended.
+        self.memory.lock().map_err(|_| Error::BackendInternalError)?.replace(map);
+        Ok(())
+    }
+
+    fn guest_address(&self, user: u64) -> Result<u64> {
+        self.mappings
+            .iter()
+            .find(|m| user >= m.user && user - m.user < m.size)
+            .map(|m| user - m.user + m.guest)
+            .ok_or_else(|| {
+                log::error!("the frontend named a ring address {user:#x} outside the memory that it shared");
+                Error::InvalidParam
+            })
+    }
+}
+
+/// Maps one region that the frontend shares.
+fn map_region(region: &VhostUserMemoryRegion, file: File) -> Result<(GuestRegionMmap, Mapping)> {
+    let mapped = region.mmap_region(file)?;
+    let guest = GuestRegionMmap::new(mapped, GuestAddress(region.guest_phys_addr)).ok_or(Error::InvalidParam)?;
+    let mapping = Mapping { user: region.user_addr, guest: region.guest_phys_addr, size: region.memory_size };
+    Ok((guest, mapping))
+}
+
+fn memory_error(e: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::ReqHandlerError(io::Error::other(e))
+}
+
+impl VhostUserBackendReqHandlerMut for Handler {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        // Deprecated in the specification and not to be relied upon: it does what a new connection does.
+        self.reset_device()
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.shut_down();
+        for ring in &self.rings {
+            ring.vring.set_enabled(false);
+            ring.vring.set_queue_ready(false);
+        }
+        self.features = 0;
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.offered())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        if features & !self.offered() != 0 {
+            log::error!("the frontend wants features that were not offered: {:#x}", features & !self.offered());
+            return Err(Error::InvalidParam);
+        }
+        self.features = features;
+        let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        for ring in &self.rings {
+            ring.vring.set_queue_event_idx(event_idx);
+        }
+        // Without protocol features there is no SET_VRING_ENABLE, and rings start enabled.
+        if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
+            for index in 0..self.rings.len() as u32 {
+                self.ring(index)?.vring.set_enabled(true);
+                self.update(index)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Vec<u64>>> {
+        let (mapped, mappings): (Vec<_>, Vec<_>) =
+            regions.iter().zip(files).map(|(region, file)| map_region(region, file)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        self.replace_memory(GuestMemoryMmap::from_regions(mapped).map_err(memory_error)?)?;
+        self.mappings = mappings;
+        Ok(None)
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MEM_SLOTS_MAX)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<u64>> {
+        if self.mappings.len() as u64 >= MEM_SLOTS_MAX {
+            return Err(Error::InvalidParam);
+        }
+        let (mapped, mapping) = map_region(region, file)?;
+        let map = self.memory.memory().insert_region(Arc::new(mapped)).map_err(memory_error)?;
+        self.replace_memory(map)?;
+        self.mappings.push(mapping);
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let (map, _) = self
+            .memory
+            .memory()
+            .remove_region(GuestAddress(region.guest_phys_addr), region.memory_size)
+            .map_err(memory_error)?;
+        self.replace_memory(map)?;
+        self.mappings.retain(|m| m.guest != region.guest_phys_addr);
+        Ok(())
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let ring = self.ring(index)?;
+        let size = u16::try_from(num).map_err(|_| Error::InvalidParam)?;
+        // The crate logs and ignores a size that it does not take.
+        if size == 0 || size > QUEUE_SIZE_MAX || !size.is_power_of_two() || ring.running {
+            log::error!("queue {index}: a ring of {num} entries is not possible (a power of two up to {QUEUE_SIZE_MAX})");
+            return Err(Error::InvalidParam);
+        }
+        ring.vring.set_queue_size(size);
+        Ok(())
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let (descriptor, used, available) =
+            (self.guest_address(descriptor)?, self.guest_address(used)?, self.guest_address(available)?);
+        let ring = self.ring(index)?;
+        if ring.running {
+            return Err(Error::InvalidOperation("ring addresses cannot change while the ring runs"));
+        }
+        ring.vring.set_queue_info(descriptor, available, used).map_err(|e| {
+            log::error!("queue {index}: bad ring addresses: {e}");
+            Error::InvalidParam
+        })?;
+        // The index of the used ring is in guest memory; SET_VRING_BASE tells only that of the available ring.
+        let used_idx = ring.vring.queue_used_idx().map_err(|_| Error::InvalidParam)?;
+        ring.vring.set_queue_next_used(used_idx);
+        Ok(())
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let ring = self.ring(index)?;
+        if ring.running {
+            return Err(Error::InvalidOperation("the ring's base cannot change while it runs"));
+        }
+        ring.vring.set_queue_next_avail(u16::try_from(base).map_err(|_| Error::InvalidParam)?);
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        self.ring(index)?.vring.set_queue_ready(false);
+        self.update(index)?;
+        let ring = self.ring(index)?;
+        let base = ring.vring.queue_next_avail();
+        ring.vring.set_kick(None);
+        ring.vring.set_call(None);
+        Ok(VhostUserVringState::new(index, u32::from(base)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let ring = self.ring(u32::from(index))?;
+        if file.is_none() {
+            log::error!("queue {index}: the frontend asks for polling mode, which vmar does not have");
+            return Err(Error::InvalidParam);
+        }
+        ring.vring.set_kick(file);
+        ring.vring.set_queue_ready(true);
+        self.update(u32::from(index))
+    }
+
+    fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let ring = self.ring(u32::from(index))?;
+        ring.vring.set_call(file);
+        // Completions published between the old descriptor and the new one would go unnoticed.
+        if ring.running {
+            let _ = ring.vring.signal_used_queue();
+        }
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        self.ring(u32::from(index))?.vring.set_err(file);
+        Ok(())
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        self.ring(index)?.vring.set_enabled(enable);
+        self.update(index)
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE)
+    }
+
+    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.rings.len() as u64)
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        Ok(self.geometry.config(offset as usize, size as usize))
+    }
+
+    fn set_config(&mut self, _offset: u32, _buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        Err(Error::InvalidOperation("no field of the config space can be written"))
+    }
+
+    fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {
+        Err(Error::InvalidOperation("a disk has no GPU"))
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        Err(Error::InvalidOperation("not offered"))
+    }
+
+    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        Err(Error::InvalidOperation("not offered"))
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        Err(Error::InvalidOperation("not offered"))
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _file: File,
+    ) -> Result<Option<File>> {
+        Err(Error::InvalidOperation("not offered"))
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(Error::InvalidOperation("not offered"))
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(Error::InvalidOperation("not offered"))
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        Err(Error::InvalidOperation("not offered"))
+    }
+}

@@ -1,0 +1,200 @@
+//! The listening socket: visible only once it accepts; a stale file is replaced, a live one refused.
+
+use crate::error::{Error, ErrorKind, Result};
+use rustix::fs::{FlockOperation, Mode, OFlags, RenameFlags};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+/// The longest path of a unix socket: `sun_path` less the terminating zero byte (unix(7)).
+const PATH_MAX: usize = 107;
+
+/// A listening socket, and the file to remove when we are done.
+#[derive(Debug)]
+pub struct Listening {
+    listener: UnixListener,
+    file: Option<SocketFile>,
+}
+
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    inode: (u64, u64),
+}
+
+/// What `--fd N` turned out to be.
+#[derive(Debug)]
+pub enum Inherited {
+    /// A listening socket, as a supervisor hands over.
+    Listening(Listening),
+    /// One connection, as libvirt hands over.
+    Connected(UnixStream),
+}
+
+impl Listening {
+    /// Listens on `path`.
+    ///
+    /// The socket is bound under a temporary name in the same directory and renamed once it listens, so whoever sees the
+    /// file can connect. A lock on the directory keeps two starting servers from replacing each other.
+    pub fn bind(path: &Path) -> Result<Self> {
+        let length = path.as_os_str().len();
+        if length > PATH_MAX {
+            return Err(Error::file(
+                ErrorKind::Usage,
+                path,
+                format!("a socket path may have {PATH_MAX} bytes, this one has {length}"),
+            )
+            .mend("use a shorter path, such as one below /run"));
+        }
+        let (Some(name), dir) = (path.file_name(), path.parent().unwrap_or(Path::new("."))) else {
+            return Err(Error::file(ErrorKind::Usage, path, "names no file"));
+        };
+        let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+        let dirfd = rustix::fs::open(dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|e| Error::io(dir, "open the socket's directory", e.into()))?;
+        rustix::fs::flock(&dirfd, FlockOperation::LockExclusive).map_err(|e| Error::io(dir, "lock", e.into()))?;
+        refuse_if_live(path)?;
+
+        // Through /proc the temporary path is short whatever the directory is called.
+        let temp = format!(".vmar-{}", std::process::id());
+        let _ = rustix::fs::unlinkat(&dirfd, &temp, rustix::fs::AtFlags::empty());
+        let listener = UnixListener::bind(format!("/proc/self/fd/{}/{temp}", dirfd.as_raw_fd()))
+            .map_err(|e| Error::io(path, "listen", e))?;
+        let renamed = rustix::fs::renameat_with(&dirfd, &temp, &dirfd, name, RenameFlags::empty());
+        if let Err(e) = renamed {
+            let _ = rustix::fs::unlinkat(&dirfd, &temp, rustix::fs::AtFlags::empty());
+            return Err(Error::io(path, "listen", e.into()));
+        }
+        let meta = std::fs::symlink_metadata(path).map_err(|e| Error::io(path, "listen", e))?;
+        let file = SocketFile { path: path.to_path_buf(), inode: (meta.dev(), meta.ino()) };
+        Ok(Listening { listener, file: Some(file) })
+    }
+
+    /// Accepts a connection that poll announced; `None` when it has gone again.
+    pub fn accept(&self) -> io::Result<Option<UnixStream>> {
+        match self.listener.accept() {
+            Ok((stream, _)) => Ok(Some(stream)),
+            Err(e) => match e.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => Ok(None),
+                _ => Err(e),
+            },
+        }
+    }
+}
+
+impl AsFd for Listening {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl Drop for Listening {
+    /// Removes the socket file if it is still ours.
+    fn drop(&mut self) {
+        if let Some(file) = &self.file
+            && let Ok(meta) = std::fs::symlink_metadata(&file.path)
+            && (meta.dev(), meta.ino()) == file.inode
+        {
+            let _ = std::fs::remove_file(&file.path);
+        }
+    }
+}
+
+/// Takes over the descriptor of `--fd`.
+pub fn inherit(fd: i32) -> Result<Inherited> {
+    let name = format!("--fd {fd}");
+    let bad = |cause: String| Error::new(ErrorKind::Usage, &name, cause).mend("pass the number of an open unix socket");
+    // SAFETY: fcntl on any number is harmless; it only asks whether the descriptor is open.
+    if fd < 3 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(bad("is not an open descriptor".into()));
+    }
+    // SAFETY: the descriptor is open, and whoever passed `--fd` gave it to us; nothing else in this process uses it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    match rustix::net::sockopt::socket_domain(&fd) {
+        Ok(rustix::net::AddressFamily::UNIX) => {}
+        Ok(_) => return Err(bad("is a socket, but no unix socket".into())),
+        Err(_) => return Err(bad("is not a socket".into())),
+    }
+    let _ = rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC);
+    let listens = rustix::net::sockopt::socket_acceptconn(&fd).map_err(|e| bad(e.to_string()))?;
+    Ok(if listens {
+        Inherited::Listening(Listening { listener: UnixListener::from(fd), file: None })
+    } else {
+        Inherited::Connected(UnixStream::from(fd))
+    })
+}
+
+/// Fails if something at `path` answers, or is no socket at all; a socket that nobody answers is stale and may be replaced.
+fn refuse_if_live(path: &Path) -> Result<()> {
+    use std::os::unix::fs::FileTypeExt;
+    let meta = match std::fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(Error::io(path, "look at", e)),
+        Ok(meta) => meta,
+    };
+    if !meta.file_type().is_socket() {
+        return Err(Error::file(ErrorKind::Exists, path, "is there already and is no socket")
+            .mend("choose another socket path"));
+    }
+    match UnixStream::connect(path) {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(Error::io(path, "find out whether the socket is in use", e)),
+        Ok(_) => Err(Error::file(ErrorKind::Busy, path, "another server is listening on this socket")
+            .mend("stop that server or choose another socket path")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_live_socket_is_refused_and_a_stale_one_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let first = Listening::bind(&path).unwrap();
+        assert_eq!(Listening::bind(&path).unwrap_err().kind(), ErrorKind::Busy);
+        UnixStream::connect(&path).unwrap();
+        drop(first);
+        assert!(!path.exists(), "the socket file goes with the server");
+        // A server that was killed leaves its file behind.
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        let again = Listening::bind(&path).unwrap();
+        UnixStream::connect(&path).unwrap();
+        drop(again);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn an_ordinary_file_is_never_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        std::fs::write(&path, "precious").unwrap();
+        assert!(Listening::bind(&path).unwrap_err().to_string().contains("no socket"));
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_path_of_107_bytes_works_and_108_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let room = PATH_MAX - dir.path().as_os_str().len() - 1;
+        let longest = dir.path().join("s".repeat(room));
+        let l = Listening::bind(&longest).unwrap();
+        UnixStream::connect(&longest).unwrap();
+        drop(l);
+        let err = Listening::bind(&dir.path().join("s".repeat(room + 1))).unwrap_err();
+        assert!(err.to_string().contains("107"), "{err}");
+    }
+
+    #[test]
+    fn a_descriptor_that_is_no_socket_is_refused() {
+        use std::os::fd::IntoRawFd;
+        let file = tempfile::tempfile().unwrap().into_raw_fd();
+        assert!(inherit(file).unwrap_err().to_string().contains("not a socket"));
+        assert!(inherit(987).unwrap_err().to_string().contains("not an open descriptor"));
+    }
+}

@@ -1,0 +1,306 @@
+//! The thread of one queue: takes chains off the ring, starts them, publishes what has ended.
+
+use super::{GuestMemory, Vring};
+use crate::device::{Completion, Disk, Executor, Jobs, Mailbox, Request};
+use rustix::event::{PollFd, PollFlags, poll};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use vhost_user_backend::VringT;
+use virtio_queue::{QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+
+/// Requests taken off the ring before their completions are published and the guest is told.
+const BATCH: usize = 32;
+
+/// `avail.flags`: the driver wants no interrupts (virtio 1.2, section 2.7.6).
+const AVAIL_F_NO_INTERRUPT: u16 = 1;
+
+/// What a worker is told.
+enum Command {
+    /// Serve the ring, starting with a look at it (a kick may have come before).
+    Run { kick: File, write_through: bool },
+    /// Take nothing more, finish what is in flight, publish it, then answer.
+    Stop { done: Sender<()> },
+}
+
+/// A queue's thread, started when its ring first runs.
+pub struct Worker {
+    commands: Sender<Command>,
+    mailbox: Mailbox,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts the thread of queue `index`.
+    pub fn spawn(index: usize, vring: Vring, memory: GuestMemory, disk: Arc<Disk>, jobs: Arc<Jobs>) -> io::Result<Self> {
+        let mailbox = Mailbox::new()?;
+        let (commands, receiver) = channel();
+        let (ready, started) = channel();
+        let thread = std::thread::Builder::new().name(format!("vmar-queue{index}")).spawn({
+            let mailbox = mailbox.clone();
+            move || {
+                // The ring must be made on the thread that uses it.
+                let executor = match Executor::new(disk, jobs, mailbox.clone()) {
+                    Ok(executor) => executor,
+                    Err(e) => return drop(ready.send(Err(e))),
+                };
+                let _ = ready.send(Ok(()));
+                let queue = Queue { index, vring, memory, mailbox, executor, kick: None, ended: Vec::new() };
+                queue.run(receiver);
+            }
+        })?;
+        started.recv().unwrap_or_else(|_| Err(io::Error::other("the queue thread died")))?;
+        Ok(Worker { commands, mailbox, thread: Some(thread) })
+    }
+
+    /// Lets the ring run.
+    pub fn run(&self, kick: File, write_through: bool) {
+        self.tell(Command::Run { kick, write_through });
+    }
+
+    /// Stops the ring and waits until nothing is in flight.
+    pub fn stop(&self) {
+        let (done, wait) = channel();
+        self.tell(Command::Stop { done });
+        // A dead thread has dropped its end, and there is nothing to wait for.
+        let _ = wait.recv();
+    }
+
+    fn tell(&self, command: Command) {
+        let _ = self.commands.send(command);
+        self.mailbox.wake();
+    }
+}
+
+impl Drop for Worker {
+    /// Drains and ends the thread.
+    fn drop(&mut self) {
+        self.stop();
+        let (closed, _) = channel();
+        self.commands = closed;
+        self.mailbox.wake();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("a queue thread panicked");
+        }
+    }
+}
+
+/// What lives on the thread.
+struct Queue {
+    index: usize,
+    vring: Vring,
+    memory: GuestMemory,
+    mailbox: Mailbox,
+    executor: Executor<Arc<super::GuestMap>>,
+    /// The ring runs as long as this is here.
+    kick: Option<File>,
+    ended: Vec<Completion>,
+}
+
+/// What a look at the ring found.
+enum Looked {
+    /// Nothing left to take.
+    Empty,
+    /// More may be there.
+    More,
+    /// The ring makes no sense; it is left alone until it is set up anew.
+    Broken,
+}
+
+impl Queue {
+    fn run(mut self, commands: Receiver<Command>) {
+        let mut busy = false;
+        loop {
+            if let Err(e) = self.wait(busy) {
+                log::error!("queue {}: poll failed: {e}", self.index);
+                return;
+            }
+            loop {
+                match commands.try_recv() {
+                    Ok(Command::Run { kick, write_through }) => {
+                        self.executor.set_write_through(write_through);
+                        self.kick = Some(kick);
+                        busy = true;
+                    }
+                    Ok(Command::Stop { done }) => {
+                        self.drain();
+                        self.kick = None;
+                        drop(done);
+                    }
+                    Err(std::sync::mpsc::TryRecvError::Empty) => break,
+                    Err(std::sync::mpsc::TryRecvError::Disconnected) => return,
+                }
+            }
+            self.collect();
+            self.publish();
+            busy = self.kick.is_some() && self.serve();
+        }
+    }
+
+    /// Sleeps until a kick, a completion or a command; does not sleep when the ring is known to hold more. Leaves both
+    /// events put out.
+    fn wait(&mut self, busy: bool) -> io::Result<()> {
+        // A guest that floods its ring faster than it is drained waits here, not in memory of ours.
+        let full = self.full();
+        let mailbox = self.mailbox.clone();
+        let mut fds = vec![PollFd::from_borrowed_fd(mailbox.as_fd(), PollFlags::IN)];
+        if let Some(kick) = &self.kick
+            && !full
+        {
+            fds.push(PollFd::new(kick, PollFlags::IN));
+        }
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        match poll(&mut fds, (busy && !full).then_some(&now)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+        let kicked = fds.get(1).is_some_and(|fd| fd.revents().intersects(PollFlags::IN));
+        let hung = fds.get(1).is_some_and(|fd| fd.revents().intersects(PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL));
+        self.mailbox.clear();
+        if let Some(kick) = &self.kick {
+            if kicked {
+                let _ = rustix::io::read(kick, &mut [0u8; 8][..]);
+            } else if hung {
+                log::error!("queue {}: the kick descriptor is dead, the ring stops", self.index);
+                self.kick = None;
+            }
+        }
+        Ok(())
+    }
+
+    fn full(&self) -> bool {
+        self.executor.in_flight() >= usize::from(self.vring.get_ref().get_queue().size())
+    }
+
+    /// Serves up to one ring's worth of requests; true when the ring may hold more.
+    fn serve(&mut self) -> bool {
+        let rounds = usize::from(self.vring.get_ref().get_queue().size()).div_ceil(BATCH);
+        for _ in 0..rounds.max(1) {
+            let looked = self.batch();
+            if let Err(e) = self.executor.submit() {
+                log::error!("queue {}: io_uring refuses work: {e}", self.index);
+            }
+            self.collect();
+            self.publish();
+            match looked {
+                Looked::Empty => return false,
+                Looked::More => {}
+                Looked::Broken => {
+                    self.kick = None;
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Takes up to [`BATCH`] chains off the ring and starts them.
+    fn batch(&mut self) -> Looked {
+        // One snapshot of the memory map for the batch; each request keeps it alive until it has ended.
+        let memory = self.memory.memory().into_inner();
+        let mut vring = self.vring.get_mut();
+        let queue = vring.get_queue_mut();
+        let size = queue.size();
+        if let Err(e) = queue.disable_notification(&*memory) {
+            log::error!("queue {}: the used ring is out of reach: {e}", self.index);
+            return Looked::Broken;
+        }
+        let mut taken = 0;
+        let mut chains = match queue.iter(Arc::clone(&memory)) {
+            Ok(chains) => chains,
+            Err(e) => {
+                log::error!("queue {}: the guest broke its ring: {e}", self.index);
+                return Looked::Broken;
+            }
+        };
+        while taken < BATCH && self.executor.in_flight() + self.ended.len() < usize::from(size) {
+            let Some(chain) = chains.next() else { break };
+            taken += 1;
+            let head = chain.head_index();
+            if head >= size {
+                // There is no such descriptor, and no place in the used ring for it.
+                log::warn!("queue {}: the guest offered descriptor {head} of {size}", self.index);
+                continue;
+            }
+            let request = Request::parse(chain);
+            self.ended.extend(self.executor.start(head, request, Arc::clone(&memory)));
+        }
+        if taken > 0 {
+            return Looked::More;
+        }
+        match queue.enable_notification(&*memory) {
+            Ok(true) if self.executor.in_flight() < usize::from(size) => Looked::More,
+            Ok(_) => Looked::Empty,
+            Err(e) => {
+                log::error!("queue {}: the ring is out of reach: {e}", self.index);
+                Looked::Broken
+            }
+        }
+    }
+
+    /// Collects what has ended.
+    fn collect(&mut self) {
+        if let Err(e) = self.executor.reap(&mut self.ended) {
+            log::error!("queue {}: io_uring gives no completions: {e}", self.index);
+        }
+    }
+
+    /// Puts what has ended into the used ring and tells the guest, if it wants to be told.
+    fn publish(&mut self) {
+        if self.ended.is_empty() {
+            return;
+        }
+        let memory = self.memory.memory().into_inner();
+        let mut vring = self.vring.get_mut();
+        let queue = vring.get_queue_mut();
+        for done in self.ended.drain(..) {
+            if let Err(e) = queue.add_used(&*memory, done.head, done.len) {
+                log::error!("queue {}: the used ring is out of reach: {e}", self.index);
+            }
+        }
+        let wanted = queue.needs_notification(&*memory).unwrap_or(true) && !interrupts_off(queue, &memory);
+        if wanted && let Err(e) = vring.signal_used_queue() {
+            log::error!("queue {}: cannot signal the guest: {e}", self.index);
+        }
+    }
+
+    /// Finishes what is in flight and publishes it.
+    fn drain(&mut self) {
+        self.collect();
+        while self.executor.in_flight() > 0 {
+            let mailbox = self.mailbox.clone();
+            let _ = poll(&mut [PollFd::from_borrowed_fd(mailbox.as_fd(), PollFlags::IN)], None);
+            self.mailbox.clear();
+            self.collect();
+        }
+        self.publish();
+    }
+}
+
+/// The driver set NO_INTERRUPT, which counts only without EVENT_IDX. The crate leaves this flag to us.
+fn interrupts_off(queue: &virtio_queue::Queue, memory: &super::GuestMap) -> bool {
+    !queue.event_idx_enabled()
+        && memory
+            .load::<u16>(GuestAddress(queue.avail_ring()), std::sync::atomic::Ordering::Relaxed)
+            .is_ok_and(|flags| u16::from_le(flags) & AVAIL_F_NO_INTERRUPT != 0)
+}
+
+/// Stops every worker at once, then waits for each: queues drain side by side.
+pub fn stop_all<'w>(workers: impl Iterator<Item = &'w Worker>) {
+    let waits: Vec<_> = workers
+        .map(|worker| {
+            let (done, wait) = channel();
+            worker.tell(Command::Stop { done });
+            wait
+        })
+        .collect();
+    for wait in waits {
+        let _ = wait.recv();
+    }
+}

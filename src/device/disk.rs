@@ -1,0 +1,211 @@
+//! The disk behind the queues: a base that is read through its plan, and a place for what the VM writes.
+
+use super::config::Geometry;
+use super::request::SERIAL_SIZE;
+use crate::io::buf::{IoBuf, slice_into};
+use crate::io::file;
+use crate::overlay::{BaseRead, Overlay, State};
+use crate::redirect::plan::{Layer, Piece, Source, push};
+use crate::redirect::{Base, Recorder};
+use crate::units::SECTOR_SIZE;
+use rustix::fs::FallocateFlags;
+use std::fs::File;
+use std::io;
+
+/// Where writes go.
+#[derive(Debug)]
+pub enum Store {
+    /// Nowhere: the disk is read-only. An overlay is only read.
+    ReadOnly(Option<Overlay>),
+    /// Into a copy-on-write overlay.
+    Overlay(Overlay),
+    /// Into the base file itself (`--blk-file`).
+    InPlace,
+}
+
+/// A disk, shared by its queue threads.
+#[derive(Debug)]
+pub struct Disk {
+    base: Base,
+    store: Store,
+    size: u64,
+    serial: [u8; SERIAL_SIZE],
+    recorder: Option<Recorder>,
+}
+
+impl Disk {
+    /// A disk over `base`; its size is the overlay's, or the base's without one.
+    pub fn new(base: Base, store: Store, serial: [u8; SERIAL_SIZE], recorder: Option<Recorder>) -> Self {
+        let size = match &store {
+            Store::Overlay(o) | Store::ReadOnly(Some(o)) => o.size(),
+            Store::ReadOnly(None) | Store::InPlace => base.size(),
+        };
+        Disk { base, store, size, serial, recorder }
+    }
+
+    /// What the guest may know of it.
+    pub fn geometry(&self, num_queues: u16) -> Geometry {
+        // A trailing half sector cannot be addressed; image sizes are multiples of 512 and have none.
+        Geometry { size: self.size - self.size % SECTOR_SIZE, read_only: self.read_only(), num_queues }
+    }
+
+    /// True when writes are refused.
+    pub fn read_only(&self) -> bool {
+        matches!(self.store, Store::ReadOnly(_))
+    }
+
+    /// What GET_ID answers.
+    pub fn serial(&self) -> &[u8; SERIAL_SIZE] {
+        &self.serial
+    }
+
+    /// True when the range is whole sectors inside the disk.
+    pub fn contains(&self, offset: u64, len: u64) -> bool {
+        offset % SECTOR_SIZE == 0
+            && len % SECTOR_SIZE == 0
+            && offset.checked_add(len).is_some_and(|end| end <= self.size)
+    }
+
+    /// Appends the pieces that make up `[offset, offset + len)`.
+    pub fn plan(&self, offset: u64, len: usize, out: &mut Vec<Piece>) {
+        let Some(overlay) = self.overlay() else {
+            return self.base.plan(offset, len, 0, out);
+        };
+        for run in overlay.runs(offset, len as u64) {
+            let at = (run.offset - offset) as usize;
+            let len = run.len as usize;
+            match layer(overlay, run.offset, run.state) {
+                Layer::Base => self.base.plan(run.offset, len, at, out),
+                Layer::Overlay { offset } => push(out, Piece { at, len, source: Source::Overlay { offset } }),
+                Layer::Zero => push(out, Piece { at, len, source: Source::Zero }),
+            }
+        }
+    }
+
+    /// Writes the base reads of a plan into the trace, if one is recorded.
+    pub fn record(&self, pieces: &[Piece]) {
+        if let Some(recorder) = &self.recorder {
+            recorder.record(&self.base, pieces);
+        }
+    }
+
+    /// The file that holds a source, and the offset in it; `None` for zeros.
+    pub fn file_of(&self, source: &Source) -> Option<(&File, u64)> {
+        match *source {
+            Source::Zero => None,
+            Source::Overlay { offset } => self.overlay().map(|o| (o.file(), offset)),
+            Source::Image { target, offset } => Some((self.base.file(target), offset)),
+        }
+    }
+
+    /// Writes without waiting for locks or base data. `Ok(false)`: [`Disk::write`] must do it, on a thread that may wait.
+    pub fn try_write(&self, offset: u64, bufs: &[IoBuf]) -> io::Result<bool> {
+        match &self.store {
+            Store::Overlay(overlay) => overlay.try_write(offset, bufs),
+            Store::InPlace => file::write_all_at(self.base.file(0), bufs, offset).map(|()| true),
+            Store::ReadOnly(_) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
+        }
+    }
+
+    /// Writes; may wait for a lock and for base data.
+    pub fn write(&self, offset: u64, bufs: &[IoBuf]) -> io::Result<()> {
+        match &self.store {
+            Store::Overlay(overlay) => overlay.write(offset, bufs, &self.base),
+            Store::InPlace => file::write_all_at(self.base.file(0), bufs, offset),
+            Store::ReadOnly(_) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
+        }
+    }
+
+    /// Makes the range read as zeros; may wait.
+    pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        match &self.store {
+            Store::Overlay(overlay) => overlay.write_zeroes(offset, len, unmap, &self.base),
+            Store::InPlace => zero_in_place(self.base.file(0), offset, len, unmap),
+            Store::ReadOnly(_) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
+        }
+    }
+
+    /// Makes completed writes durable; waits for the disk.
+    pub fn flush(&self) -> io::Result<()> {
+        match &self.store {
+            Store::Overlay(overlay) => overlay.flush(),
+            Store::InPlace => self.base.file(0).sync_data(),
+            Store::ReadOnly(_) => Ok(()),
+        }
+    }
+
+    /// Ends the disk's life in order: flush, close the overlay's session, end the trace.
+    pub fn close(&self) -> crate::Result<()> {
+        if let Some(recorder) = &self.recorder {
+            recorder.finish();
+        }
+        match &self.store {
+            Store::Overlay(overlay) => overlay.close(),
+            Store::InPlace => {
+                let file = self.base.file(0);
+                file.sync_data().map_err(|e| crate::Error::io(self.base.path(0), "flush", e))
+            }
+            Store::ReadOnly(_) => Ok(()),
+        }
+    }
+
+    fn overlay(&self) -> Option<&Overlay> {
+        match &self.store {
+            Store::Overlay(o) | Store::ReadOnly(Some(o)) => Some(o),
+            Store::ReadOnly(None) | Store::InPlace => None,
+        }
+    }
+}
+
+impl BaseRead for Base {
+    fn read_base(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let mut pieces = Vec::new();
+        self.plan(offset, bytes.len(), 0, &mut pieces);
+        // SAFETY: `bytes` outlives the call and is not touched through its reference while the list is used.
+        let whole = [unsafe { IoBuf::from_raw(bytes.as_mut_ptr(), bytes.len()) }];
+        for piece in &pieces {
+            let mut part = Vec::new();
+            slice_into(&whole, piece.at, piece.len, &mut part);
+            match piece.source {
+                Source::Image { target, offset } => file::read_exact_at(self.file(target), &part, offset)?,
+                Source::Zero | Source::Overlay { .. } => crate::io::buf::fill_zero(&part),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn layer(overlay: &Overlay, offset: u64, state: State) -> Layer {
+    match state {
+        State::Base => Layer::Base,
+        State::Data => Layer::Overlay { offset: overlay.data_start() + offset },
+        State::Zero => Layer::Zero,
+    }
+}
+
+/// Zeroes a range of a raw file: a hole when space may be given back, else a zeroed allocated range. File systems that
+/// have neither get zeros written.
+fn zero_in_place(file: &File, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+    let mode =
+        if unmap { FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE } else { FallocateFlags::ZERO_RANGE };
+    match rustix::fs::fallocate(file, mode, offset, len) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(file, offset, len),
+        Err(e) => Err(e.into()),
+    }
+}
+
+fn write_zeros(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    let zeros = vec![0u8; (1 << 20).min(len as usize)];
+    let mut done = 0;
+    while done < len {
+        let n = zeros.len().min((len - done) as usize);
+        file.write_all_at(&zeros[..n], offset + done)?;
+        done += n as u64;
+    }
+    Ok(())
+}

@@ -1,0 +1,120 @@
+//! Runs the plan of a read: the sub-reads of a request side by side into the guest's own buffers, one completion.
+//!
+//! What the page cache holds is copied inline ([`nowait`]); each sub-read that misses goes to io_uring on its own, so the
+//! misses of one request are in flight together and a miss never holds up a hit of another request.
+
+use super::plan::{Piece, Source};
+use crate::io::buf::{IoBuf, advance, fill_zero, slice_into};
+use crate::io::{nowait, uring::Uring};
+use std::fs::File;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+/// A request of which some sub-reads are still in flight.
+#[derive(Debug)]
+struct Pending {
+    token: u64,
+    left: u32,
+    error: Option<io::Error>,
+}
+
+/// Reads of one queue thread.
+pub struct Reader {
+    ring: Uring,
+    pending: Vec<Pending>,
+    free: Vec<usize>,
+    parts: Vec<IoBuf>,
+}
+
+impl Reader {
+    /// A reader that raises `event` (an eventfd) when [`Reader::reap`] has something to tell. Must stay on this thread.
+    pub fn new(event: BorrowedFd<'_>) -> io::Result<Self> {
+        Ok(Reader { ring: Uring::new(event)?, pending: Vec::new(), free: Vec::new(), parts: Vec::new() })
+    }
+
+    /// Sub-reads in flight.
+    pub fn in_flight(&self) -> usize {
+        self.ring.in_flight()
+    }
+
+    /// Fills `bufs` as `pieces` say. `Some` when that is done already; `None` when [`Reader::reap`] will tell it under
+    /// `token`. `file_of` gives the file of a piece and the offset in it; `None` for zeros.
+    ///
+    /// The caller keeps the files open and the memory mapped until then, and calls [`Reader::submit`] after a batch.
+    pub fn read<'f>(
+        &mut self,
+        token: u64,
+        pieces: &[Piece],
+        bufs: &[IoBuf],
+        file_of: impl Fn(&Source) -> Option<(&'f File, u64)>,
+    ) -> Option<io::Result<()>> {
+        let mut slot = None;
+        let mut error = None;
+        for piece in pieces {
+            self.parts.clear();
+            slice_into(bufs, piece.at, piece.len, &mut self.parts);
+            let Some((file, offset)) = file_of(&piece.source) else {
+                fill_zero(&self.parts);
+                continue;
+            };
+            match nowait::read_cached(file, &self.parts, offset) {
+                Ok(n) if n == piece.len => {}
+                Ok(n) => {
+                    let slot = *slot.get_or_insert_with(|| self.allot(token));
+                    self.pending[slot].left += 1;
+                    let mut rest = std::mem::take(&mut self.parts);
+                    advance(&mut rest, n);
+                    self.ring.read(slot as u64, file, offset + n as u64, rest);
+                }
+                Err(e) => {
+                    error = Some(e);
+                    break;
+                }
+            }
+        }
+        match (slot, error) {
+            (None, None) => Some(Ok(())),
+            (None, Some(e)) => Some(Err(e)),
+            (Some(slot), error) => {
+                self.pending[slot].error = error;
+                None
+            }
+        }
+    }
+
+    /// Hands the misses of a batch to the kernel.
+    pub fn submit(&mut self) -> io::Result<()> {
+        self.ring.submit()
+    }
+
+    /// Tells which requests have all their bytes, or failed; never waits.
+    pub fn reap(&mut self, mut done: impl FnMut(u64, io::Result<()>)) -> io::Result<()> {
+        let Reader { ring, pending, free, .. } = self;
+        ring.reap(|finished| {
+            let slot = finished.token as usize;
+            let p = &mut pending[slot];
+            p.left -= 1;
+            if let Err(e) = finished.result {
+                p.error.get_or_insert(e);
+            }
+            if p.left == 0 {
+                free.push(slot);
+                done(p.token, p.error.take().map_or(Ok(()), Err));
+            }
+        })
+    }
+
+    fn allot(&mut self, token: u64) -> usize {
+        let fresh = Pending { token, left: 0, error: None };
+        match self.free.pop() {
+            Some(slot) => {
+                self.pending[slot] = fresh;
+                slot
+            }
+            None => {
+                self.pending.push(fresh);
+                self.pending.len() - 1
+            }
+        }
+    }
+}
