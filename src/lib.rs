@@ -1,5 +1,8 @@
 //! vmar (front page to come)
 
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("vmar maps images of terabytes: it needs a 64-bit machine");
+
 pub mod codec;
 pub mod error;
 pub mod units;

@@ -53,6 +53,12 @@ pub fn is_zero(bytes: &[u8]) -> bool {
         && tail.iter().all(|&b| b == 0)
 }
 
+/// A byte count or an index as `usize`. vmar runs on 64-bit machines only, where nothing is lost.
+#[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits, see the check in lib.rs")]
+pub const fn to_usize(n: u64) -> usize {
+    n as usize
+}
+
 /// `1536 → "1.5 KiB"`: for humans only, scripts get plain byte counts.
 pub fn human_bytes(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];

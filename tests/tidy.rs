@@ -114,7 +114,11 @@ fn no_module_imports_upward() {
 #[test]
 fn the_check_for_upward_imports_can_fail() {
     assert_eq!(upward_imports("map", "use crate::redirect::plan;").len(), 1);
-    assert_eq!(upward_imports("redirect", "use crate::indexer::add;").len(), 1, "the read path never imports the indexer");
+    assert_eq!(
+        upward_imports("redirect", "use crate::indexer::add;").len(),
+        1,
+        "the read path never imports the indexer"
+    );
     assert_eq!(upward_imports("io", "use crate::{error::Error, daemon::serve};").len(), 1);
     assert!(upward_imports("redirect", "use crate::map::Map; // crate::daemon").is_empty());
 }
@@ -133,9 +137,8 @@ fn crates_stay_where_they_belong() {
     for (module, path, text) in all_sources() {
         for (name, homes) in CRATES {
             let used = text.lines().map(|l| l.split("//").next().unwrap_or("")).any(|l| {
-                l.match_indices(&format!("{name}::")).any(|(at, _)| {
-                    !l[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':')
-                })
+                l.match_indices(&format!("{name}::"))
+                    .any(|(at, _)| !l[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':'))
             });
             if used && !homes.contains(&module.as_str()) {
                 wrong.push(format!("{}: {name} belongs to {homes:?}", path.display()));

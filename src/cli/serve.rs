@@ -95,7 +95,10 @@ fn open_disk(common: &Common, args: &Args) -> Result<Disk> {
         return open_flat(common, file, args.read_only);
     }
     let Some(name) = &args.image else {
-        return Err(usage("no disk is named", "give --image NAME with --overlay FILE or --read-only, or --blk-file FILE"));
+        return Err(usage(
+            "no disk is named",
+            "give --image NAME with --overlay FILE or --read-only, or --blk-file FILE",
+        ));
     };
     if args.overlay.is_none() && !args.read_only {
         return Err(usage(
@@ -108,7 +111,8 @@ fn open_disk(common: &Common, args: &Args) -> Result<Disk> {
     let base = Base::open(&library, name)?;
     let store = open_store(args, &record)?;
     let serial = serial(&record.digest, args.overlay.as_deref());
-    let recorder = args.record.as_ref().map(|path| Recorder::create(path, &trace_header(&library, &record))).transpose()?;
+    let recorder =
+        args.record.as_ref().map(|path| Recorder::create(path, &trace_header(&library, &record))).transpose()?;
     Ok(Disk::new(base, store, serial, recorder))
 }
 
@@ -142,8 +146,8 @@ fn refuse_library_image(dir: &Path, file: &Path) -> Result<()> {
     let Ok(meta) = std::fs::metadata(file) else { return Ok(()) };
     let library = Library::open(dir)?;
     for record in library.images() {
-        let same = std::fs::metadata(library.image_path(record))
-            .is_ok_and(|m| (m.dev(), m.ino()) == (meta.dev(), meta.ino()));
+        let same =
+            std::fs::metadata(library.image_path(record)).is_ok_and(|m| (m.dev(), m.ino()) == (meta.dev(), meta.ino()));
         if same {
             let cause = format!("is image {} of library {}, which must not change", record.name, dir.display());
             return Err(Error::file(ErrorKind::Unsupported, file, cause)
@@ -159,7 +163,8 @@ fn default_state_dir() -> PathBuf {
     if unsafe { libc::geteuid() } == 0 {
         return PathBuf::from("/run/vmar");
     }
-    std::env::var_os("XDG_RUNTIME_DIR").map_or_else(|| PathBuf::from("/run/vmar"), |dir| PathBuf::from(dir).join("vmar"))
+    std::env::var_os("XDG_RUNTIME_DIR")
+        .map_or_else(|| PathBuf::from("/run/vmar"), |dir| PathBuf::from(dir).join("vmar"))
 }
 
 /// A serial that stays the same as long as image and overlay do.
@@ -179,7 +184,7 @@ fn serial(image: &[u8], overlay: Option<&Path>) -> [u8; SERIAL_SIZE] {
 fn trace_header(library: &Library, record: &ImageRecord) -> TraceHeader {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     TraceHeader {
-        library: library.catalog().uuid,
+        library: crate::codec::unhex(&library.catalog().uuid).unwrap_or_default(),
         image: record.id.0,
         generation: record.generation,
         digest: record.digest,

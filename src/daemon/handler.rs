@@ -11,7 +11,7 @@ use std::io;
 use std::sync::Arc;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
-    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserSharedMsg, VhostUserShMemConfig,
+    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
     VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
@@ -111,8 +111,8 @@ impl Handler {
         };
         if ring.worker.is_none() {
             let vring = ring.vring.clone();
-            let worker =
-                Worker::spawn(index as usize, vring, memory.clone(), Arc::clone(disk), Arc::clone(jobs)).map_err(|e| {
+            let worker = Worker::spawn(index as usize, vring, memory.clone(), Arc::clone(disk), Arc::clone(jobs))
+                .map_err(|e| {
                     log::error!("queue {index}: cannot start its thread and io_uring: {e}");
                     Error::ReqHandlerError(e)
                 })?;
@@ -192,7 +192,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         }
         // Without protocol features there is no SET_VRING_ENABLE, and rings start enabled.
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
-            for index in 0..self.rings.len() as u32 {
+            for index in 0..u32::from(self.geometry.num_queues) {
                 self.ring(index)?.vring.set_enabled(true);
                 self.update(index)?;
             }
@@ -206,8 +206,13 @@ impl VhostUserBackendReqHandlerMut for Handler {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<u64>>> {
-        let (mapped, mappings): (Vec<_>, Vec<_>) =
-            regions.iter().zip(files).map(|(region, file)| map_region(region, file)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let (mapped, mappings): (Vec<_>, Vec<_>) = regions
+            .iter()
+            .zip(files)
+            .map(|(region, file)| map_region(region, file))
+            .collect::<Result<Vec<_>>>()?
+            .into_iter()
+            .unzip();
         self.replace_memory(GuestMemoryMmap::from_regions(mapped).map_err(memory_error)?)?;
         self.mappings = mappings;
         Ok(None)
@@ -249,7 +254,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
         let size = u16::try_from(num).map_err(|_| Error::InvalidParam)?;
         // The crate logs and ignores a size that it does not take.
         if size == 0 || size > QUEUE_SIZE_MAX || !size.is_power_of_two() || ring.running {
-            log::error!("queue {index}: a ring of {num} entries is not possible (a power of two up to {QUEUE_SIZE_MAX})");
+            log::error!(
+                "queue {index}: a ring of {num} entries is not possible (a power of two up to {QUEUE_SIZE_MAX})"
+            );
             return Err(Error::InvalidParam);
         }
         ring.vring.set_queue_size(size);

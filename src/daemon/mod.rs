@@ -69,7 +69,13 @@ pub fn serve(disk: Disk, endpoint: Inherited, num_queues: u16, stop: &StopSignal
     result
 }
 
-fn accept_loop(disk: &Arc<Disk>, jobs: &Arc<Jobs>, listening: &Listening, queues: u16, stop: &StopSignal) -> Result<()> {
+fn accept_loop(
+    disk: &Arc<Disk>,
+    jobs: &Arc<Jobs>,
+    listening: &Listening,
+    queues: u16,
+    stop: &StopSignal,
+) -> Result<()> {
     while ready(listening.as_fd(), stop) {
         let accepted = listening.accept().map_err(|e| Error::io("the vhost-user socket", "accept a connection", e))?;
         if let Some(stream) = accepted

@@ -6,8 +6,8 @@ use rustix::event::{PollFd, PollFlags, poll};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use vhost_user_backend::VringT;
 use virtio_queue::{QueueOwnedT, QueueT};
@@ -36,7 +36,13 @@ pub struct Worker {
 
 impl Worker {
     /// Starts the thread of queue `index`.
-    pub fn spawn(index: usize, vring: Vring, memory: GuestMemory, disk: Arc<Disk>, jobs: Arc<Jobs>) -> io::Result<Self> {
+    pub fn spawn(
+        index: usize,
+        vring: Vring,
+        memory: GuestMemory,
+        disk: Arc<Disk>,
+        jobs: Arc<Jobs>,
+    ) -> io::Result<Self> {
         let mailbox = Mailbox::new()?;
         let (commands, receiver) = channel();
         let (ready, started) = channel();
@@ -126,7 +132,6 @@ impl Queue {
                     Ok(Command::Run { kick, write_through }) => {
                         self.executor.set_write_through(write_through);
                         self.kick = Some(kick);
-                        busy = true;
                     }
                     Ok(Command::Stop { done }) => {
                         self.drain();
@@ -161,7 +166,8 @@ impl Queue {
             Err(e) => return Err(e.into()),
         }
         let kicked = fds.get(1).is_some_and(|fd| fd.revents().intersects(PollFlags::IN));
-        let hung = fds.get(1).is_some_and(|fd| fd.revents().intersects(PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL));
+        let hung =
+            fds.get(1).is_some_and(|fd| fd.revents().intersects(PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL));
         self.mailbox.clear();
         if let Some(kick) = &self.kick {
             if kicked {

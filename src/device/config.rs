@@ -13,6 +13,14 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RIN
 /// SIZE_MAX is not offered at all: libblkio takes a value of 0 for a largest transfer of 0.
 const SEG_MAX: u32 = 126;
 
+/// Bytes of a logical block: what the guest may address.
+const LOGICAL_BLOCK: u32 = 512;
+
+/// Logical blocks of a physical block, as a power of two.
+const PHYSICAL_BLOCK_EXP: u8 = 3;
+
+const _: () = assert!(LOGICAL_BLOCK as u64 == SECTOR_SIZE && SECTOR_SIZE << PHYSICAL_BLOCK_EXP == BLOCK_SIZE);
+
 /// The largest range of one write-zeroes segment, in sectors: 2 GiB, which bounds how long a request can take.
 const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 22;
 
@@ -66,23 +74,22 @@ impl Geometry {
 
     /// `struct virtio_blk_config`, field by field, little-endian.
     fn space(&self) -> Vec<u8> {
-        let block_exp = (BLOCK_SIZE / SECTOR_SIZE).trailing_zeros() as u8;
         let mut out = Vec::with_capacity(64);
         out.extend((self.size / SECTOR_SIZE).to_le_bytes()); // capacity
         out.extend(0u32.to_le_bytes()); // size_max: not offered
         out.extend(SEG_MAX.to_le_bytes());
         out.extend([0; 4]); // geometry: not offered
-        out.extend((SECTOR_SIZE as u32).to_le_bytes()); // blk_size
-        out.push(block_exp); // topology: physical blocks of 4 KiB, the unit of the page cache ...
+        out.extend(LOGICAL_BLOCK.to_le_bytes()); // blk_size
+        out.push(PHYSICAL_BLOCK_EXP); // topology: physical blocks of 4 KiB, the unit of the page cache ...
         out.push(0);
-        out.extend(((BLOCK_SIZE / SECTOR_SIZE) as u16).to_le_bytes()); // ... as the least sensible I/O ...
+        out.extend((1u16 << PHYSICAL_BLOCK_EXP).to_le_bytes()); // ... as the least sensible I/O ...
         out.extend(128u32.to_le_bytes()); // ... and 64 KiB, a cluster of the overlay, as the best
         out.push(1); // writeback: the cache mode cannot be toggled (CONFIG_WCE is not offered)
         out.push(0);
         out.extend(self.num_queues.to_le_bytes());
         out.extend([0; 12]); // discard: not offered
         out.extend(if self.read_only { 0 } else { WRITE_ZEROES_SECTORS_MAX }.to_le_bytes());
-        out.extend(if self.read_only { 0 } else { SEGMENTS_MAX as u32 }.to_le_bytes());
+        out.extend(if self.read_only { 0 } else { SEGMENTS_MAX }.to_le_bytes());
         out.push(u8::from(!self.read_only)); // write_zeroes_may_unmap
         out.extend([0; 3]);
         out

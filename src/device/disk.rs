@@ -7,7 +7,7 @@ use crate::io::file;
 use crate::overlay::{BaseRead, Overlay, State};
 use crate::redirect::plan::{Layer, Piece, Source, push};
 use crate::redirect::{Base, Recorder};
-use crate::units::SECTOR_SIZE;
+use crate::units::{SECTOR_SIZE, to_usize};
 use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::io;
@@ -61,8 +61,8 @@ impl Disk {
 
     /// True when the range is whole sectors inside the disk.
     pub fn contains(&self, offset: u64, len: u64) -> bool {
-        offset % SECTOR_SIZE == 0
-            && len % SECTOR_SIZE == 0
+        offset.is_multiple_of(SECTOR_SIZE)
+            && len.is_multiple_of(SECTOR_SIZE)
             && offset.checked_add(len).is_some_and(|end| end <= self.size)
     }
 
@@ -72,8 +72,8 @@ impl Disk {
             return self.base.plan(offset, len, 0, out);
         };
         for run in overlay.runs(offset, len as u64) {
-            let at = (run.offset - offset) as usize;
-            let len = run.len as usize;
+            let at = to_usize(run.offset - offset);
+            let len = to_usize(run.len);
             match layer(overlay, run.offset, run.state) {
                 Layer::Base => self.base.plan(run.offset, len, at, out),
                 Layer::Overlay { offset } => push(out, Piece { at, len, source: Source::Overlay { offset } }),
@@ -189,8 +189,7 @@ fn layer(overlay: &Overlay, offset: u64, state: State) -> Layer {
 /// Zeroes a range of a raw file: a hole when space may be given back, else a zeroed allocated range. File systems that
 /// have neither get zeros written.
 fn zero_in_place(file: &File, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-    let mode =
-        if unmap { FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE } else { FallocateFlags::ZERO_RANGE };
+    let mode = if unmap { FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE } else { FallocateFlags::ZERO_RANGE };
     match rustix::fs::fallocate(file, mode, offset, len) {
         Ok(()) => Ok(()),
         Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(file, offset, len),
@@ -200,10 +199,10 @@ fn zero_in_place(file: &File, offset: u64, len: u64, unmap: bool) -> io::Result<
 
 fn write_zeros(file: &File, offset: u64, len: u64) -> io::Result<()> {
     use std::os::unix::fs::FileExt;
-    let zeros = vec![0u8; (1 << 20).min(len as usize)];
+    let zeros = vec![0u8; (1 << 20).min(to_usize(len))];
     let mut done = 0;
     while done < len {
-        let n = zeros.len().min((len - done) as usize);
+        let n = zeros.len().min(to_usize(len - done));
         file.write_all_at(&zeros[..n], offset + done)?;
         done += n as u64;
     }

@@ -11,6 +11,7 @@ use super::request::{Kind, Request, Status};
 use crate::io::buf::{self, total_len};
 use crate::redirect::plan::Piece;
 use crate::redirect::reader::Reader;
+use crate::units::to_usize;
 use std::io;
 use std::sync::Arc;
 
@@ -169,7 +170,7 @@ impl<G> Executor<G> {
 
     /// Takes a result into account; `Some` when the request has ended by it.
     fn end(&mut self, token: u64, result: io::Result<()>) -> Option<Completion> {
-        let token = token as usize;
+        let token = to_usize(token);
         let slot = self.slots[token].as_mut();
         let Some(flight) = slot else { unreachable!("a result names a request in flight") };
         if flight.then_flush && result.is_ok() {

@@ -22,7 +22,7 @@ pub const SERIAL_SIZE: usize = 20;
 const CHAIN_MAX: usize = 1024;
 
 /// The most write-zeroes segments that one request may carry (and what the config space offers).
-pub const SEGMENTS_MAX: usize = 1;
+pub const SEGMENTS_MAX: u32 = 1;
 
 /// How a request ended, as the guest sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,11 +37,13 @@ pub enum Status {
 
 impl Status {
     fn code(self) -> u8 {
-        (match self {
+        let code = match self {
             Status::Ok => VIRTIO_BLK_S_OK,
             Status::IoErr => VIRTIO_BLK_S_IOERR,
             Status::Unsupported => VIRTIO_BLK_S_UNSUPP,
-        }) as u8
+        };
+        // The binding's type is wider than the byte on the ring.
+        code.to_le_bytes()[0]
     }
 }
 
@@ -197,7 +199,7 @@ fn split_last_byte(list: &mut Vec<IoBuf>) -> Option<IoBuf> {
 /// The segments of a write-zeroes request (section 5.2.6: flags other than UNMAP are reserved).
 fn parse_segments(data: &[IoBuf]) -> Result<Vec<Segment>, Status> {
     let len = buf::total_len(data);
-    if len == 0 || len % SEGMENT_SIZE != 0 || len / SEGMENT_SIZE > SEGMENTS_MAX {
+    if len == 0 || !len.is_multiple_of(SEGMENT_SIZE) || len / SEGMENT_SIZE > SEGMENTS_MAX as usize {
         return Err(Status::IoErr);
     }
     let mut bytes = vec![0u8; len];

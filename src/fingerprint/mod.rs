@@ -1,7 +1,16 @@
 //! Fingerprints of 4 KiB blocks (paper, section 3.1), and the digest of a whole image.
 //!
 //! A fingerprint is a hint and never a proof: SHA-1 collisions exist, so two blocks are compared byte for byte before
-//! one is read in place of the other.
+//! one is read in place of the other. Zero blocks and holes have no fingerprint. A partial last block is fingerprinted
+//! by the bytes that it has.
+//!
+//! - [`scan`] reads an image once, on all cores, and makes its fingerprints and its [`digest`],
+//! - [`run`] keeps the fingerprints of one image in a file, sorted by hash.
+
+pub mod digest;
+pub mod extents;
+pub mod run;
+pub mod scan;
 
 use crate::error::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
@@ -29,10 +38,31 @@ impl FromStr for Algorithm {
     fn from_str(text: &str) -> Result<Algorithm> {
         match text {
             "sha1" => Ok(Algorithm::Sha1),
-            _ => {
-                Err(Error::new(ErrorKind::Usage, format!("fingerprint {text:?}"), "unknown")
-                    .mend("the fingerprints: sha1"))
-            }
+            _ => Err(Error::new(ErrorKind::Usage, format!("fingerprint {text:?}"), "unknown")
+                .mend("the fingerprints: sha1")),
         }
+    }
+}
+
+/// The hash of a block.
+pub type Hash = [u8; 20];
+
+/// One non-zero block of an image. Rows are ordered by hash, then variant, then block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Row {
+    /// Hash of the block's bytes.
+    pub hash: Hash,
+    /// Which content of this hash: 0, unless contents collide. Equal `(hash, variant)` means equal bytes, throughout a
+    /// sharing domain.
+    pub variant: u32,
+    /// Where in the image, in blocks.
+    pub block: u32,
+}
+
+/// Hashes one block.
+pub fn hash_block(algorithm: Algorithm, bytes: &[u8]) -> Hash {
+    use sha1::Digest;
+    match algorithm {
+        Algorithm::Sha1 => sha1::Sha1::digest(bytes).into(),
     }
 }

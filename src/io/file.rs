@@ -6,13 +6,17 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 /// Pieces that one system call takes (IOV_MAX).
-const IOV_MAX: usize = 1024;
+const IOV_MAX: libc::c_int = 1024;
+
+/// How many pieces of the list one call takes.
+fn count(bufs: &[IoBuf]) -> libc::c_int {
+    libc::c_int::try_from(bufs.len()).map_or(IOV_MAX, |n| n.min(IOV_MAX))
+}
 
 /// One `preadv2` with `flags` at `offset`; the kernel may transfer less than asked.
 pub(super) fn preadv2(file: &File, bufs: &[IoBuf], offset: u64, flags: libc::c_int) -> io::Result<usize> {
-    let count = bufs.len().min(IOV_MAX) as libc::c_int;
-    // SAFETY: IoBuf is a transparent iovec, `count` of them are readable, and their makers promised the memory.
-    let n = unsafe { libc::preadv2(file.as_raw_fd(), bufs.as_ptr().cast(), count, offset as libc::off_t, flags) };
+    // SAFETY: IoBuf is a transparent iovec, `count(bufs)` of them are readable, and their makers promised the memory.
+    let n = unsafe { libc::preadv2(file.as_raw_fd(), bufs.as_ptr().cast(), count(bufs), offset as libc::off_t, flags) };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
@@ -40,9 +44,8 @@ pub fn write_all_at(file: &File, bufs: &[IoBuf], mut offset: u64) -> io::Result<
     let mut left = bufs.to_vec();
     advance(&mut left, 0);
     while !left.is_empty() {
-        let count = left.len().min(IOV_MAX) as libc::c_int;
         // SAFETY: as in `preadv2`.
-        let n = unsafe { libc::pwritev(file.as_raw_fd(), left.as_ptr().cast(), count, offset as libc::off_t) };
+        let n = unsafe { libc::pwritev(file.as_raw_fd(), left.as_ptr().cast(), count(&left), offset as libc::off_t) };
         match usize::try_from(n) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(n) => {

@@ -5,6 +5,7 @@
 //! buffers: ballooning punches the memfd, and pinned pages would live on silently beside the guest's.
 
 use super::buf::{IoBuf, advance};
+use crate::units::to_usize;
 use io_uring::{IoUring, opcode, squeue, types};
 use std::collections::VecDeque;
 use std::fs::File;
@@ -19,7 +20,7 @@ const ENTRIES: u32 = 128;
 const IN_KERNEL_MAX: usize = 2 * ENTRIES as usize;
 
 /// IOV_MAX: pieces that one operation may have.
-const IOV_MAX: usize = 1024;
+const IOV_MAX: u32 = 1024;
 
 /// A finished read: the caller's token and how it went. A read that hits the end of the file is `UnexpectedEof`.
 #[derive(Debug)]
@@ -134,7 +135,7 @@ impl Uring {
         let mut again = false;
         while let Some(cqe) = { self.ring.completion().next() } {
             self.in_kernel -= 1;
-            let index = cqe.user_data() as usize;
+            let index = to_usize(cqe.user_data());
             match self.step(index, cqe.result()) {
                 Some(result) => {
                     let Some(op) = self.ops[index].take() else { unreachable!("a completed operation has a slot") };
@@ -156,8 +157,8 @@ impl Uring {
         match result {
             0 => Some(Err(io::ErrorKind::UnexpectedEof.into())),
             n if n > 0 => {
-                op.offset += n as u64;
-                advance(&mut op.bufs, n as usize);
+                op.offset += u64::from(n.unsigned_abs());
+                advance(&mut op.bufs, n.unsigned_abs() as usize);
                 op.bufs.is_empty().then_some(Ok(()))
             }
             e if matches!(-e, libc::EINTR | libc::EAGAIN) => None,
@@ -168,7 +169,7 @@ impl Uring {
 
 /// The submission entry of a read.
 fn entry_of(op: &Op) -> squeue::Entry {
-    let count = op.bufs.len().min(IOV_MAX) as u32;
+    let count = u32::try_from(op.bufs.len()).map_or(IOV_MAX, |n| n.min(IOV_MAX));
     opcode::Readv::new(types::Fd(op.fd), op.bufs.as_ptr().cast(), count).offset(op.offset).build()
 }
 

@@ -67,7 +67,7 @@ impl Base {
                 .mend("restore the map that belongs to this library"));
         }
         let targets = map.targets().map(|(target, _)| open_target(library, &path, target)).collect::<Result<_>>()?;
-        Ok(Base { layout: Layout::Mapped(map), targets, size: record.size })
+        Ok(Base { layout: Layout::Mapped(Box::new(map)), targets, size: record.size })
     }
 
     /// A raw file read as it is (`--blk-file`), opened for writing if `writable`.
@@ -83,8 +83,12 @@ impl Base {
             return Err(Error::file(ErrorKind::Unsupported, path, "is neither a regular file nor a block device"));
         }
         if writable && meta.permissions().mode() & 0o222 == 0 {
-            return Err(Error::file(ErrorKind::Unsupported, path, "is read-only; vmar makes the images of a library so")
-                .mend("serve it with --read-only, or through --image and --overlay"));
+            return Err(Error::file(
+                ErrorKind::Unsupported,
+                path,
+                "is read-only; vmar makes the images of a library so",
+            )
+            .mend("serve it with --read-only, or through --image and --overlay"));
         }
         let file = File::options().read(true).write(writable).open(path).map_err(failed)?;
         let size = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|e| failed(e.into()))?;

@@ -8,7 +8,7 @@
 //! ```
 
 use crate::map::Map;
-use crate::units::BLOCK_SIZE;
+use crate::units::{BLOCK_SIZE, to_usize};
 
 /// Where the bytes of one stretch of the disk are, seen from the overlay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +57,7 @@ pub struct Piece {
 /// What a base is made of, as far as planning goes.
 pub enum Layout<B: AsRef<[u8]>> {
     /// An image with its block map.
-    Mapped(Map<B>),
+    Mapped(Box<Map<B>>),
     /// A single file read as it is (`--blk-file`).
     Flat,
 }
@@ -72,7 +72,7 @@ pub fn plan_base<B: AsRef<[u8]>>(
     at: usize,
     out: &mut Vec<Piece>,
 ) {
-    let inside = base_size.saturating_sub(offset).min(len as u64) as usize;
+    let inside = to_usize(base_size.saturating_sub(offset).min(len as u64));
     if inside > 0 {
         match layout {
             Layout::Flat => push(out, Piece { at, len: inside, source: Source::Image { target: 0, offset } }),
@@ -89,7 +89,10 @@ fn plan_mapped<B: AsRef<[u8]>>(map: &Map<B>, offset: u64, len: usize, at: usize,
     let end = offset + len as u64;
     let first = offset / BLOCK_SIZE;
     let count = end.div_ceil(BLOCK_SIZE) - first;
-    for run in map.runs(first as u32, count as u32) {
+    // Both fit: images have at most 2^32 blocks, and a request, bounded by 2^32 bytes, far fewer.
+    let first = u32::try_from(first).unwrap_or(u32::MAX);
+    let count = u32::try_from(count).unwrap_or(u32::MAX);
+    for run in map.runs(first, count) {
         // The run's bytes, clipped to the request: the first and the last block may be wanted only in part.
         let run_start = u64::from(run.source) * BLOCK_SIZE;
         let from = run_start.max(offset);
@@ -100,7 +103,7 @@ fn plan_mapped<B: AsRef<[u8]>>(map: &Map<B>, offset: u64, len: usize, at: usize,
                 Source::Image { target, offset: u64::from(block) * BLOCK_SIZE + (from - run_start) }
             }
         };
-        push(out, Piece { at: at + (from - offset) as usize, len: (to - from) as usize, source });
+        push(out, Piece { at: at + to_usize(from - offset), len: to_usize(to - from), source });
     }
 }
 

@@ -6,6 +6,7 @@
 use super::plan::{Piece, Source};
 use crate::io::buf::{IoBuf, advance, fill_zero, slice_into};
 use crate::io::{nowait, uring::Uring};
+use crate::units::to_usize;
 use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -91,7 +92,7 @@ impl Reader {
     pub fn reap(&mut self, mut done: impl FnMut(u64, io::Result<()>)) -> io::Result<()> {
         let Reader { ring, pending, free, .. } = self;
         ring.reap(|finished| {
-            let slot = finished.token as usize;
+            let slot = to_usize(finished.token);
             let p = &mut pending[slot];
             p.left -= 1;
             if let Err(e) = finished.result {

@@ -21,6 +21,8 @@ const QUEUE: usize = 1 << 16;
 /// How often what was recorded reaches the file.
 const FLUSH_EVERY: Duration = Duration::from_millis(200);
 
+type Writer = TraceWriter<BufWriter<File>>;
+
 /// A trace being written.
 #[derive(Debug)]
 pub struct Recorder {
@@ -28,7 +30,7 @@ pub struct Recorder {
     requests: AtomicU32,
     dropped: AtomicU64,
     sender: Mutex<Option<SyncSender<Record>>>,
-    thread: Mutex<Option<JoinHandle<std::io::Result<TraceWriter<BufWriter<File>>>>>>,
+    thread: Mutex<Option<JoinHandle<std::io::Result<Writer>>>>,
     path: std::path::PathBuf,
 }
 
@@ -88,10 +90,7 @@ impl Recorder {
 }
 
 /// The writing thread: returns the writer when the recorder lets go of its end.
-fn write(
-    mut writer: TraceWriter<BufWriter<File>>,
-    records: Receiver<Record>,
-) -> std::io::Result<TraceWriter<BufWriter<File>>> {
+fn write(mut writer: Writer, records: Receiver<Record>) -> std::io::Result<Writer> {
     use std::sync::mpsc::RecvTimeoutError;
     let mut dirty = false;
     loop {
