@@ -38,11 +38,17 @@ impl FromStr for Algorithm {
     fn from_str(text: &str) -> Result<Algorithm> {
         match text {
             "sha1" => Ok(Algorithm::Sha1),
-            _ => Err(Error::new(ErrorKind::Usage, format!("fingerprint {text:?}"), "unknown")
-                .mend("the fingerprints: sha1")),
+            _ => {
+                Err(Error::new(ErrorKind::Usage, format!("fingerprint {text:?}"), "unknown")
+                    .mend("the fingerprints: sha1"))
+            }
         }
     }
 }
+
+/// Bytes of a block, as a buffer length.
+pub const BLOCK_BYTES: usize = 4096;
+const _: () = assert!(BLOCK_BYTES as u64 == crate::units::BLOCK_SIZE);
 
 /// The hash of a block.
 pub type Hash = [u8; 20];

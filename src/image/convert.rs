@@ -25,8 +25,8 @@ pub struct Conversion<'a> {
     pub to: &'a Path,
     /// Set by somebody else to end the work early.
     pub stop: &'a AtomicBool,
-    /// Told which share of the disk is done, 0.0 to 1.0.
-    pub progress: &'a (dyn Fn(f64) + Sync),
+    /// Told how much of the disk is done, in ten-thousandths.
+    pub progress: &'a (dyn Fn(u64) + Sync),
 }
 
 /// Bytes of the disk in a qcow2 or VMDK.
@@ -133,23 +133,24 @@ fn attend(job: &Conversion, child: &mut Child) -> Result<()> {
 }
 
 /// Reads `    (12.34/100%)\r    (12.40/100%)\r…`.
-fn follow(mut pipe: impl Read, progress: &(dyn Fn(f64) + Sync)) {
+fn follow(mut pipe: impl Read, progress: &(dyn Fn(u64) + Sync)) {
     let mut text = Vec::new();
     let mut buf = [0u8; 256];
     while let Ok(n @ 1..) = pipe.read(&mut buf) {
         text.extend_from_slice(buf.get(..n).unwrap_or(&[]));
-        if let Some(percent) = last_percent(&text) {
-            progress(percent / 100.0);
+        if let Some(done) = last_progress(&text) {
+            progress(done);
         }
         let keep = text.len().saturating_sub(64);
         text.drain(..keep);
     }
 }
 
-fn last_percent(text: &[u8]) -> Option<f64> {
+/// Ten-thousandths: the percentage has two decimals.
+fn last_progress(text: &[u8]) -> Option<u64> {
     let text = String::from_utf8_lossy(text);
     let (before, _) = text.rsplit_once("/100%)")?;
-    before.rsplit_once('(')?.1.parse().ok()
+    before.rsplit_once('(')?.1.replace('.', "").parse().ok()
 }
 
 fn missing(e: std::io::Error) -> Error {
@@ -182,9 +183,9 @@ mod tests {
 
     #[test]
     fn progress_is_read_from_pieces() {
-        assert_eq!(last_percent(b"    (0.00/100%)\r    (12.50/100%)\r   (13"), Some(12.5));
-        assert_eq!(last_percent(b"    (0."), None);
-        assert_eq!(last_percent(b"x/100%)"), None);
+        assert_eq!(last_progress(b"    (0.00/100%)\r    (12.50/100%)\r   (13"), Some(1250));
+        assert_eq!(last_progress(b"    (0."), None);
+        assert_eq!(last_progress(b"x/100%)"), None);
     }
 
     #[test]

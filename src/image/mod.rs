@@ -5,7 +5,7 @@ mod magic;
 mod probe;
 mod safety;
 
-pub use convert::{Conversion, convert};
+pub use convert::{Conversion, convert, virtual_size};
 pub use probe::{Probe, probe};
 
 use serde::{Deserialize, Serialize};

@@ -72,7 +72,11 @@ fn check_descriptor(path: &Path, text: &[u8], embedded: bool) -> Result<()> {
             let is_beside = !name.is_empty() && !name.contains(['/', '\\', ':']) && name != "..";
             let target = path.with_file_name(name);
             if line.contains('"') && (!is_beside || target.is_symlink()) {
-                return Err(refer(path, &format!("its extent {name:?} is not a file beside it"), &flatten(path, "vmdk")));
+                return Err(refer(
+                    path,
+                    &format!("its extent {name:?} is not a file beside it"),
+                    &flatten(path, "vmdk"),
+                ));
             }
         }
     }
@@ -117,7 +121,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
         std::os::unix::fs::symlink("/etc/passwd", dir.path().join("link")).unwrap();
-        let descriptor = |extent: &str| format!("# Disk DescriptorFile\nparentCID=ffffffff\nRW 8 FLAT \"{extent}\" 0\n");
+        let descriptor =
+            |extent: &str| format!("# Disk DescriptorFile\nparentCID=ffffffff\nRW 8 FLAT \"{extent}\" 0\n");
         let cases = [
             (qcow2(3, 0, 0), None),
             (qcow2(2, 0, 4), None),
