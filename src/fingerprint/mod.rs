@@ -38,8 +38,10 @@ impl FromStr for Algorithm {
     fn from_str(text: &str) -> Result<Algorithm> {
         match text {
             "sha1" => Ok(Algorithm::Sha1),
-            _ => Err(Error::new(ErrorKind::Usage, format!("fingerprint {text:?}"), "unknown")
-                .mend("the fingerprints: sha1")),
+            _ => {
+                Err(Error::new(ErrorKind::Usage, format!("fingerprint {text:?}"), "unknown")
+                    .mend("the fingerprints: sha1"))
+            }
         }
     }
 }

@@ -235,8 +235,7 @@ fn more_changed_words_than_one_batch() {
     let base = BaseIdentity { digest: [1; 32], generation: 0, size: 0 };
     let size = 20 << 30;
     create(&path, &CreateOptions { backing: Path::new("/base"), base, size }).unwrap();
-    let opts =
-        OpenOptions { read_only: false, state_dir: &dir.path().join("s"), base: None, discard_unflushed: false };
+    let opts = OpenOptions { read_only: false, state_dir: &dir.path().join("s"), base: None, discard_unflushed: false };
     let o = Overlay::open(&path, &opts).unwrap();
     for cluster in (0..size / CLUSTER).step_by(2) {
         o.write_zeroes(cluster * CLUSTER, 2048, false, &Base).unwrap();
