@@ -52,7 +52,7 @@ fn several_queues_side_by_side() {
     let data = pattern(4 << 20);
     let file = bench.file("disk", &data);
     let server = bench.serve(&["--blk-file", text(&file), "--read-only", "--num-queues", "4"]);
-    let mut client = Client::connect(&server.socket, 4);
+    let mut client = Client::connect(&server.socket, 4, true);
     for round in 0..50usize {
         for q in 0..4 {
             let offset = ((round * 4 + q) * 8192) % (4 << 20);
@@ -71,7 +71,7 @@ fn out_of_range_and_read_only_requests_fail_alone() {
     let bench = Bench::new();
     let file = bench.file("disk", &pattern(1 << 20));
     let server = bench.serve(&["--blk-file", text(&file), "--read-only"]);
-    let mut client = server.client();
+    let mut client = Client::connect(&server.socket, 1, true);
     assert!(client.try_read(1 << 20, 512).is_err());
     assert!(client.try_read((1 << 20) - 512, 1024).is_err());
     assert!(client.try_read(u64::MAX & !511, 512).is_err());

@@ -59,7 +59,12 @@ pub struct Bench {
 
 impl Bench {
     pub fn new() -> Self {
-        let bench = Bench { dir: tempfile::tempdir().unwrap() };
+        Bench { dir: tempfile::tempdir().unwrap() }
+    }
+
+    /// The same with an empty library.
+    pub fn with_library() -> Self {
+        let bench = Bench::new();
         ok(&["library", "init", text(&bench.library())]);
         bench
     }
@@ -100,8 +105,10 @@ impl Bench {
         let socket = self.path(&format!("s{}", rand_suffix()));
         let state = self.path("state");
         let library = self.library();
-        let mut all =
-            vec!["--library", text(&library), "serve", "--socket-path", text(&socket), "--state-dir", text(&state)];
+        let mut all = vec!["serve", "--socket-path", text(&socket), "--state-dir", text(&state)];
+        if library.exists() {
+            all.extend(["--library", text(&library)]);
+        }
         all.extend(args);
         Server::start(vmar(&all), socket)
     }
@@ -140,7 +147,7 @@ impl Server {
     }
 
     pub fn client(&self) -> Client {
-        Client::connect(&self.socket, 1)
+        Client::connect(&self.socket, 1, false)
     }
 
     /// SIGTERM, and what came of it.
@@ -204,8 +211,9 @@ pub struct Client {
 unsafe impl Send for Client {}
 
 impl Client {
-    pub fn connect(socket: &Path, queues: i32) -> Client {
+    pub fn connect(socket: &Path, queues: i32, read_only: bool) -> Client {
         let mut blkio = Blkio::new("virtio-blk-vhost-user").unwrap();
+        blkio.set_bool("read-only", read_only).unwrap();
         blkio.set_str("path", text(socket)).unwrap();
         blkio.connect().unwrap();
         blkio.set_i32("num-queues", queues).unwrap();
