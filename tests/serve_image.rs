@@ -133,7 +133,9 @@ fn writes_against_a_flat_model_with_kills_between() {
         let server = bench.serve_overlay(name, &overlay);
         let mut client = server.client();
         assert_eq!(client.capacity(), model.len() as u64);
-        client.read_all(32 << 10, |offset, got| assert!(got == &model[offset as usize..][..got.len()], "round {round} at {offset}"));
+        client.read_all(32 << 10, |offset, got| {
+            assert!(got == &model[offset as usize..][..got.len()], "round {round} at {offset}")
+        });
         for _ in 0..150 {
             let sectors = model.len() / 512;
             let first = rng.below(sectors);
@@ -214,7 +216,17 @@ fn what_does_not_belong_together_is_refused() {
     let socket = bench.path("sock");
     let state = bench.path("state");
     let serve = |image: &str, rest: &[&str]| {
-        let mut args = vec!["--library", text(&library), "serve", "--socket-path", text(&socket), "--state-dir", text(&state), "--image", image];
+        let mut args = vec![
+            "--library",
+            text(&library),
+            "serve",
+            "--socket-path",
+            text(&socket),
+            "--state-dir",
+            text(&state),
+            "--image",
+            image,
+        ];
         args.extend(rest);
         fails(&args)
     };
@@ -222,7 +234,15 @@ fn what_does_not_belong_together_is_refused() {
     assert!(line.contains("one.qcow2"), "an overlay of another image: {line}");
     assert!(serve("nosuch", &["--read-only"]).contains("nosuch"));
     assert!(serve("one", &[]).contains("--overlay"));
-    let line = fails(&["serve", "--library", text(&library), "--blk-file", text(&bench.path("one.raw")), "--socket-path", text(&socket)]);
+    let line = fails(&[
+        "serve",
+        "--library",
+        text(&library),
+        "--blk-file",
+        text(&bench.path("one.raw")),
+        "--socket-path",
+        text(&socket),
+    ]);
     assert!(line.contains("image one"), "{line}");
     let line = fails(&["serve", "--blk-file", text(&bench.path("one.raw")), "--socket-path", text(&socket)]);
     assert!(line.contains("read-only"), "{line}");
@@ -263,8 +283,17 @@ fn two_servers_on_one_overlay_are_refused() {
     let mut client = server.client();
     client.write(0, &[3; 512]);
     let line = fails(&[
-        "--library", text(&bench.library()), "serve", "--socket-path", text(&bench.path("other")), "--state-dir",
-        text(&bench.path("state")), "--image", "one", "--overlay", text(&overlay),
+        "--library",
+        text(&bench.library()),
+        "serve",
+        "--socket-path",
+        text(&bench.path("other")),
+        "--state-dir",
+        text(&bench.path("state")),
+        "--image",
+        "one",
+        "--overlay",
+        text(&overlay),
     ]);
     assert!(line.contains("one.qcow2"), "{line}");
     assert_eq!(client.read(0, 512), [3; 512]);
