@@ -4,6 +4,9 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 default_roles=(web db cache python)
+# What a machine needs to boot, and what an administrator expects to find on one.
+base_packages=(systemd-sysv udev dbus kmod initramfs-tools zstd iproute2 procps ca-certificates
+    openssl curl wget gnupg perl man-db bash-completion sudo rsync file less vim tmux htop)
 mbr_code=/usr/lib/syslinux/mbr/mbr.bin
 part_start=$((1024 * 1024))
 lists_max_age=$((6 * 3600))
@@ -87,7 +90,6 @@ write_apt_conf() {
     {
         apt-config dump | grep -E '^Acquire::(http|https|ftp|Retries|Check-Date|Check-Valid-Until)' | grep -v '""' || true
         cat <<'EOF'
-APT::Install-Recommends "false";
 APT::Keep-Downloaded-Packages "true";
 Acquire::Languages "none";
 Dpkg::Options { "--force-unsafe-io"; };
@@ -220,9 +222,7 @@ inside_base() {
     inside_name=base
     root=$tmp/base
     step "debootstrap of $suite (once, then cached)"
-    debootstrap --variant=minbase \
-        --include=systemd-sysv,udev,dbus,kmod,initramfs-tools,zstd,iproute2,procps,ca-certificates,openssl,less,vim-tiny \
-        "$suite" "$root" "$mirror"
+    debootstrap --variant=minbase --include="$(IFS=,; echo "${base_packages[*]}")" "$suite" "$root" "$mirror"
     rm -f "$root"/var/cache/apt/archives/*.deb "$root"/var/cache/apt/*.bin
     rm -rf "$root"/var/lib/apt/lists/*
     tar -C "$root" --one-file-system --numeric-owner --xattrs -cf "$cache/base-$suite.tar.new" .
@@ -248,7 +248,11 @@ choose_kernel() {
         sed -n 's/^Depends:.*\(linux-image-[0-9][^ ,]*\).*/\1/p')
     [ -n "$newest" ] || { echo "apt knows no linux-image-cloud-amd64"; return 1; }
     series=$(cut -d. -f1,2 <<<"$newest")
-    mapfile -t all < <(in_image apt-cache pkgnames "$series." | grep -E -- '-cloud-amd64$' | sort -V)
+    mapfile -t all < <(in_image apt-cache pkgnames "$series." | grep -E -- '-cloud-amd64$' |
+        while read -r name; do
+            # Names that other packages only mention have no version.
+            [ -z "$(in_image apt-cache madison "$name")" ] || echo "$name"
+        done | sort -V)
     case $which in
         newest) kernel=$newest ;;
         older) kernel=${all[$((${#all[@]} > 3 ? ${#all[@]} - 4 : 0))]} ;;
@@ -304,7 +308,7 @@ EOF
 inside_image() {
     role=$1
     inside_name=$role
-    role_kernel=newest role_packages='' role_units='' role_debconf=''
+    role_kernel=newest role_packages='' role_apt_options='' role_units='' role_debconf=''
     role_configure() { :; }
     # shellcheck source=/dev/null
     . "$here/roles/$role.sh"
@@ -334,11 +338,11 @@ inside_image() {
     update_lists
     choose_kernel "$role_kernel"
     step "kernel ${kernel#linux-image-}"
-    in_image apt-get install -y "$kernel"
+    in_image apt-get install -y --no-install-recommends "$kernel"
     step "${role_packages}"
     [ -z "$role_debconf" ] || in_image debconf-set-selections <<<"$role_debconf"
     # shellcheck disable=SC2086
-    in_image apt-get install -y $role_packages
+    in_image apt-get install -y $role_apt_options $role_packages
 
     step "configuration and boot loader"
     version=${kernel#linux-image-}

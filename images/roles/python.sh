@@ -2,6 +2,8 @@
 # shellcheck shell=bash disable=SC2034
 role_kernel=older
 role_packages="python3 python3-numpy python3-scipy"
+# The recommended packages are compilers, half a gigabyte of them.
+role_apt_options=--no-install-recommends
 role_units="vmar-solver.service"
 
 role_configure() {
