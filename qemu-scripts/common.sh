@@ -123,7 +123,7 @@ as_mib() {
 # Bytes of these files in the page cache (fincore uses mincore).
 cached_bytes() {
     [ $# -gt 0 ] || { echo 0; return 0; }
-    fincore --bytes --noheadings --output RES "$@" | awk '{ s += $1 } END { printf "%d\n", s }'
+    fincore --bytes --noheadings --output RES "$@" | awk '{ s += $1 } END { printf "%.0f\n", s }'
 }
 
 # Out of the page cache with these files, and only these: others live on this machine too.
