@@ -1,7 +1,7 @@
 //! Looking at an overlay from outside: changes nothing and takes no lock, so it works while a VM runs on it.
 
 use super::layout::index;
-use super::scan::{self, Fault, Stop};
+use super::scan::{self, Fault};
 use super::session::{self, Ending};
 use super::{BaseIdentity, open_file, read_metadata, stopped};
 use crate::error::{Error, Result};
@@ -77,7 +77,7 @@ pub fn inspect(path: &Path, state_dir: &Path) -> Result<Info> {
         data += u64::from((word & 0xffff_ffff).count_ones());
         zero += u64::from((word >> 32).count_ones());
     };
-    scan::l2(&disk, &layout, Err, count).map_err(|stop| stopped(path, stop))?;
+    scan::all(&disk, &layout, Err, count).map_err(|stop| stopped(path, stop))?;
     Ok(Info {
         size: layout.size,
         base: header.extension.base,
@@ -106,7 +106,7 @@ pub fn check(path: &Path) -> Result<Vec<String>> {
     let (disk, _, layout) = read_metadata(path, open_file(path, true)?)?;
     let mut faults = Vec::new();
     let mut more = 0u64;
-    let mut note = |fault| {
+    let note = |fault| {
         let (Fault::Layout(what) | Fault::Corrupt(what)) = fault;
         if faults.len() < FAULTS_MAX {
             faults.push(what);
@@ -115,10 +115,7 @@ pub fn check(path: &Path) -> Result<Vec<String>> {
         }
         Ok(())
     };
-    scan::l1(&disk, &layout, &mut note)
-        .and_then(|()| scan::refcounts(&disk, &layout, &mut note))
-        .and_then(|()| scan::l2(&disk, &layout, &mut note, |_, _| {}))
-        .map_err(|stop: Stop| stopped(path, stop))?;
+    scan::all(&disk, &layout, note, |_, _| {}).map_err(|stop| stopped(path, stop))?;
     if more > 0 {
         faults.push(format!("and {more} more"));
     }

@@ -216,7 +216,7 @@ impl Header {
 
         let (name_at, name_len) = (index(fields.backing_at), fields.backing_len as usize);
         let name = name_at.checked_add(name_len).and_then(|end| bytes.get(name_at..end));
-        let name = name.filter(|n| !n.is_empty() && n.len() <= BACKING_MAX).ok_or_else(|| {
+        let name = name.filter(|n| name_at != 0 && !n.is_empty() && n.len() <= BACKING_MAX).ok_or_else(|| {
             Error::file(ErrorKind::Unsupported, path, "has no backing file, so it is no overlay any more")
         })?;
         let end = end.max(name_at + name_len).next_multiple_of(index(SECTOR_SIZE));

@@ -161,8 +161,6 @@ impl Overlay {
         session::lock(&file, path, opts.read_only)?;
         let (disk, mut header, layout) = read_metadata(path, file)?;
         check_base(path, &header, opts.base)?;
-        scan::l1(&disk, &layout, Err).map_err(|stop| stopped(path, stop))?;
-        scan::refcounts(&disk, &layout, &mut Err).map_err(|stop| stopped(path, stop))?;
         let dirty = Dirty::new(if opts.read_only { 0 } else { index(layout.clusters) });
 
         let ending = session::ending(&disk, path, &header, &layout, opts.state_dir)?;
@@ -271,9 +269,8 @@ fn read_metadata(path: &Path, file: File) -> Result<(Disk, Header, Layout)> {
     let header = Header::parse(path, &bytes)?;
     let layout = Layout::new(header.size);
     layout.agrees_with(&header).map_err(|what| stopped(path, Stop::Fault(Fault::Layout(what))))?;
-    if len < layout.file_len() {
-        let cause = format!("is cut off: {len} bytes in place of {}", layout.file_len());
-        return Err(Error::file(ErrorKind::Corrupt, path, cause));
+    if len < layout.data {
+        return Err(stopped(path, Stop::Fault(scan::cut_off(len, &layout))));
     }
     Ok((disk, header, layout))
 }
@@ -305,10 +302,10 @@ fn stopped(path: &Path, stop: Stop) -> Error {
     }
 }
 
-/// Fills `words` from the L2 tables.
+/// Fills `words` from the L2 tables, and checks all there is to check on the way.
 fn load(path: &Path, disk: &Disk, layout: &Layout, words: &[AtomicU64]) -> Result<()> {
     let store = |cluster, word| words[index(cluster)].store(word, Ordering::Relaxed);
-    scan::l2(disk, layout, Err, store).map_err(|stop| stopped(path, stop))
+    scan::all(disk, layout, Err, store).map_err(|stop| stopped(path, stop))
 }
 
 /// Goes on with the live bitmap of a process that was killed: what differs from the file was not flushed.
@@ -319,7 +316,7 @@ fn take_up(path: &Path, disk: &Disk, layout: &Layout, live: LiveFile, dirty: &Di
             dirty.mark(index(cluster));
         }
     };
-    scan::l2(disk, layout, Err, compare).map_err(|stop| stopped(path, stop))?;
+    scan::all(disk, layout, Err, compare).map_err(|stop| stopped(path, stop))?;
     if !read_only {
         return Ok(Words::Live(live));
     }

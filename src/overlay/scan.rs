@@ -50,8 +50,31 @@ fn each<const N: usize>(
     Ok(())
 }
 
+/// Everything but the header. `fault` gets what is wrong and may stop it, `word` the number and the bitmap of each cluster
+/// that is at home.
+pub(super) fn all(
+    disk: &Disk,
+    layout: &Layout,
+    mut fault: impl FnMut(Fault) -> Result<(), Fault>,
+    word: impl FnMut(u64, u64),
+) -> Result<(), Stop> {
+    l1(disk, layout, &mut fault)?;
+    l2(disk, layout, &mut fault, word)?;
+    refcounts(disk, layout, &mut fault)?;
+    // The length comes last: of a disk that QEMU has made larger, the cluster that is missing says more.
+    match disk.file().metadata()?.len() {
+        len if len < layout.file_len() => fault(cut_off(len, layout)).map_err(Stop::Fault),
+        _ => Ok(()),
+    }
+}
+
+/// The file is shorter than it must be.
+pub(super) fn cut_off(len: u64, layout: &Layout) -> Fault {
+    Fault::Corrupt(format!("is cut off: {len} bytes in place of {}", layout.file_len()))
+}
+
 /// L1: each entry points at its own L2 table.
-pub(super) fn l1(disk: &Disk, layout: &Layout, mut fault: impl FnMut(Fault) -> Result<(), Fault>) -> Result<(), Stop> {
+fn l1(disk: &Disk, layout: &Layout, mut fault: impl FnMut(Fault) -> Result<(), Fault>) -> Result<(), Stop> {
     each::<8>(disk, layout.l1, layout.l2_tables * 8, |table, bytes| {
         let entry = u64::from_be_bytes(*bytes);
         if entry == layout.l1_entry(table) { Ok(()) } else { fault(Fault::Layout(place("L2 table", table, entry))) }
@@ -103,11 +126,7 @@ fn place(what: &str, number: u64, entry: u64) -> String {
 }
 
 /// Refcounts: the table points at the blocks in order, and every cluster of the file is counted once.
-pub(super) fn refcounts(
-    disk: &Disk,
-    layout: &Layout,
-    fault: &mut dyn FnMut(Fault) -> Result<(), Fault>,
-) -> Result<(), Stop> {
+fn refcounts(disk: &Disk, layout: &Layout, mut fault: impl FnMut(Fault) -> Result<(), Fault>) -> Result<(), Stop> {
     each::<8>(disk, layout.refcount_table, layout.refcount_block_count * 8, |block, bytes| {
         let entry = u64::from_be_bytes(*bytes);
         let at_home = entry == layout.refcount_blocks + block * CLUSTER;

@@ -1,8 +1,6 @@
-//! The overlay against QEMU: what vmar writes QEMU reads, checks and may write, and what vmar refuses it refuses by name.
+//! What vmar writes, QEMU reads, checks and may write; and the whole interface once, sequentially.
 
-mod overlay_common;
-
-use overlay_common::*;
+use crate::common::*;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -62,9 +60,9 @@ fn the_header_is_golden() {
     let mut bytes = vec![0; 384];
     File::open(&path).unwrap().read_exact_at(&mut bytes, 0).unwrap();
     let dump: Vec<String> = bytes.chunks(16).map(vmar::codec::hex).collect();
-    assert_eq!(dump.join("\n"), include_str!("data/overlay_header.hex").trim_end());
+    assert_eq!(dump.join("\n"), include_str!("header.hex").trim_end());
     // FORMAT.md shows the same bytes.
-    let spec = include_str!("../src/overlay/FORMAT.md");
+    let spec = include_str!("../../src/overlay/FORMAT.md");
     for line in &dump {
         assert!(spec.contains(line), "FORMAT.md does not show {line}");
     }
@@ -273,4 +271,94 @@ fn reading_only_changes_nothing() {
     fx.open().close().unwrap();
     let clean = fx.open_read_only().unwrap();
     assert!(read_all(&clean, &fx) == want);
+}
+
+#[test]
+fn qemu_writes_after_a_clean_stop_and_vmar_goes_on() {
+    let fx = Fixture::new();
+    let mut want = fx.base.clone();
+    for round in 0..3u64 {
+        let o = fx.open();
+        let at = round * 65536 + 1024;
+        write(&o, &fx, at, &[0x40 + round as u8; 3072]);
+        want[at as usize..at as usize + 3072].fill(0x40 + round as u8);
+        o.close().unwrap();
+        drop(o);
+        let at = (round * 65536 + 2560) as usize;
+        qemu_io(
+            &fx,
+            &[&format!("write -P {} {at} 4096", 0x60 + round), &format!("write -z {} 70k", MIB * (round + 1))],
+        );
+        want[at..at + 4096].fill(0x60 + round as u8);
+        let zeros = (MIB * (round + 1)) as usize;
+        want[zeros..zeros + 70 * 1024].fill(0);
+        qemu_check(&fx.overlay);
+        let o = fx.open();
+        assert!(read_all(&o, &fx) == want, "round {round}");
+        o.close().unwrap();
+    }
+    assert!(convert(&fx) == want);
+    assert_eq!(overlay::check(&fx.overlay).unwrap(), Vec::<String>::new());
+}
+
+#[test]
+fn qemu_writes_after_a_kill_that_left_nothing_unflushed_and_vmar_goes_on() {
+    let fx = Fixture::new();
+    let o = fx.open();
+    write(&o, &fx, 0, &[1; 2048]);
+    o.flush().unwrap();
+    drop(o);
+    qemu_io(&fx, &["write -P 2 8k 4k"]);
+    let mut want = fx.base.clone();
+    want[..2048].fill(1);
+    want[8192..12288].fill(2);
+    let o = fx.open();
+    assert!(read_all(&o, &fx) == want);
+    assert_eq!(fx.live_files().len(), 1, "the bitmap of the old session is gone");
+    // The feature bit is set again: killed now, the live bitmap counts.
+    write(&o, &fx, 65536, &[3; 512]);
+    want[65536..65536 + 512].fill(3);
+    drop(o);
+    assert!(read_all(&fx.open(), &fx) == want);
+}
+
+#[test]
+fn qemu_keeps_the_extension_when_it_rewrites_the_header() {
+    let fx = Fixture::new();
+    // What makes QEMU write every extension anew.
+    qemu(&[
+        "qemu-img",
+        "rebase",
+        "-u",
+        "-f",
+        "qcow2",
+        "-F",
+        "raw",
+        "-b",
+        path_str(&fx.base_path),
+        path_str(&fx.overlay),
+    ]);
+    let o = fx.open();
+    assert_eq!(o.base(), fx.identity());
+    write(&o, &fx, 0, &[1; 512]);
+    qemu_check(&fx.overlay);
+    drop(o);
+    let o = fx.open();
+    o.close().unwrap();
+    let mut want = fx.base.clone();
+    want[..512].fill(1);
+    assert!(convert(&fx) == want);
+}
+
+#[test]
+fn a_commit_to_a_copy_of_the_base_gives_the_disk() {
+    let fx = Fixture::new();
+    let o = fx.open();
+    write(&o, &fx, 5 * 512, &[1; 512]);
+    o.write_zeroes(65536, 65536, true, &fx).unwrap();
+    let want = read_all(&o, &fx);
+    o.close().unwrap();
+    drop(o);
+    qemu(&["qemu-img", "commit", "-q", "-f", "qcow2", path_str(&fx.overlay)]);
+    assert!(fs::read(&fx.base_path).unwrap() == want);
 }

@@ -1,5 +1,4 @@
 //! A base image, an overlay on it, a state directory, and QEMU's tools to look at them with.
-#![allow(dead_code)]
 
 use std::fs::{self, File};
 use std::io;
@@ -163,4 +162,15 @@ pub fn convert(fx: &Fixture) -> Vec<u8> {
 /// Overwrites bytes of a file.
 pub fn patch(path: &Path, at: u64, bytes: &[u8]) {
     File::options().write(true).open(path).unwrap().write_all_at(bytes, at).unwrap();
+}
+
+/// Runs `qemu-io` commands on the overlay, opened for writing.
+pub fn qemu_io(fx: &Fixture, commands: &[&str]) {
+    let mut line = vec!["qemu-io", "-f", "qcow2"];
+    for command in commands {
+        line.extend(["-c", command]);
+    }
+    line.push(path_str(&fx.overlay));
+    let text = qemu(&line);
+    assert!(!text.contains("failed"), "{text}");
 }
