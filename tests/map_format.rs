@@ -1,6 +1,6 @@
 //! `src/map/FORMAT.md` and the code describe the same bytes: its hexdump is the golden map.
 
-#![allow(clippy::unwrap_used, reason = "a test")]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test")]
 
 mod golden;
 
@@ -67,7 +67,7 @@ fn the_filter_is_the_one_that_is_specified() {
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58476d1ce4e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d049bb133111eb);
         let h = z ^ (z >> 31);
-        let line = (h >> 32) * lines >> 32;
+        let line = ((h >> 32) * lines) >> 32;
         for i in 0..hashes {
             let bit = ((h & 511) + i * (((h >> 9) & 511) | 1)) % 512;
             want[(line * 64 + bit / 8) as usize] |= 1 << (bit % 8);
