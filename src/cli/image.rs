@@ -1,13 +1,265 @@
-//! `vmar image` (being built)
+//! `vmar image`: adds images and looks at them.
 
 use super::Common;
-use crate::error::Result;
+use super::output::{Progress, Table, percent, print_json, rate};
+use crate::codec::hex;
+use crate::error::{Error, ErrorKind, Result};
+use crate::indexer::add::{Added, NewImage, add};
+use crate::indexer::verify::{Verified, verify};
+use crate::indexer::{Work, read_map};
+use crate::library::{ImageRecord, Library, Writer};
+use crate::units::human_bytes;
+use serde::Serialize;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// Verbs of `vmar image`.
 #[derive(Debug, clap::Subcommand)]
-pub enum Verb {}
+pub enum Verb {
+    /// Fingerprint images, find what they share with the others, and write their block maps; all of them or none
+    Add {
+        /// What to call an image, and its file: raw (used in place) or qcow2/VMDK (converted into the library)
+        #[arg(required = true, value_name = "NAME=FILE", value_parser = parse_new_image)]
+        images: Vec<NewImage>,
+    },
+    /// List the images
+    List,
+    /// What is known of an image, and which images it shares blocks with
+    Show {
+        /// The image
+        name: String,
+    },
+    /// Read images again: their bytes and every redirect, against the fingerprints
+    Verify {
+        /// The image; all if none is named
+        name: Option<String>,
+    },
+}
 
 /// Runs the verb.
-pub fn run(_common: &Common, verb: Verb) -> Result<()> {
-    match verb {}
+pub fn run(common: &Common, verb: Verb) -> Result<()> {
+    match verb {
+        Verb::Add { images } => run_add(common, &images),
+        Verb::List => run_list(common),
+        Verb::Show { name } => run_show(common, &name),
+        Verb::Verify { name } => run_verify(common, name),
+    }
+}
+
+fn parse_new_image(text: &str) -> Result<NewImage> {
+    let (name, file) = text.split_once('=').ok_or_else(|| {
+        Error::new(ErrorKind::Usage, format!("{text:?}"), "is not NAME=FILE").mend("for example web=/images/web.raw")
+    })?;
+    crate::library::check_name(name)?;
+    Ok(NewImage { name: name.to_string(), file: PathBuf::from(file) })
+}
+
+/// A flag that Ctrl-C and SIGTERM set. A second Ctrl-C ends the process at once (the next writer cleans up).
+fn stop_on_signals() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        signal_hook::flag::register_conditional_shutdown(signal, 1, stop.clone())
+            .and_then(|_| signal_hook::flag::register(signal, stop.clone()))
+            .map_err(|e| Error::new(ErrorKind::Io, "signals", e))?;
+    }
+    Ok(stop)
+}
+
+fn run_add(common: &Common, images: &[NewImage]) -> Result<()> {
+    let stop = stop_on_signals()?;
+    let progress = Progress::new();
+    let mut writer = Writer::open(common.library()?)?;
+    let added = add(&mut writer, images, &Work::on_all_cores(&stop, &progress))?;
+    drop(progress);
+    if common.json {
+        let lines: Vec<ImageLine> = added.iter().map(|a| image_line(writer.library(), &a.record)).collect();
+        return print_json(&lines);
+    }
+    for outcome in &added {
+        print_added(outcome);
+    }
+    Ok(())
+}
+
+fn print_added(added: &Added) {
+    let (record, totals) = (&added.record, &added.totals);
+    println!(
+        "{}: image {}, {} ({} non-zero); {} read from {} other image{}; {} entries, map {}; hashed {} at {}, map in {:.1} s",
+        record.name,
+        record.id,
+        human_bytes(record.size),
+        human_bytes(totals.nonzero_blocks * crate::units::BLOCK_SIZE),
+        percent(totals.redirected_blocks, totals.nonzero_blocks),
+        added.reads_from.len(),
+        if added.reads_from.len() == 1 { "" } else { "s" },
+        totals.entries,
+        human_bytes(totals.map_bytes),
+        human_bytes(added.data_bytes),
+        rate(added.data_bytes, added.hash_time),
+        added.map_time.as_secs_f64(),
+    );
+    if let Some(time) = added.convert_time {
+        println!("{}: converted in {:.1} s", record.name, time.as_secs_f64());
+    }
+}
+
+/// An image as `list` and `show` print it.
+#[derive(Debug, Serialize)]
+struct ImageLine {
+    name: String,
+    id: u32,
+    generation: u64,
+    path: PathBuf,
+    format: String,
+    converted_from: Option<PathBuf>,
+    size: u64,
+    blocks: u64,
+    nonzero_blocks: u64,
+    digest: String,
+    domain: String,
+    fingerprint: String,
+}
+
+fn image_line(library: &Library, record: &ImageRecord) -> ImageLine {
+    ImageLine {
+        name: record.name.clone(),
+        id: record.id.0,
+        generation: record.generation,
+        path: library.image_path(record),
+        format: record.source.as_ref().map_or_else(|| "raw".to_string(), |s| s.format.to_string()),
+        converted_from: record.source.as_ref().map(|s| s.path.clone()),
+        size: record.size,
+        blocks: record.blocks,
+        nonzero_blocks: record.nonzero_blocks,
+        digest: hex(&record.digest),
+        domain: record.domain.clone(),
+        fingerprint: record.fingerprint.to_string(),
+    }
+}
+
+fn run_list(common: &Common) -> Result<()> {
+    let library = Library::open(common.library()?)?;
+    let lines: Vec<ImageLine> = library.images().iter().map(|r| image_line(&library, r)).collect();
+    if common.json {
+        return print_json(&lines);
+    }
+    let mut table = Table::new(&["name", "format", "file", "id", "size", "non-zero"], 3);
+    for line in lines {
+        table.row(vec![
+            line.name,
+            line.format,
+            line.path.display().to_string(),
+            line.id.to_string(),
+            human_bytes(line.size),
+            percent(line.nonzero_blocks, line.blocks),
+        ]);
+    }
+    table.print();
+    Ok(())
+}
+
+/// What `show` prints.
+#[derive(Debug, Serialize)]
+struct Shown {
+    #[serde(flatten)]
+    image: ImageLine,
+    entries: u64,
+    map_bytes: u64,
+    redirected_blocks: u64,
+    self_redirected_blocks: u64,
+    reads_from: Vec<Reads>,
+}
+
+/// How many blocks are read from an image.
+#[derive(Debug, Serialize)]
+struct Reads {
+    name: String,
+    id: u32,
+    blocks: u64,
+}
+
+fn run_show(common: &Common, name: &str) -> Result<()> {
+    let library = Library::open(common.library()?)?;
+    let record = library.image(name)?;
+    let map = read_map(&library, record)?;
+    let mut reads_from = Vec::new();
+    for (target, blocks) in map.targets() {
+        let name = library.image_by_id(target.image)?.name.clone();
+        reads_from.push(Reads { name, id: target.image.0, blocks });
+    }
+    let totals = map.totals();
+    let shown = Shown {
+        image: image_line(&library, record),
+        entries: totals.entries,
+        map_bytes: totals.map_bytes,
+        redirected_blocks: totals.redirected_blocks,
+        self_redirected_blocks: totals.self_redirected_blocks,
+        reads_from,
+    };
+    if common.json {
+        return print_json(&shown);
+    }
+    print_shown(&shown);
+    Ok(())
+}
+
+fn print_shown(shown: &Shown) {
+    let image = &shown.image;
+    println!("image        {} (ID {}, generation {})", image.name, image.id, image.generation);
+    println!("file         {}", image.path.display());
+    if let Some(from) = &image.converted_from {
+        println!("converted    from {} ({})", from.display(), image.format);
+    }
+    println!("size         {} ({} bytes, {} blocks)", human_bytes(image.size), image.size, image.blocks);
+    println!("non-zero     {} blocks ({})", image.nonzero_blocks, percent(image.nonzero_blocks, image.blocks));
+    println!("digest       {}", image.digest);
+    println!("domain       {}", image.domain);
+    println!("map          {} entries, {}", shown.entries, human_bytes(shown.map_bytes));
+    let share = percent(shown.redirected_blocks, image.nonzero_blocks);
+    println!("redirected   {} blocks ({share}) to other images", shown.redirected_blocks);
+    println!("             {} blocks to another block of this image", shown.self_redirected_blocks);
+    println!();
+    let mut table = Table::new(&["read from", "id", "blocks", ""], 1);
+    for reads in &shown.reads_from {
+        let share = percent(reads.blocks, image.nonzero_blocks);
+        table.row(vec![reads.name.clone(), reads.id.to_string(), reads.blocks.to_string(), share]);
+    }
+    table.print();
+}
+
+fn run_verify(common: &Common, name: Option<String>) -> Result<()> {
+    let dir = common.library()?;
+    let stop = stop_on_signals()?;
+    let library = Library::open(dir)?;
+    let names: Vec<String> = match name {
+        Some(name) => vec![name],
+        None => library.images().iter().map(|r| r.name.clone()).collect(),
+    };
+    let mut bad = Vec::new();
+    for name in &names {
+        let progress = Progress::new();
+        let outcome = verify(dir, name, &Work::on_all_cores(&stop, &progress));
+        drop(progress);
+        match outcome {
+            Ok(verified) => print_verified(name, &verified),
+            Err(err) if names.len() == 1 || err.kind() == ErrorKind::Interrupted => return Err(err),
+            Err(err) => {
+                eprintln!("vmar: {err}");
+                bad.push(name.as_str());
+            }
+        }
+    }
+    if bad.is_empty() {
+        return Ok(());
+    }
+    let cause = format!("{} of {} images are bad: {}", bad.len(), names.len(), bad.join(", "));
+    Err(Error::file(ErrorKind::Corrupt, dir, cause).mend("see the lines above"))
+}
+
+fn print_verified(name: &str, verified: &Verified) {
+    let mended = if verified.mended { "; its modification time had changed and is accepted" } else { "" };
+    let data = human_bytes(verified.data_bytes);
+    println!("{name}: good: {data} of data, {} redirected blocks{mended}", verified.redirects);
 }

@@ -1,13 +1,50 @@
-//! `vmar stats` (being built)
+//! `vmar stats`: what the images have in common, and what the maps cost.
 
 use super::Common;
+use super::output::{Table, percent, print_json};
 use crate::error::Result;
+use crate::indexer::stats::{Stats, stats};
+use crate::library::Library;
+use crate::units::human_bytes;
 
 /// Arguments of `vmar stats`.
 #[derive(Debug, clap::Args)]
 pub struct Args {}
 
 /// Runs the verb.
-pub fn run(_common: &Common, _args: Args) -> Result<()> {
+pub fn run(common: &Common, _args: Args) -> Result<()> {
+    let stats = stats(&Library::open(common.library()?)?)?;
+    if common.json {
+        return print_json(&stats);
+    }
+    print_table(&stats);
     Ok(())
+}
+
+fn print_table(stats: &Stats) {
+    let mut table =
+        Table::new(&["name", "id", "blocks", "non-zero", "redirected", "", "entries", "blocks/entry", "map"], 1);
+    for image in &stats.images {
+        table.row(vec![
+            image.name.clone(),
+            image.id.to_string(),
+            image.blocks.to_string(),
+            image.nonzero_blocks.to_string(),
+            image.redirected_blocks.to_string(),
+            percent(image.redirected_blocks, image.nonzero_blocks),
+            image.entries.to_string(),
+            format!("{:.1}", image.nonzero_blocks as f64 / (image.entries.max(1)) as f64),
+            human_bytes(image.map_bytes),
+        ]);
+    }
+    table.print();
+    println!();
+    println!("policy                      {}", stats.policy);
+    println!("non-zero blocks             {}", stats.nonzero_blocks);
+    let unique_share = percent(stats.unique_blocks, stats.nonzero_blocks);
+    println!("unique blocks               {} ({unique_share})", stats.unique_blocks);
+    println!("clusters                    {}", stats.clusters);
+    println!("content held at least twice {:.1}%", 100.0 * stats.duplicated_ge2);
+    println!("  by at least two images    {:.1}%", 100.0 * stats.shared_ge2_images);
+    println!("  by more than three images {:.1}%", 100.0 * stats.shared_gt3_images);
 }

@@ -15,6 +15,8 @@
 
 /// Bytes of a chunk.
 pub const CHUNK_SIZE: u64 = 1 << 20;
+/// The same, as a buffer length.
+pub const CHUNK_BYTES: usize = 1 << 20;
 
 /// What the hash starts with.
 const DOMAIN: &[u8] = b"vmar content digest 1\n";

@@ -46,6 +46,10 @@ impl FromStr for Algorithm {
     }
 }
 
+/// Bytes of a block, as a buffer length.
+pub const BLOCK_BYTES: usize = 4096;
+const _: () = assert!(BLOCK_BYTES as u64 == crate::units::BLOCK_SIZE);
+
 /// The hash of a block.
 pub type Hash = [u8; 20];
 

@@ -5,9 +5,9 @@
 //!
 //! Limit: the rows of one image are held in memory, 28 bytes a non-zero block (7 GiB for a TiB of data).
 
-use super::digest::{self, CHUNK_SIZE};
+use super::digest::{self, CHUNK_BYTES, CHUNK_SIZE};
 use super::extents::data_extents;
-use super::{Algorithm, Row, hash_block};
+use super::{Algorithm, BLOCK_BYTES, Row, hash_block};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BLOCK_SIZE, IMAGE_SIZE_MAX, is_zero};
 use std::fs::File;
@@ -42,7 +42,7 @@ pub struct Job<'a> {
 /// What an image holds.
 #[derive(Debug, PartialEq)]
 pub struct Scan {
-    /// The non-zero blocks, sorted by (hash, block); all variants are 0.
+    /// The non-zero blocks, sorted by (hash, block); all variants are 0. Fewer than 2^32.
     pub rows: Vec<Row>,
     /// See [`digest`].
     pub digest: [u8; 32],
@@ -77,7 +77,11 @@ pub fn scan(job: &Job) -> Result<Scan> {
     });
     // The first error in order is the one to tell; the other workers merely stopped early.
     let parts: Vec<Part> = Result::from_iter::<Vec<Result<Part>>>(parts)?;
-    let mut rows = Vec::with_capacity(parts.iter().map(|p| p.rows.len()).sum());
+    let count = parts.iter().map(|p| p.rows.len()).sum();
+    if u32::try_from(count).is_err() {
+        return Err(Error::file(ErrorKind::Unsupported, job.path, "16 TiB without a zero block are too many"));
+    }
+    let mut rows = Vec::with_capacity(count);
     let mut chunks = Vec::new();
     for part in parts {
         rows.extend_from_slice(&part.rows);
@@ -120,7 +124,7 @@ fn work(
     failed: &AtomicBool,
 ) -> Result<Part> {
     let mut part = Part::default();
-    let mut buf = vec![0u8; CHUNK_SIZE as usize];
+    let mut buf = vec![0u8; CHUNK_BYTES];
     while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
         for index in piece.clone() {
             if failed.load(Ordering::Relaxed) {
@@ -130,8 +134,7 @@ fn work(
                 return Err(Error::file(ErrorKind::Interrupted, job.path, "stopped while it was read"));
             }
             let start = index * CHUNK_SIZE;
-            let len = CHUNK_SIZE.min(job.size - start);
-            let bytes = &mut buf[..len as usize];
+            let bytes = &mut buf[..part_len(start, job.size)];
             let data = read_chunk(job, extents, start, bytes)?;
             hash_chunk(job.algorithm, index, bytes, &mut part);
             (job.advance)(data);
@@ -149,18 +152,23 @@ fn read_chunk(job: &Job, extents: &[Range<u64>], start: u64, bytes: &mut [u8]) -
     let mut filled = start;
     for extent in extents[first..].iter().take_while(|e| e.start < end) {
         let (from, to) = (extent.start.max(start), extent.end.min(end));
-        bytes[(filled - start) as usize..(from - start) as usize].fill(0);
-        let target = &mut bytes[(from - start) as usize..(to - start) as usize];
+        bytes[part_len(start, filled)..part_len(start, from)].fill(0);
+        let target = &mut bytes[part_len(start, from)..part_len(start, to)];
         job.file.read_exact_at(target, from).map_err(|e| read_error(job.path, e))?;
         filled = to;
         data += to - from;
     }
-    bytes[(filled - start) as usize..].fill(0);
+    bytes[part_len(start, filled)..].fill(0);
     Ok(data)
 }
 
+/// Bytes from `start` to `end`, but no more than a chunk has.
+fn part_len(start: u64, end: u64) -> usize {
+    usize::try_from(end.saturating_sub(start)).map_or(CHUNK_BYTES, |len| len.min(CHUNK_BYTES))
+}
+
 /// The error of a read that was inside the file when it was opened.
-pub(crate) fn read_error(path: &Path, e: io::Error) -> Error {
+fn read_error(path: &Path, e: io::Error) -> Error {
     match e.kind() {
         io::ErrorKind::UnexpectedEof => Error::file(ErrorKind::Changed, path, "became shorter while it was read"),
         _ => Error::io(path, "read", e),
@@ -170,7 +178,7 @@ pub(crate) fn read_error(path: &Path, e: io::Error) -> Error {
 fn hash_chunk(algorithm: Algorithm, index: u64, bytes: &[u8], part: &mut Part) {
     let before = part.rows.len();
     let first = index * (CHUNK_SIZE / BLOCK_SIZE);
-    for (i, block) in (first..).zip(bytes.chunks(BLOCK_SIZE as usize)) {
+    for (i, block) in (first..).zip(bytes.chunks(BLOCK_BYTES)) {
         // `scan` refuses images of more than 2^32 blocks.
         if let Ok(number) = u32::try_from(i)
             && !is_zero(block)

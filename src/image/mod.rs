@@ -1,5 +1,13 @@
 //! What a file of an operator's is: raw, something that can be made raw, or nothing for vmar.
 
+mod convert;
+mod magic;
+mod probe;
+mod safety;
+
+pub use convert::{Conversion, convert, virtual_size};
+pub use probe::{Probe, probe};
+
 use serde::{Deserialize, Serialize};
 use std::fmt;
 

@@ -221,7 +221,7 @@ impl Catalog {
 impl ImageRecord {
     fn check(&self) -> Result<(), String> {
         check_name(&self.name).map_err(|e| e.to_string())?;
-        if self.size == 0 || self.size % SECTOR_SIZE != 0 || self.size > IMAGE_SIZE_MAX {
+        if self.size == 0 || !self.size.is_multiple_of(SECTOR_SIZE) || self.size > IMAGE_SIZE_MAX {
             return Err(format!("impossible size {}", self.size));
         }
         if self.blocks != blocks_in(self.size) || self.nonzero_blocks > self.blocks {

@@ -113,6 +113,11 @@ impl Transaction<'_> {
         Ok(path)
     }
 
+    /// Where the file that will be `to` is until the commit.
+    pub fn staged(&self, to: &Path) -> PathBuf {
+        self.staging().join(to.file_name().unwrap_or_default())
+    }
+
     /// Publishes the staged files and the records of the new images.
     pub fn commit(mut self, records: Vec<ImageRecord>) -> Result<()> {
         let mut catalog = self.library().catalog.clone();

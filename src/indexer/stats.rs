@@ -1,0 +1,116 @@
+//! What the images of a library have in common: the figures of the paper's section 4 on this library.
+
+use super::read_map;
+use crate::cluster::{Clusters, merge};
+use crate::error::Result;
+use crate::fingerprint::run;
+use crate::library::{ImageRecord, Library};
+use serde::Serialize;
+
+/// Figures of a library. Shares are of its non-zero blocks, 0 to 1.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Stats {
+    /// Which copy is the canonical one.
+    pub policy: String,
+    /// Non-zero blocks of all images.
+    pub nonzero_blocks: u64,
+    /// Distinct non-zero contents.
+    pub unique_blocks: u64,
+    /// Distinct sets of images that hold some content, singletons included (paper, section 3.1).
+    pub clusters: u64,
+    /// Share of the blocks whose content exists at least twice, inside one image or in several (figure 11a).
+    pub duplicated_ge2: f64,
+    /// Share of the blocks whose content at least two images hold (figure 11b).
+    pub shared_ge2_images: f64,
+    /// Share of the blocks whose content more than three images hold (figure 11b).
+    pub shared_gt3_images: f64,
+    /// In order of ID.
+    pub images: Vec<ImageStats>,
+}
+
+/// Figures of one image.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ImageStats {
+    /// Name.
+    pub name: String,
+    /// Number.
+    pub id: u32,
+    /// Blocks, zero ones and a partial last one included.
+    pub blocks: u64,
+    /// Blocks that are not all zero.
+    pub nonzero_blocks: u64,
+    /// Blocks that are read from another image.
+    pub redirected_blocks: u64,
+    /// Entries of its block map (figure 9).
+    pub entries: u64,
+    /// Bytes of its block map (figure 8).
+    pub map_bytes: u64,
+}
+
+/// Counts, in one pass over all runs; memory does not grow with them.
+pub fn stats(library: &Library) -> Result<Stats> {
+    let clusters = clusters(library)?;
+    let images = library.images().iter().map(|record| image_stats(library, record)).collect::<Result<_>>()?;
+    Ok(Stats {
+        policy: library.catalog().policy.to_string(),
+        nonzero_blocks: clusters.blocks(),
+        unique_blocks: clusters.contents(),
+        clusters: clusters.clusters().len() as u64,
+        duplicated_ge2: clusters.share_repeated(),
+        shared_ge2_images: clusters.share_in_images(2),
+        shared_gt3_images: clusters.share_in_images(4),
+        images,
+    })
+}
+
+/// The clusters of a library; images are numbered in order of ID, from 0 without gaps.
+pub fn clusters(library: &Library) -> Result<Clusters> {
+    let mut runs = Vec::new();
+    for record in library.images() {
+        runs.push(open_run(library, record)?);
+    }
+    let mut clusters = Clusters::default();
+    let mut content = None;
+    let (mut holders, mut copies) = (Vec::new(), 0u64);
+    for item in merge(runs) {
+        let (row, image) = item?;
+        let this = Some((row.hash, row.variant));
+        if this != content {
+            if copies > 0 {
+                clusters.add(&holders, copies);
+            }
+            content = this;
+            holders.clear();
+            copies = 0;
+        }
+        // The images of a content come in order of its blocks, not of their numbers.
+        let image = u32::try_from(image).unwrap_or(u32::MAX);
+        if let Err(at) = holders.binary_search(&image) {
+            holders.insert(at, image);
+        }
+        copies += 1;
+    }
+    if copies > 0 {
+        clusters.add(&holders, copies);
+    }
+    Ok(clusters)
+}
+
+/// Opens the fingerprints of an image.
+pub(super) fn open_run(library: &Library, record: &ImageRecord) -> Result<run::Reader> {
+    let stamp = run::Stamp { bytes: record.run.bytes, crc32c: record.run.crc32c };
+    run::Reader::open(&library.run_path(record), stamp)
+}
+
+fn image_stats(library: &Library, record: &ImageRecord) -> Result<ImageStats> {
+    let totals = read_map(library, record)?.totals();
+    Ok(ImageStats {
+        name: record.name.clone(),
+        id: record.id.0,
+        blocks: totals.blocks,
+        nonzero_blocks: totals.nonzero_blocks,
+        redirected_blocks: totals.redirected_blocks,
+        entries: totals.entries,
+        map_bytes: totals.map_bytes,
+    })
+}
