@@ -1,6 +1,7 @@
 //! `vmar overlay`: make overlays and look at them.
 
 use super::Common;
+use super::output::print_json;
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::library::Library;
@@ -153,7 +154,7 @@ fn info_json(info: &Info) -> serde_json::Value {
 fn check(common: &Common, file: &Path) -> Result<()> {
     let faults = overlay::check(file)?;
     if common.json {
-        println!("{}", serde_json::json!({ "clean": faults.is_empty(), "faults": faults }));
+        print_json(&serde_json::json!({ "clean": faults.is_empty(), "faults": faults }))?;
     } else {
         faults.iter().for_each(|fault| println!("{fault}"));
     }

@@ -97,3 +97,44 @@ fn create_needs_a_library_with_that_image() {
     assert_eq!(out.status, 1);
     assert!(out.stderr.contains("web: no such image"), "{}", out.stderr);
 }
+
+#[test]
+fn create_makes_a_disk_that_plain_qemu_reads_like_the_image() {
+    let fx = Fixture::new();
+    let library = fx.dir.path().join("lib");
+    let library = path_str(&library);
+    let ok = |args: &[&str]| {
+        let out = vmar(&[&["--library", library], args].concat());
+        assert_eq!(out.status, 0, "{args:?}: {}", out.stderr);
+        out.stdout
+    };
+    ok(&["library", "init", library]);
+    ok(&["image", "add", &format!("web={}", path_str(&fx.base_path))]);
+    let file = fx.dir.path().join("vm.qcow2");
+    let said = ok(&["overlay", "create", path_str(&file), "--image", "web", "--size", "8M"]);
+    assert!(said.contains("8.0 MiB on image web"), "{said}");
+    qemu_check(&file);
+    let record = Library::open(library).unwrap().image("web").unwrap().clone();
+    let info = json(&["overlay", "info", path_str(&file)]);
+    assert_eq!(info["size"], 8 << 20);
+    assert_eq!(info["base"]["digest"], vmar::codec::hex(&record.digest));
+    assert_eq!(info["base"]["path"], path_str(&fx.base_path));
+    let raw = fx.dir.path().join("vm.raw");
+    qemu(&["qemu-img", "convert", "-f", "qcow2", "-O", "raw", path_str(&file), path_str(&raw)]);
+    let bytes = std::fs::read(raw).unwrap();
+    assert!(bytes[..fx.base.len()] == fx.base && bytes[fx.base.len()..].iter().all(|b| *b == 0));
+    assert_eq!(bytes.len(), 8 << 20);
+
+    for (args, status, why) in [
+        (&["--image", "web"][..], 1, "exists already"),
+        (&["--image", "web", "--size", "9M"], 1, "exists already"),
+        (&["--image", "db"], 1, "no such image"),
+    ] {
+        let out = vmar(&[&["--library", library, "overlay", "create", path_str(&file)], args].concat());
+        assert_eq!(out.status, status, "{}", out.stderr);
+        assert!(out.stderr.contains(why) && out.stderr.lines().count() == 1, "{}", out.stderr);
+    }
+    let out = vmar(&["--library", library, "overlay", "create", "/tmp/none", "--image", "web", "--size", "1M"]);
+    assert_eq!(out.status, 2);
+    assert!(out.stderr.contains("is smaller than its base"), "{}", out.stderr);
+}
