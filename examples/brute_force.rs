@@ -11,6 +11,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::Read;
+use std::path::{Path, PathBuf};
 
 const BLOCK: usize = 4096;
 
@@ -24,7 +25,7 @@ struct Image {
     blocks: Vec<Option<Content>>,
 }
 
-fn read(name: &str, path: &str) -> std::io::Result<Image> {
+fn read(name: &str, path: &Path) -> std::io::Result<Image> {
     let mut file = File::open(path)?;
     let size = file.metadata()?.len();
     let mut blocks = Vec::new();
@@ -52,12 +53,9 @@ fn target(
     Some(if partial { (i, b) } else { canonical[&content] })
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let mut images = Vec::new();
-    for arg in std::env::args().skip(1) {
-        let (name, path) = arg.split_once('=').ok_or("usage: brute_force NAME=FILE ...")?;
-        images.push(read(name, path)?);
-    }
+/// The figures of the images, in the order of their IDs, as `vmar stats --json` prints them.
+pub fn count(files: &[(String, PathBuf)]) -> std::io::Result<serde_json::Value> {
+    let images = files.iter().map(|(name, path)| read(name, path)).collect::<std::io::Result<Vec<Image>>>()?;
 
     let mut canonical: HashMap<Content, (usize, usize)> = HashMap::new();
     let mut holders: HashMap<Content, Vec<usize>> = HashMap::new();
@@ -100,7 +98,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             })
         })
         .collect();
-    let stats = serde_json::json!({
+    Ok(serde_json::json!({
         "policy": "paper",
         "nonzero_blocks": nonzero,
         "unique_blocks": holders.len(),
@@ -109,7 +107,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "shared_ge2_images": share(&|h| distinct(h).len() >= 2),
         "shared_gt3_images": share(&|h| distinct(h).len() > 3),
         "images": per_image,
-    });
-    println!("{}", serde_json::to_string_pretty(&stats)?);
+    }))
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let mut files = Vec::new();
+    for arg in std::env::args().skip(1) {
+        let (name, path) = arg.split_once('=').ok_or("usage: brute_force NAME=FILE ...")?;
+        files.push((name.to_string(), PathBuf::from(path)));
+    }
+    println!("{}", serde_json::to_string_pretty(&count(&files)?)?);
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Random families of small images against the oracle.
 
-use super::oracle;
 use super::support::{Place, image_of, noise, work};
+use super::{brute_force, oracle};
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
 use vmar::indexer::verify::verify;
@@ -76,6 +76,32 @@ fn larger_images() {
     assert_eq!(added[1].reads_from.len(), 1);
     place.add(&[("c", &files[2])]).unwrap();
     oracle::check(&place, &images);
+}
+
+/// The independent counter that people run on real images says the same (on real images too, when
+/// `VMAR_REAL_IMAGES` names some raw files, separated by colons).
+#[test]
+fn the_brute_force_example_counts_the_same() {
+    let place = Place::new();
+    let contents: Vec<u32> = (0..3000).map(|i| i % 700).collect();
+    let mut files: Vec<PathBuf> = [(0, 900), (300, 2000), (100, 3000), (0, 10), (500, 1200)]
+        .iter()
+        .enumerate()
+        .map(|(i, &(from, to))| {
+            place.raw(&format!("{i}.raw"), &image_of(&contents[from..to], Some((9, 512 * (i + 1)))), |b| b % 3 == 0)
+        })
+        .collect();
+    if let Some(real) = std::env::var_os("VMAR_REAL_IMAGES") {
+        files.extend(std::env::split_paths(&real));
+    }
+    let named: Vec<(String, PathBuf)> = files.iter().enumerate().map(|(i, f)| (format!("i{i}"), f.clone())).collect();
+    let all: Vec<(&str, &Path)> = named.iter().map(|(n, f)| (n.as_str(), f.as_path())).collect();
+    place.add(&all).unwrap();
+    let mut found: serde_json::Value = serde_json::from_str(&place.ok(&["stats", "--json"])).unwrap();
+    for image in found["images"].as_array_mut().unwrap() {
+        image.as_object_mut().unwrap().remove("map_bytes");
+    }
+    assert_eq!(found, brute_force::count(&named).unwrap());
 }
 
 /// The same file under two names, and a library that moved with its raw images staying where they are.

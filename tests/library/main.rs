@@ -2,6 +2,9 @@
 //! with a plain count over the real bytes; whatever goes wrong on the way leaves the library as it was.
 
 mod bad_input;
+#[allow(dead_code, missing_docs)]
+#[path = "../../examples/brute_force.rs"]
+mod brute_force;
 mod changed;
 mod collisions;
 mod crash;
