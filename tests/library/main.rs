@@ -1,0 +1,15 @@
+//! The library from outside: images go in, and what the catalog, the runs, the maps and the figures say is compared
+//! with a plain count over the real bytes; whatever goes wrong on the way leaves the library as it was.
+
+mod bad_input;
+#[allow(dead_code, missing_docs)]
+#[path = "../../examples/brute_force.rs"]
+mod brute_force;
+mod changed;
+mod collisions;
+mod crash;
+mod family;
+mod full_disk;
+mod import;
+mod oracle;
+mod support;
