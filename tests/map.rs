@@ -317,6 +317,26 @@ fn the_largest_image_works_and_costs_little() {
     assert_eq!(map.totals().nonzero_blocks, 1 << 32);
 }
 
+/// Many entries in one section: there lookups ask the Bloom filter.
+#[test]
+fn a_fragmented_corner_of_a_large_image_is_right() {
+    let mut model: Model = vec![None; 1 << 20];
+    for i in 0..2000 {
+        model[70_000 + 2 * i] = Some((1, (i as u32 * 7) % 600));
+    }
+    let map = Map::new(build(&spec_of(&model)).unwrap()).unwrap();
+    assert!(map.search_depth_by(Scheme::Sections, 71_001) >= 6, "the test is about crowded sections");
+    let (mut zeros, mut unfiltered) = (0, 0);
+    for block in 69_000..76_000 {
+        assert_eq!(map.lookup(block).map(|h| (h.target, h.block)), model[block as usize]);
+        if model[block as usize].is_none() {
+            zeros += 1;
+            unfiltered += u32::from(map.search_depth(block) > 0);
+        }
+    }
+    assert!(unfiltered * 20 < zeros, "{unfiltered} of {zeros} zero blocks pass the filter");
+}
+
 #[test]
 fn an_image_of_zeros_has_a_map() {
     for blocks in [0, 1, 77] {
