@@ -229,6 +229,22 @@ fn a_damaged_map_with_right_checksums_stays_inside_its_images() {
     assert!(accepted > 100, "the checksums were not repaired: {accepted}");
 }
 
+#[test]
+fn index_and_filter_must_fit_the_entries() {
+    let good = build(&spec_of(&small_model())).unwrap();
+    for (part, what) in [(2, "section index"), (3, "Bloom filter")] {
+        let at = PARTS_AT + 20 * part;
+        let offset = u32::from_le_bytes(good[at..at + 4].try_into().unwrap()) as usize;
+        let len = u32::from_le_bytes(good[at + 8..at + 12].try_into().unwrap()) as usize;
+        for word in (offset..offset + len).step_by(4).filter(|&w| good[w..w + 4] != [0; 4]) {
+            let mut bytes = good.clone();
+            bytes[word..word + 4].fill(0);
+            fix_checksums(&mut bytes);
+            assert!(Map::new(&bytes).unwrap_err().to_string().contains(what), "{what} at {word}");
+        }
+    }
+}
+
 fn exercise<B: AsRef<[u8]>>(map: &Map<B>) {
     let total = u32::try_from(map.totals().blocks).unwrap_or(u32::MAX);
     let mut covered = 0;
