@@ -44,12 +44,17 @@ dir=$(cd "$dir" && pwd)
 vm_guard
 
 results=() failures=0
-# check WHAT COMMAND...: in a subshell, so that whatever fails fails one line and not the script.
+# check WHAT COMMAND...: in a subshell, so that whatever fails fails one line and not the script. (Inside a condition the
+# shell would go on after an error, so the status is taken without one.)
 check() {
-    local what=$1 log=$dir/check-$((${#results[@]} + 1)).log began=$SECONDS
+    local what=$1 log=$dir/check-$((${#results[@]} + 1)).log began=$SECONDS status
     shift
     say "... $what"
-    if (vm_dirs=(); vm_guard; "$@") >"$log" 2>&1; then
+    set +e
+    (set -e; vm_dirs=(); vm_guard; "$@") >"$log" 2>&1
+    status=$?
+    set -e
+    if [ "$status" -eq 0 ]; then
         results+=("pass  $what ($((SECONDS - began)) s)")
     else
         results+=("FAIL  $what: $(tail -n 1 "$log") (log: $log)")

@@ -96,6 +96,7 @@ probe_accel "$vm_images/${roles[0]}.vmlinuz"
 run "storm with plain qemu" storm plain
 run "storm through vmar" storm vmar
 
+# shellcheck disable=SC2016 # these are jq's variables
 table='
     def mib: . / 1048576 * 10 | round / 10;
     def ratio($limit): if $limit > 0 then . / $limit * 100 | round / 100 else "-" end;

@@ -77,6 +77,9 @@
 //! # Ok::<(), vmar::map::MapError>(())
 //! ```
 
+// Tests cut numbers down to bytes on purpose.
+#![cfg_attr(test, allow(clippy::cast_possible_truncation))]
+
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("vmar maps images of terabytes: it needs a 64-bit machine");
 

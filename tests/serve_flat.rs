@@ -74,7 +74,7 @@ fn out_of_range_and_read_only_requests_fail_alone() {
     let mut client = Client::connect(&server.socket, 1, true);
     assert!(client.try_read(1 << 20, 512).is_err());
     assert!(client.try_read((1 << 20) - 512, 1024).is_err());
-    assert!(client.try_read(u64::MAX & !511, 512).is_err());
+    assert!(client.try_read(!511, 512).is_err());
     assert!(client.try_write(0, &[1; 512]) < 0);
     assert_eq!(client.read(0, 512), &pattern(512)[..]);
 }

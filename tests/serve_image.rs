@@ -139,7 +139,8 @@ fn writes_against_a_flat_model_with_kills_between() {
         for _ in 0..150 {
             let sectors = model.len() / 512;
             let first = rng.below(sectors);
-            let count = 1 + rng.below(if rng.below(4) == 0 { 200 } else { 12 }).min(sectors - first - 1);
+            let most = if rng.below(4) == 0 { 200 } else { 12 };
+            let count = 1 + rng.below(most).min(sectors - first - 1);
             let range = first * 512..(first + count) * 512;
             match rng.below(8) {
                 0 => {

@@ -117,7 +117,7 @@ impl Iterator for Runs<'_> {
                 break;
             }
             self.at = (((self.at >> SUB_BITS) + count) << SUB_BITS).min(self.end);
-            if self.at % CLUSTER != 0 {
+            if !self.at.is_multiple_of(CLUSTER) {
                 break;
             }
             self.word = None;
@@ -217,10 +217,10 @@ mod tests {
             }
             for run in &runs {
                 prop_assert!(run.len > 0 && run.len % 512 == 0);
-                sectors.extend(std::iter::repeat_n(run.state, (run.len / 512) as usize));
+                sectors.extend(std::iter::repeat_n(run.state, index(run.len / 512)));
             }
             let want: Vec<State> =
-                (from..to).map(|s| state_in_word(words[(s / 128) as usize], s / 4 % 32)).collect();
+                (from..to).map(|s| state_in_word(words[index(s / 128)], s / 4 % 32)).collect();
             prop_assert_eq!(sectors, want);
             prop_assert_eq!(runs.first().map_or(from * 512, |r| r.offset), from * 512);
         }
@@ -239,7 +239,7 @@ mod tests {
             }
             let want = if zero { State::Zero } else { State::Data };
             for sub in 0..96u64 {
-                let i = (sub / 32) as usize;
+                let i = index(sub / 32);
                 let now = atomics[i].load(Ordering::Relaxed);
                 prop_assert!(is_valid(now));
                 prop_assert_eq!(changed.contains(&i), now != words[i]);

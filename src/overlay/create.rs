@@ -38,7 +38,7 @@ fn check_options(path: &Path, opts: &CreateOptions<'_>) -> Result<()> {
     if !opts.backing.is_absolute() {
         return refuse(format!("the path of the base image, {}, is not absolute", opts.backing.display()));
     }
-    if opts.size == 0 || opts.size % SECTOR_SIZE != 0 {
+    if opts.size == 0 || !opts.size.is_multiple_of(SECTOR_SIZE) {
         return refuse(format!("a disk of {} bytes cannot be: it must be a multiple of 512", opts.size));
     }
     if opts.size > IMAGE_SIZE_MAX {

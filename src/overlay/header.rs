@@ -371,7 +371,7 @@ impl Fields {
         if self.refcount_order != REFCOUNT_ORDER {
             return wrong("the refcount order", self.refcount_order.into());
         }
-        if self.size == 0 || self.size % SECTOR_SIZE != 0 || self.size > IMAGE_SIZE_MAX {
+        if self.size == 0 || !self.size.is_multiple_of(SECTOR_SIZE) || self.size > IMAGE_SIZE_MAX {
             return wrong("the size of the disk", self.size);
         }
         Ok(())
@@ -382,7 +382,7 @@ impl Fields {
 fn walk_extensions(path: &Path, bytes: &[u8], fields: &Fields) -> Result<(Option<(usize, usize)>, usize)> {
     let broken = || Error::file(ErrorKind::Corrupt, path, "the qcow2 header extensions are damaged");
     let mut at = fields.header_len as usize;
-    if at < 104 || at % 8 != 0 {
+    if at < 104 || !at.is_multiple_of(8) {
         return Err(Error::file(ErrorKind::Corrupt, path, format!("a qcow2 header of {at} bytes cannot be")));
     }
     // The backing file name ends the extensions even if no end marker comes before it.

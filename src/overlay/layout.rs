@@ -15,6 +15,8 @@ pub(super) const CLUSTER: u64 = 1 << CLUSTER_BITS;
 pub(super) const SUB_BITS: u32 = 11;
 /// Bytes of a subcluster: the unit of the allocation and zero bits.
 pub(super) const SUB: u64 = 1 << SUB_BITS;
+/// The same as a length of buffers.
+pub(super) const SUB_LEN: usize = index(SUB);
 /// Subclusters of a cluster.
 pub(super) const SUBS: u64 = CLUSTER / SUB;
 /// Bytes of an extended L2 entry: descriptor and bitmap.

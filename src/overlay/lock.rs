@@ -86,6 +86,7 @@ impl Drop for RangeGuard<'_> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::layout::index;
     use super::*;
     use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -131,10 +132,10 @@ mod tests {
                             if i % 5 == 0 { locks.try_lock(range.clone()) } else { Some(locks.lock(range.clone())) };
                         if guard.is_some() {
                             for n in range.clone() {
-                                assert_eq!(holders[n as usize].fetch_add(1, Ordering::SeqCst), 0);
+                                assert_eq!(holders[index(n)].fetch_add(1, Ordering::SeqCst), 0);
                             }
                             for n in range {
-                                holders[n as usize].fetch_sub(1, Ordering::SeqCst);
+                                holders[index(n)].fetch_sub(1, Ordering::SeqCst);
                             }
                         }
                     }

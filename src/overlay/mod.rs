@@ -231,7 +231,7 @@ impl Overlay {
     /// Where the content of `[offset, offset + len)` comes from, as runs that cover it exactly. Only looks at the live
     /// bitmap: no allocation, no lock, no system call. What is behind the end of the disk is not covered.
     pub fn runs(&self, offset: u64, len: u64) -> Runs<'_> {
-        debug_assert!(offset % SECTOR_SIZE == 0 && len % SECTOR_SIZE == 0, "{offset}+{len}");
+        debug_assert!(offset.is_multiple_of(SECTOR_SIZE) && len.is_multiple_of(SECTOR_SIZE), "{offset}+{len}");
         let end = offset.saturating_add(len).min(self.layout.size);
         Runs::new(self.words.get(), offset..end)
     }

@@ -83,7 +83,7 @@ fn a_flush_writes_the_bits_between_two_syncs() {
 fn neighbouring_words_go_in_one_write() {
     let fx = Fx::new();
     let o = fx.open(false).unwrap();
-    write(&o, 3 * CLUSTER, 3 * CLUSTER as usize).unwrap();
+    write(&o, 3 * CLUSTER, index(3 * CLUSTER)).unwrap();
     write(&o, 9 * CLUSTER, 2048).unwrap();
     o.disk.probe.take();
     o.flush().unwrap();

@@ -16,7 +16,7 @@
 //! So a read gives, for each sector, the last completed write or one that is in flight: what a disk promises.
 
 use super::bits::{self, State, state_in_word};
-use super::layout::{SUB, SUB_BITS, SUBS, index};
+use super::layout::{SUB, SUB_BITS, SUB_LEN, SUBS, index};
 use super::{BaseRead, Overlay};
 use crate::io::IoBuf;
 use crate::io::buf::total_len;
@@ -44,8 +44,8 @@ impl Span {
             end,
             first_sub: start >> SUB_BITS,
             end_sub: end.div_ceil(SUB),
-            partial_head: start % SUB != 0,
-            partial_tail: end % SUB != 0 && end != disk_size,
+            partial_head: !start.is_multiple_of(SUB),
+            partial_tail: !end.is_multiple_of(SUB) && end != disk_size,
         }
     }
 
@@ -60,7 +60,7 @@ impl Span {
 }
 
 /// Zeros to write, a subcluster of them.
-static ZEROS: [u8; SUB as usize] = [0; SUB as usize];
+static ZEROS: [u8; SUB_LEN] = [0; SUB_LEN];
 
 /// A list piece over bytes that are only read from.
 ///
@@ -141,7 +141,7 @@ impl Overlay {
     fn write_locked(&self, span: Span, bufs: &[IoBuf], base: &dyn BaseRead) -> io::Result<()> {
         let first = span.first_sub << SUB_BITS;
         let last_end = (span.end_sub << SUB_BITS).min(self.layout.size);
-        let (mut head, mut tail) = ([0; SUB as usize], [0; SUB as usize]);
+        let (mut head, mut tail) = ([0; SUB_LEN], [0; SUB_LEN]);
         let head = &mut head[..index(span.start - first)];
         let tail = &mut tail[..index(last_end - span.end)];
         let fill_head = span.partial_head && self.fill(first, head, base)?;
@@ -193,7 +193,7 @@ impl Overlay {
         }
         let end = offset.checked_add(len).filter(|end| *end <= self.layout.size);
         match end {
-            Some(end) if offset % SECTOR_SIZE == 0 && len % SECTOR_SIZE == 0 => {
+            Some(end) if offset.is_multiple_of(SECTOR_SIZE) && len.is_multiple_of(SECTOR_SIZE) => {
                 Ok(Span::new(offset, end, self.layout.size))
             }
             _ => Err(io::Error::new(

