@@ -1,6 +1,7 @@
 //! `vmar map`: looks inside a block map (`src/map/FORMAT.md`).
 
 use super::Common;
+use super::output::print_json;
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Mapping;
@@ -61,7 +62,10 @@ pub fn run(common: &Common, verb: Verb) -> Result<()> {
 
 /// The verified map in a file.
 fn open(path: &Path) -> Result<Map<Mapping>> {
-    let mapping = Mapping::open(path).map_err(|e| Error::io(path, "open the block map", e))?;
+    let mapping = Mapping::open(path).map_err(|e| match Error::io(path, "open the block map", e) {
+        err if err.kind() == ErrorKind::NotFound => err.mend("restore it from a copy of the library"),
+        err => err,
+    })?;
     Map::new(mapping).map_err(|e: MapError| e.at(path))
 }
 
@@ -76,13 +80,6 @@ fn open_of(library: &Library, record: &ImageRecord) -> Result<Map<Mapping>> {
             .mend("restore it from a copy, or remove and add the image again"));
     }
     Ok(map)
-}
-
-fn print_json(value: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(value)
-        .map_err(|e| Error::new(ErrorKind::Io, "standard output", format!("cannot write JSON: {e}")))?;
-    println!("{text}");
-    Ok(())
 }
 
 fn percent(part: u64, whole: u64) -> f64 {
@@ -129,7 +126,7 @@ fn verify(common: &Common, file: &Path, map: &Map<Mapping>) -> Result<()> {
         return print_json(&Verified { file, ok: true, totals: totals.into() });
     }
     println!(
-        "{}: ok: image {}, {} blocks, {} non-zero, {} redirected, {} entries, {} targets, {} bytes",
+        "{}: ok: image {}, {} blocks, {} non-zero, {} redirected, {} entries; targets: {}; {} bytes",
         file.display(),
         map.source().image,
         totals.blocks,
@@ -264,7 +261,7 @@ impl Shown {
         row("blocks", t.blocks, t.blocks);
         row("non-zero", t.nonzero_blocks, t.blocks);
         row("  in another image", t.redirected_blocks, t.nonzero_blocks);
-        row("  copies inside this image", t.self_redirected_blocks, t.nonzero_blocks);
+        row("  elsewhere in this image", t.self_redirected_blocks, t.nonzero_blocks);
         println!();
         println!("{:<28}{:>12}  of non-zero", "target", "blocks");
         for target in &self.targets {
@@ -299,7 +296,7 @@ impl Shown {
         println!();
         println!(
             "map {} bytes: targets {}, entries {}, index {} ({} sections of {} blocks), \
-             Bloom filter {} ({} bits, {} hashes, {} keys of {} blocks)",
+             Bloom filter {} ({} bits, {} hashes, {} keys; blocks a key: {})",
             self.totals.map_bytes,
             self.parts.targets_bytes,
             self.parts.entries_bytes,
@@ -479,13 +476,9 @@ impl Explained {
         for sharer in &self.shared_by {
             let listed: Vec<String> = sharer.blocks.iter().map(u32::to_string).collect();
             let more = if sharer.count > listed.len() as u64 { ", …" } else { "" };
-            println!(
-                "  shared with {} ({}): {} blocks: {}{more}",
-                sharer.name,
-                sharer.id,
-                sharer.count,
-                listed.join(", ")
-            );
+            let what = if sharer.count == 1 { "block" } else { "blocks" };
+            let listed = listed.join(", ");
+            println!("  shared with {} ({}), {} {what}: {listed}{more}", sharer.name, sharer.id, sharer.count);
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! `vmar trace`: looks at traces of base reads (`src/redirect/TRACE.md`).
 
 use super::Common;
+use super::output::print_json;
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::redirect::trace::{Record, TraceEnd, TraceHeader, TraceReader};
@@ -35,13 +36,6 @@ pub fn run(common: &Common, verb: Verb) -> Result<()> {
         Verb::Show { file, rows } => show(common, &file, rows),
         Verb::Stat { files } => stat(common, &files),
     }
-}
-
-fn print_json(value: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(value)
-        .map_err(|e| Error::new(ErrorKind::Io, "standard output", format!("cannot write JSON: {e}")))?;
-    println!("{text}");
-    Ok(())
 }
 
 /// What one or several traces add up to.
