@@ -93,7 +93,7 @@ probe_accel() {
     VMAR_ACCEL=tcg
     if [ -r /dev/kvm ] && [ -w /dev/kvm ]; then
         log=$(mktemp)
-        timeout -k 2 15 qemu-system-x86_64 -machine q35 -accel kvm -m 256M -nodefaults -display none -no-reboot \
+        timeout --foreground -k 2 15 qemu-system-x86_64 -machine q35 -accel kvm -m 256M -nodefaults -display none -no-reboot \
             -serial "file:$log" -kernel "$kernel" -append "console=ttyS0 panic=-1" >/dev/null 2>&1 </dev/null || true
         if grep -qa 'Unable to mount root fs' "$log"; then
             VMAR_ACCEL=kvm

@@ -49,12 +49,16 @@ steps=7 step=0 demo_began=$SECONDS
 
 # run WHAT COMMAND...: one step, its output on the terminal and in a log of its own.
 run() {
-    local what=$1 began=$SECONDS log
+    local what=$1 began=$SECONDS log status
     shift
     step=$((step + 1))
     log=$workdir/log/$step-${what//[^a-z]/-}.log
     say "[$step/$steps] $what"
-    "$@" 2>&1 | tee "$log" | sed 's/^/      /' || die "step $step, $what, failed: see $log"
+    set +e
+    (set -e; "$@") 2>&1 | tee "$log" | sed 's/^/      /'
+    status=${PIPESTATUS[0]}
+    set -e
+    [ "$status" -eq 0 ] || die "step $step, $what, failed: $(tail -n 1 "$log") (log: $log)"
     say "      ($((SECONDS - began)) s)"
 }
 
@@ -81,6 +85,8 @@ storm() {
         --interval "$interval" --boot "$boot" --workdir "$workdir/$mode" --json "$workdir/$mode.json" "${roles[@]}"
 }
 
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
 [ "$(id -u)" -eq 0 ] || die "must run as root: it builds images and may have to install packages"
 run "tools" tools
 if [ -n "${VMAR_BIN:-}" ]; then
@@ -99,6 +105,7 @@ run "storm through vmar" storm vmar
 # shellcheck disable=SC2016 # these are jq's variables
 table='
     def mib: . / 1048576 * 10 | round / 10;
+    def seconds: . / 100 | round / 10;
     def ratio($limit): if $limit > 0 then . / $limit * 100 | round / 100 else "-" end;
     def left(n): tostring | . + (" " * ([n - length, 0] | max));
     def pad(n): tostring | (" " * ([n - length, 0] | max)) + .;
@@ -106,8 +113,8 @@ table='
     .[0] as $plain | .[1] as $vmar | $vmar.limit.distinct_bytes as $limit
     | row("VM, seconds to its boot marker"; ["plain", "vmar"]),
       (range($plain.vms | length) | . as $i
-        | row("  \($plain.vms[$i].name)"; [$plain.vms[$i].boot_ms / 100 | round / 10, $vmar.vms[$i].boot_ms / 100 | round / 10])),
-      row("  all"; [$plain.storm_ms / 100 | round / 10, $vmar.storm_ms / 100 | round / 10]),
+        | row("  \($plain.vms[$i].name)"; [$plain.vms[$i].boot_ms, $vmar.vms[$i].boot_ms | seconds])),
+      row("  all"; [$plain.storm_ms, $vmar.storm_ms | seconds]),
       "",
       row("while all \($plain.vms | length) VMs run, MiB"; ["plain", "vmar", "limit", "plain/lim", "vmar/lim"]),
       row("  page cache of the images"; [($plain.cache.images_bytes, $vmar.cache.images_bytes, $limit | mib),
