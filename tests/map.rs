@@ -229,6 +229,22 @@ fn a_damaged_map_with_right_checksums_stays_inside_its_images() {
     assert!(accepted > 100, "the checksums were not repaired: {accepted}");
 }
 
+#[test]
+fn index_and_filter_must_fit_the_entries() {
+    let good = build(&spec_of(&small_model())).unwrap();
+    for (part, what) in [(2, "section index"), (3, "Bloom filter")] {
+        let at = PARTS_AT + 20 * part;
+        let offset = u32::from_le_bytes(good[at..at + 4].try_into().unwrap()) as usize;
+        let len = u32::from_le_bytes(good[at + 8..at + 12].try_into().unwrap()) as usize;
+        for word in (offset..offset + len).step_by(4).filter(|&w| good[w..w + 4] != [0; 4]) {
+            let mut bytes = good.clone();
+            bytes[word..word + 4].fill(0);
+            fix_checksums(&mut bytes);
+            assert!(Map::new(&bytes).unwrap_err().to_string().contains(what), "{what} at {word}");
+        }
+    }
+}
+
 fn exercise<B: AsRef<[u8]>>(map: &Map<B>) {
     let total = u32::try_from(map.totals().blocks).unwrap_or(u32::MAX);
     let mut covered = 0;
@@ -315,6 +331,26 @@ fn the_largest_image_works_and_costs_little() {
     assert_eq!(map.lookup(u32::MAX).map(|h| (h.block, h.run)), Some((u32::MAX, 1)));
     assert_eq!(map.runs(u32::MAX, u32::MAX).map(|r| (r.source, r.len)).collect::<Vec<_>>(), [(u32::MAX, 1)]);
     assert_eq!(map.totals().nonzero_blocks, 1 << 32);
+}
+
+/// Many entries in one section: there lookups ask the Bloom filter.
+#[test]
+fn a_fragmented_corner_of_a_large_image_is_right() {
+    let mut model: Model = vec![None; 1 << 20];
+    for i in 0..2000 {
+        model[70_000 + 2 * i] = Some((1, (i as u32 * 7) % 600));
+    }
+    let map = Map::new(build(&spec_of(&model)).unwrap()).unwrap();
+    assert!(map.search_depth_by(Scheme::Sections, 71_001) >= 6, "the test is about crowded sections");
+    let (mut zeros, mut unfiltered) = (0, 0);
+    for block in 69_000..76_000 {
+        assert_eq!(map.lookup(block).map(|h| (h.target, h.block)), model[block as usize]);
+        if model[block as usize].is_none() {
+            zeros += 1;
+            unfiltered += u32::from(map.search_depth(block) > 0);
+        }
+    }
+    assert!(unfiltered * 20 < zeros, "{unfiltered} of {zeros} zero blocks pass the filter");
 }
 
 #[test]

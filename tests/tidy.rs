@@ -1,4 +1,5 @@
 //! The shape of the tree: floors, file sizes, and what may be imported where.
+#![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -1,6 +1,7 @@
 //! `vmar serve`: be a VM's disk.
 
 use super::Common;
+use super::overlay::default_state_dir;
 use crate::daemon::socket::{Inherited, Listening, inherit};
 use crate::daemon::{QUEUES_MAX, StopSignal, serve};
 use crate::device::request::SERIAL_SIZE;
@@ -155,16 +156,6 @@ fn refuse_library_image(dir: &Path, file: &Path) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Where the live state of overlays goes: it must not survive a reboot, so it is on tmpfs.
-fn default_state_dir() -> PathBuf {
-    // SAFETY: geteuid has no preconditions.
-    if unsafe { libc::geteuid() } == 0 {
-        return PathBuf::from("/run/vmar");
-    }
-    std::env::var_os("XDG_RUNTIME_DIR")
-        .map_or_else(|| PathBuf::from("/run/vmar"), |dir| PathBuf::from(dir).join("vmar"))
 }
 
 /// A serial that stays the same as long as image and overlay do.

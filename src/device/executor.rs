@@ -113,11 +113,12 @@ impl<G> Executor<G> {
     /// Appends the requests that have ended; never waits.
     pub fn reap(&mut self, out: &mut Vec<Completion>) -> io::Result<()> {
         let mut ended = self.mailbox.take();
-        self.reader.reap(|token, result| ended.push((token, result)))?;
+        let reaped = self.reader.reap(|token, result| ended.push((token, result)));
+        // Whatever became of the ring: what has ended is told.
         for (token, result) in ended {
             out.extend(self.end(token, result));
         }
-        Ok(())
+        reaped
     }
 
     fn read(&mut self, head: u16, offset: u64, request: Request, memory: G) -> Option<Completion> {

@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::time::Duration;
 
 /// Entries of the submission queue; the completion queue has twice as many.
 const ENTRIES: u32 = 128;
@@ -18,6 +19,12 @@ const ENTRIES: u32 = 128;
 /// Operations handed to the kernel at a time. Below the completion queue's size, so that it cannot overflow; further
 /// operations wait in a list of our own.
 const IN_KERNEL_MAX: usize = 2 * ENTRIES as usize;
+
+/// How long to wait when the kernel has no memory for a request.
+const RETRY_PAUSE: Duration = Duration::from_millis(1);
+
+/// IORING_ENTER_GETEVENTS (io_uring_enter(2)): run the deferred completions.
+const ENTER_GETEVENTS: u32 = 1;
 
 /// IOV_MAX: pieces that one operation may have.
 const IOV_MAX: u32 = 1024;
@@ -52,10 +59,12 @@ pub struct Uring {
 impl Uring {
     /// Makes a ring that raises `event` (an eventfd) when a read has finished.
     pub fn new(event: BorrowedFd<'_>) -> io::Result<Self> {
-        // DEFER_TASKRUN (Linux 6.1) keeps completions off this thread's other system calls; older kernels go without.
+        // DEFER_TASKRUN (Linux 6.1) keeps completions off this thread's other system calls, and the flag tells when some
+        // are due; older kernels go without.
         let ring = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
+            .setup_taskrun_flag()
             .build(ENTRIES)
             .or_else(|_| IoUring::new(ENTRIES))?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
@@ -103,52 +112,61 @@ impl Uring {
                 Err(squeue::PushError { .. }) => self.enter()?,
             }
         }
-        if self.ring.submission().is_empty() { Ok(()) } else { self.enter() }
+        self.enter()
     }
 
-    /// One io_uring_enter that submits what is in the queue.
+    /// Submits all that is in the queue. The kernel stops early when an entry fails at once or memory is short; what it
+    /// left would wait for a next call that may never come.
     fn enter(&mut self) -> io::Result<()> {
-        loop {
+        while !self.ring.submission().is_empty() {
             match self.ring.submit() {
-                Ok(_) => return Ok(()),
+                Ok(n) if n > 0 => {}
+                Ok(_) => std::thread::sleep(RETRY_PAUSE),
                 Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
-                // EAGAIN/EBUSY: the kernel is short of memory or wants completions reaped first.
+                // The completion queue has room for all that is in the kernel, so this is only about memory.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
-                    std::thread::yield_now();
-                    return Ok(());
+                    std::thread::sleep(RETRY_PAUSE);
                 }
                 Err(e) => return Err(e),
             }
         }
+        Ok(())
     }
 
     /// Collects finished reads without waiting. Short reads are carried on and do not show.
     pub fn reap(&mut self, mut finished: impl FnMut(Finished)) -> io::Result<()> {
-        if self.in_kernel > 0 {
-            // With DEFER_TASKRUN completions appear only when the kernel is entered for events.
-            match self.ring.submitter().submit_with_args(0, &types::SubmitArgs::new()) {
-                Ok(_) => {}
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ETIME)) => {}
-                Err(e) => return Err(e),
-            }
-        }
-        let mut again = false;
-        while let Some(cqe) = { self.ring.completion().next() } {
-            self.in_kernel -= 1;
-            let index = to_usize(cqe.user_data());
-            match self.step(index, cqe.result()) {
-                Some(result) => {
-                    let Some(op) = self.ops[index].take() else { unreachable!("a completed operation has a slot") };
-                    self.free.push(index);
-                    finished(Finished { token: op.token, result });
-                }
-                None => {
-                    self.waiting.push_back(index);
-                    again = true;
+        loop {
+            while let Some(cqe) = { self.ring.completion().next() } {
+                self.in_kernel -= 1;
+                let index = to_usize(cqe.user_data());
+                match self.step(index, cqe.result()) {
+                    Some(result) => {
+                        let Some(op) = self.ops[index].take() else { unreachable!("a completed operation has a slot") };
+                        self.free.push(index);
+                        finished(Finished { token: op.token, result });
+                    }
+                    None => self.waiting.push_back(index),
                 }
             }
+            // The kernel runs a few deferred completions a call (20 on Linux 6.18) and raises the event no second time for
+            // the others; the flag stays set as long as there are any.
+            if !self.ring.submission().taskrun() {
+                break;
+            }
+            self.run_deferred()?;
         }
-        if again || !self.waiting.is_empty() { self.submit() } else { Ok(()) }
+        if self.waiting.is_empty() { Ok(()) } else { self.submit() }
+    }
+
+    /// Lets completions appear: with DEFER_TASKRUN they do so only in a call that asks for events, and the crate's
+    /// `submit*` functions do not ask when they need not wait.
+    fn run_deferred(&mut self) -> io::Result<()> {
+        // SAFETY: no argument is passed that the kernel would read.
+        match unsafe { self.ring.submitter().enter::<libc::sigset_t>(0, 0, ENTER_GETEVENTS, None) } {
+            Ok(_) => Ok(()),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => Ok(()),
+            Err(e) => Err(e),
+        }
     }
 
     /// Takes one completion into account: `None` when the operation has to go on.
@@ -223,6 +241,41 @@ mod tests {
         tokens.sort_unstable();
         assert_eq!(tokens, (0..1000).collect::<Vec<_>>());
         assert!(mem == data);
+    }
+
+    /// What is not in the page cache completes later, and only the event tells.
+    #[test]
+    fn misses_are_told_by_the_event() {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let data: Vec<u8> = (0..(8 << 20)).map(|i: u32| (i / 4096 * 7 + i) as u8).collect();
+        file.write_all_at(&data, 0).unwrap();
+        file.sync_all().unwrap();
+        // SAFETY: plain system call on an open descriptor.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        super::super::file::disable_readahead(&file).unwrap();
+        let mut mem = vec![0u8; 200 * 4096];
+        let offset = |i: usize| (i * 37 % 2048) * 4096;
+        let mut ring = Uring::new(event.as_fd()).unwrap();
+        for i in 0..200usize {
+            // SAFETY: `mem` outlives the ring's work, which is waited for below.
+            let buf = unsafe { IoBuf::from_raw(mem.as_mut_ptr().wrapping_add(i * 4096), 4096) };
+            ring.read(i as u64, &file, offset(i) as u64, vec![buf]);
+        }
+        ring.submit().unwrap();
+        let mut ended = 0;
+        while ring.in_flight() > 0 {
+            let limit = Timespec { tv_sec: 10, tv_nsec: 0 };
+            let told = poll(&mut [PollFd::new(&event, PollFlags::IN)], Some(&limit)).unwrap();
+            assert_eq!(told, 1, "{} reads are never told", ring.in_flight());
+            let _ = rustix::io::read(&event, &mut [0u8; 8][..]);
+            ring.reap(|f| ended += usize::from(f.result.is_ok())).unwrap();
+        }
+        assert_eq!(ended, 200);
+        for i in 0..200 {
+            assert!(mem[i * 4096..][..4096] == data[offset(i)..][..4096]);
+        }
     }
 
     #[test]

@@ -52,11 +52,11 @@ pub(super) fn shape_for(table: Table<'_>) -> Shape {
     // At most 2^18 from here on, so the conversions lose nothing.
     let keys = u32::try_from(keys).unwrap_or(u32::MAX);
     let items = keys.max(1) as usize;
-    let bytes = Formulas::<u32>::compute_bitmap_size(items, FALSE_POSITIVES).next_multiple_of(LINE_BYTES);
+    let bytes = Formulas::<u32>::compute_bitmap_size(items, FALSE_POSITIVES);
     let hashes = Formulas::<u32>::new_with_seed(bytes, items, &[0; 32])
         .map_or(1, |filter| filter.number_of_hash_functions())
         .min(HASHES_MAX);
-    Shape { group_bits, keys, lines: u32::try_from(bytes / LINE_BYTES).unwrap_or(u32::MAX), hashes }
+    Shape { group_bits, keys, lines: u32::try_from(bytes.div_ceil(LINE_BYTES)).unwrap_or(u32::MAX), hashes }
 }
 
 /// Ranges (first and last) of groups that hold a non-zero block: ascending, each group once. No work per block.

@@ -1,1 +1,343 @@
-//! (being built)
+//! The copy-on-write overlay of a VM: a standard qcow2 file whose layout never moves.
+//!
+//! ```text
+//!   guest write ──> pwrite at data_start + offset ──> one compare-and-swap in the live bitmap (tmpfs)
+//!   guest read  ──> one atomic load: base, data (at data_start + offset) or zeros
+//!   guest flush ──> fdatasync ──> changed words of the live bitmap into the L2 tables ──> fdatasync
+//! ```
+//!
+//! Nothing is ever allocated at run time: every L2 entry points at its own cluster from the start, and only the bitmaps of
+//! subclusters (2 KiB) change. The live bitmap survives `kill -9`, the one in the L2 tables survives power loss. The format,
+//! the order of a flush and the rules of sessions are in `FORMAT.md`.
+//!
+//! | file | does |
+//! | --- | --- |
+//! | `layout` | where everything is: arithmetic |
+//! | `header` | the qcow2 header and vmar's extension: bytes ↔ values |
+//! | `scan` | compares the metadata of a file with the layout |
+//! | `create` | writes a new file |
+//! | `bits` | words of subcluster states, runs, dirty marks |
+//! | `live` | the live bitmap file |
+//! | `session` | file lock, boot ID, which bitmap is the truth |
+//! | `lock` | range locks of writers |
+//! | `write`, `flush` | the two things that change an overlay |
+//! | `disk` | the only place from which the file is written and synced |
+//! | `check` | what `vmar overlay info` and `check` show |
+
+mod bits;
+mod check;
+mod create;
+mod disk;
+mod flush;
+mod header;
+mod layout;
+mod live;
+mod lock;
+mod scan;
+mod session;
+#[cfg(test)]
+mod tests;
+mod write;
+
+pub use bits::{Run, Runs, State};
+pub use check::{Info, SessionInfo, check, inspect};
+pub use create::create;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::SECTOR_SIZE;
+use bits::Dirty;
+use disk::Disk;
+use flush::Flusher;
+use header::{Header, Session};
+use layout::{CLUSTER, Layout, index};
+use live::{LiveFile, LiveId};
+use lock::RangeLocks;
+use scan::{Fault, Stop};
+use session::Ending;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// Which base image an overlay was made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BaseIdentity {
+    /// Digest of the image's content.
+    pub digest: [u8; 32],
+    /// How often the image had been updated in its library. Tells a human which one it was; the digest decides.
+    pub generation: u64,
+    /// Bytes of the image.
+    pub size: u64,
+}
+
+/// What [`create`] makes.
+#[derive(Clone, Copy, Debug)]
+pub struct CreateOptions<'a> {
+    /// The raw base image, as an absolute path: plain QEMU reads through it.
+    pub backing: &'a Path,
+    /// What that image is.
+    pub base: BaseIdentity,
+    /// Bytes of the disk: a multiple of 512, not less than the base, at most 16 TiB.
+    pub size: u64,
+}
+
+/// How to open an overlay.
+#[derive(Clone, Copy, Debug)]
+pub struct OpenOptions<'a> {
+    /// Nothing is written, not even the header; other readers may have it open too.
+    pub read_only: bool,
+    /// Where live bitmaps are: a directory on tmpfs, made if it is not there.
+    pub state_dir: &'a Path,
+    /// The base image that will be read below the overlay; refused if the overlay was made for another one.
+    pub base: Option<BaseIdentity>,
+    /// Go on with the state of the last flush where the alternative is a refusal, because the process that wrote later
+    /// was killed and its live bitmap is gone. A live bitmap that can be used is used all the same.
+    pub discard_unflushed: bool,
+}
+
+/// Reads the base image below an overlay, for filling subclusters that a write covers only partly.
+pub trait BaseRead {
+    /// Fills `buf` with the base's content at guest offset `offset`; zeros past the end of the base.
+    fn read_base(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+}
+
+/// The states of all subclusters in memory: shared with the next process, or private when nothing will change.
+#[derive(Debug)]
+enum Words {
+    Live(LiveFile),
+    Private(Box<[AtomicU64]>),
+}
+
+impl Words {
+    fn get(&self) -> &[AtomicU64] {
+        match self {
+            Words::Live(live) => live.words(),
+            Words::Private(words) => words,
+        }
+    }
+
+    fn set_failed(&self) {
+        if let Words::Live(live) = self {
+            live.set_failed();
+        }
+    }
+
+    fn remove(&self) -> Result<()> {
+        match self {
+            Words::Live(live) => live.remove(),
+            Words::Private(_) => Ok(()),
+        }
+    }
+}
+
+/// An open overlay, shared by the threads that serve one VM.
+///
+/// Dropping it without [`close`](Overlay::close) is what a kill does: the session stays open, the live bitmap stays, and
+/// the next open for writing goes on from there.
+#[derive(Debug)]
+pub struct Overlay {
+    path: PathBuf,
+    disk: Disk,
+    layout: Layout,
+    header: Mutex<Header>,
+    words: Words,
+    dirty: Dirty,
+    locks: RangeLocks,
+    flusher: Flusher,
+    base: BaseIdentity,
+    backing: PathBuf,
+    read_only: bool,
+    closed: AtomicBool,
+}
+
+impl Overlay {
+    /// Opens an overlay and, for writing, begins a session or takes up the one of a process that was killed.
+    ///
+    /// Everything is checked first: whatever is not as vmar writes it is refused with the reason, and nothing is changed.
+    pub fn open(path: &Path, opts: &OpenOptions<'_>) -> Result<Overlay> {
+        let file = open_file(path, opts.read_only)?;
+        session::lock(&file, path, opts.read_only)?;
+        let (disk, mut header, layout) = read_metadata(path, file)?;
+        check_base(path, &header, opts.base)?;
+        let dirty = Dirty::new(if opts.read_only { 0 } else { index(layout.clusters) });
+
+        let ending = session::ending(&disk, path, &header, &layout, opts.state_dir)?;
+        let live = match ending {
+            Ending::Killed(live) => Some(live),
+            Ending::Closed | Ending::KilledThenQemu => None,
+            Ending::OtherBoot => {
+                log::warn!("{}: was open when the host went down; goes on from its last flush", path.display());
+                None
+            }
+            Ending::Lost(_) if opts.discard_unflushed => {
+                log::warn!("{}: goes on from its last flush, as --discard-unflushed says", path.display());
+                None
+            }
+            Ending::Lost(loss) => return Err(loss.refusal(path, &header, opts.state_dir)),
+        };
+        let words = match live {
+            Some(live) => take_up(path, &disk, &layout, live, &dirty, opts.read_only)?,
+            None if opts.read_only => {
+                let words: Box<[AtomicU64]> = (0..layout.clusters).map(|_| AtomicU64::new(0)).collect();
+                load(path, &disk, &layout, &words)?;
+                Words::Private(words)
+            }
+            None => begin(path, &disk, &layout, &mut header, opts.state_dir)?,
+        };
+        Ok(Overlay {
+            path: path.to_path_buf(),
+            disk,
+            layout,
+            words,
+            dirty,
+            locks: RangeLocks::default(),
+            flusher: Flusher::default(),
+            base: header.extension.base,
+            backing: header.backing.clone(),
+            header: Mutex::new(header),
+            read_only: opts.read_only,
+            closed: AtomicBool::new(false),
+        })
+    }
+
+    /// Bytes of the disk.
+    pub fn size(&self) -> u64 {
+        self.layout.size
+    }
+
+    /// The base image that it was made for.
+    pub fn base(&self) -> BaseIdentity {
+        self.base
+    }
+
+    /// The path of the base image in the header, for plain QEMU.
+    pub fn backing(&self) -> &Path {
+        &self.backing
+    }
+
+    /// The overlay file; data of guest offset `o` is at `data_start() + o`. For reading only: whoever wrote through it
+    /// would go behind the bitmap's back.
+    pub fn file(&self) -> &File {
+        self.disk.file()
+    }
+
+    /// Host offset of guest byte 0.
+    pub fn data_start(&self) -> u64 {
+        self.layout.data
+    }
+
+    /// Where the content of `[offset, offset + len)` comes from, as runs that cover it exactly. Only looks at the live
+    /// bitmap: no allocation, no lock, no system call. What is behind the end of the disk is not covered.
+    pub fn runs(&self, offset: u64, len: u64) -> Runs<'_> {
+        debug_assert!(offset.is_multiple_of(SECTOR_SIZE) && len.is_multiple_of(SECTOR_SIZE), "{offset}+{len}");
+        let end = offset.saturating_add(len).min(self.layout.size);
+        Runs::new(self.words.get(), offset..end)
+    }
+
+    /// Stops cleanly: flushes, closes the session in the file, removes the live bitmap. Waits for writes in flight; later
+    /// ones fail. If it fails, the session stays as it is, for the next open to take up.
+    pub fn close(&self) -> Result<()> {
+        let _all = self.locks.lock(0..u64::MAX);
+        if self.read_only || self.closed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.flush().map_err(|e| Error::io(&self.path, "flush", e))?;
+        self.closed.store(true, Ordering::Release);
+        let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
+        write_header(&self.disk, &mut header, Session::CLOSED).map_err(|e| Error::io(&self.path, "close", e))?;
+        self.words.remove()
+    }
+}
+
+fn open_file(path: &Path, read_only: bool) -> Result<File> {
+    let file = File::options().read(true).write(!read_only).open(path).map_err(|e| Error::io(path, "open", e))?;
+    let meta = file.metadata().map_err(|e| Error::io(path, "look at", e))?;
+    if !meta.is_file() {
+        return Err(Error::file(ErrorKind::Unsupported, path, "is no regular file"));
+    }
+    Ok(file)
+}
+
+/// Header and layout of a file that is an overlay of vmar as far as those tell.
+fn read_metadata(path: &Path, file: File) -> Result<(Disk, Header, Layout)> {
+    let disk = Disk::new(file);
+    let len = disk.file().metadata().map_err(|e| Error::io(path, "look at", e))?.len();
+    let mut bytes = vec![0; index(len.min(CLUSTER))];
+    disk.file().read_exact_at(&mut bytes, 0).map_err(|e| Error::io(path, "read", e))?;
+    let header = Header::parse(path, &bytes)?;
+    let layout = Layout::new(header.size);
+    layout.agrees_with(&header).map_err(|what| stopped(path, Stop::Fault(Fault::Layout(what))))?;
+    if len < layout.data {
+        return Err(stopped(path, Stop::Fault(scan::cut_off(len, &layout))));
+    }
+    Ok((disk, header, layout))
+}
+
+fn check_base(path: &Path, header: &Header, base: Option<BaseIdentity>) -> Result<()> {
+    let made_for = header.extension.base;
+    match base {
+        Some(base) if (base.digest, base.size) != (made_for.digest, made_for.size) => {
+            let name = |b: &BaseIdentity| {
+                format!("digest {}…, generation {}, {} bytes", crate::codec::hex(&b.digest[..6]), b.generation, b.size)
+            };
+            let (backing, was, is) = (header.backing.display(), name(&made_for), name(&base));
+            let cause = format!("was made for another base image ({backing}: {was}) than this one ({is})");
+            Err(Error::file(ErrorKind::Changed, path, cause).mend("serve it with the image that it was made for"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The error for metadata that is not as it has to be.
+fn stopped(path: &Path, stop: Stop) -> Error {
+    match stop {
+        Stop::Io(e) => Error::io(path, "read", e),
+        Stop::Fault(Fault::Corrupt(what)) => Error::file(ErrorKind::Corrupt, path, what),
+        Stop::Fault(Fault::Layout(what)) => {
+            Error::file(ErrorKind::Unsupported, path, format!("is not in vmar's fixed layout ({what})"))
+                .mend("a coming 'vmar overlay relayout' will put it right; plain QEMU can use it as it is")
+        }
+    }
+}
+
+/// Fills `words` from the L2 tables, and checks all there is to check on the way.
+fn load(path: &Path, disk: &Disk, layout: &Layout, words: &[AtomicU64]) -> Result<()> {
+    let store = |cluster, word| words[index(cluster)].store(word, Ordering::Relaxed);
+    scan::all(disk, layout, Err, store).map_err(|stop| stopped(path, stop))
+}
+
+/// Goes on with the live bitmap of a process that was killed: what differs from the file was not flushed.
+fn take_up(path: &Path, disk: &Disk, layout: &Layout, live: LiveFile, dirty: &Dirty, read_only: bool) -> Result<Words> {
+    let words = live.words();
+    let compare = |cluster, durable| {
+        if !read_only && words[index(cluster)].load(Ordering::Acquire) != durable {
+            dirty.mark(index(cluster));
+        }
+    };
+    scan::all(disk, layout, Err, compare).map_err(|stop| stopped(path, stop))?;
+    if !read_only {
+        return Ok(Words::Live(live));
+    }
+    Ok(Words::Private(words.iter().map(|w| AtomicU64::new(w.load(Ordering::Acquire))).collect()))
+}
+
+/// Begins a session: the live bitmap first, then the header that names it, so that a session that is open always had one.
+fn begin(path: &Path, disk: &Disk, layout: &Layout, header: &mut Header, state_dir: &Path) -> Result<Words> {
+    let session = session::begin(session::boot_id()?)?;
+    let id = LiveId::of(disk.file(), session, layout.clusters).map_err(|e| Error::io(path, "look at", e))?;
+    let mut live = LiveFile::create(state_dir, &id)?;
+    load(path, disk, layout, live.words())?;
+    live.publish()?;
+    // If this fails half-way, the new bitmap stays: the header may name it by now, and if it does not, `remove_stale` of
+    // the next open takes it away.
+    write_header(disk, header, session).map_err(|e| Error::io(path, "open a session in", e))?;
+    live::remove_stale(state_dir, &id);
+    Ok(Words::Live(live))
+}
+
+fn write_header(disk: &Disk, header: &mut Header, session: Session) -> io::Result<()> {
+    disk.write(header.with_session(session), 0)?;
+    disk.sync_all()
+}

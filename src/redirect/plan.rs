@@ -126,3 +126,129 @@ pub fn push(out: &mut Vec<Piece>, piece: Piece) {
     }
     out.push(piece);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::map::{EntryBuilder, MapSpec, Target, build};
+    use crate::units::{ImageId, SECTOR_SIZE};
+    use proptest::prelude::*;
+
+    /// Where each block lives: `None` for zero.
+    type Blocks = Vec<Option<(u32, u32)>>;
+
+    const OTHER_BLOCKS: u32 = 50;
+
+    fn layout(blocks: &Blocks, size: u64) -> Layout<Vec<u8>> {
+        let image = |id: u32, size| Target { image: ImageId(id), generation: 1, digest: [id as u8; 32], size };
+        let mut entries = EntryBuilder::new();
+        for (block, to) in blocks.iter().enumerate() {
+            if let Some((target, at)) = to {
+                entries.push(block as u32, *target, *at);
+            }
+        }
+        let spec = MapSpec {
+            source: image(2, size),
+            policy: 1,
+            targets: vec![
+                image(0, u64::from(OTHER_BLOCKS) * BLOCK_SIZE),
+                image(1, u64::from(OTHER_BLOCKS) * BLOCK_SIZE),
+                image(2, size),
+            ],
+            entries: entries.finish(),
+        };
+        Layout::Mapped(Box::new(Map::new(build(&spec).unwrap()).unwrap()))
+    }
+
+    /// The source of one byte by the flat model.
+    fn model(blocks: &Blocks, size: u64, byte: u64) -> Source {
+        if byte >= size {
+            return Source::Zero;
+        }
+        match blocks[to_usize(byte / BLOCK_SIZE)] {
+            None => Source::Zero,
+            Some((target, at)) => Source::Image { target, offset: u64::from(at) * BLOCK_SIZE + byte % BLOCK_SIZE },
+        }
+    }
+
+    fn blocks_and_size() -> impl Strategy<Value = (Blocks, u64)> {
+        let block = prop_oneof![
+            2 => Just(None),
+            6 => (0u32..2, 0..OTHER_BLOCKS).prop_map(Some),
+        ];
+        (proptest::collection::vec(block, 1..40), 0u64..8, any::<bool>()).prop_map(|(mut blocks, cut, runs)| {
+            if runs {
+                // Real maps have runs: continue the one before.
+                for i in 1..blocks.len() {
+                    if i % 4 != 0
+                        && let Some((t, b)) = blocks[i - 1]
+                        && b + 1 < OTHER_BLOCKS
+                    {
+                        blocks[i] = Some((t, b + 1));
+                    }
+                }
+            }
+            let size = blocks.len() as u64 * BLOCK_SIZE - cut * SECTOR_SIZE;
+            if cut > 0 {
+                // A partial last block stays where it is.
+                let last = blocks.len() - 1;
+                blocks[last] = blocks[last].map(|_| (2, last as u32));
+            }
+            (blocks, size)
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_tile_the_request_and_agree_with_the_flat_model(
+            (blocks, size) in blocks_and_size(),
+            start in 0u64..45 * 8,
+            sectors in 1usize..60,
+        ) {
+            let (offset, len) = (start * SECTOR_SIZE, sectors * 512);
+            let mut pieces = Vec::new();
+            plan_base(&layout(&blocks, size), size, offset, len, 100, &mut pieces);
+            let mut at = 100;
+            for (i, piece) in pieces.iter().enumerate() {
+                prop_assert_eq!(piece.at, at, "no gap, no overlap");
+                prop_assert!(piece.len > 0);
+                for byte in (0..piece.len).step_by(512) {
+                    let want = model(&blocks, size, offset + (at - 100 + byte) as u64);
+                    let got = match piece.source {
+                        Source::Image { target, offset } => Source::Image { target, offset: offset + byte as u64 },
+                        other => other,
+                    };
+                    prop_assert_eq!(got, want, "piece {} byte {}", i, byte);
+                }
+                at += piece.len;
+            }
+            prop_assert_eq!(at, 100 + len);
+        }
+    }
+
+    #[test]
+    fn neighbours_that_go_on_become_one_piece() {
+        let mut out = Vec::new();
+        let image = |target, offset| Source::Image { target, offset };
+        push(&mut out, Piece { at: 0, len: 512, source: image(1, 4096) });
+        push(&mut out, Piece { at: 512, len: 512, source: image(1, 4608) });
+        push(&mut out, Piece { at: 1024, len: 512, source: image(2, 5120) });
+        push(&mut out, Piece { at: 1536, len: 512, source: Source::Zero });
+        push(&mut out, Piece { at: 2048, len: 512, source: Source::Zero });
+        push(&mut out, Piece { at: 2560, len: 512, source: image(2, 6656) });
+        assert_eq!(out.iter().map(|p| p.len).collect::<Vec<_>>(), [1024, 512, 1024, 512]);
+    }
+
+    #[test]
+    fn a_flat_file_is_one_piece() {
+        let mut out = Vec::new();
+        plan_base(&Layout::<Vec<u8>>::Flat, 8192, 4096, 8192, 0, &mut out);
+        assert_eq!(
+            out,
+            [
+                Piece { at: 0, len: 4096, source: Source::Image { target: 0, offset: 4096 } },
+                Piece { at: 4096, len: 4096, source: Source::Zero },
+            ]
+        );
+    }
+}

@@ -1,0 +1,311 @@
+# Sourced by the scripts beside it: tools, accelerator, and the life of one VM.
+# shellcheck shell=bash
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+me=qemu-scripts/$(basename "$0")
+
+die() {
+    printf '%s: %s\n' "$me" "$*" >&2
+    exit 1
+}
+
+say() {
+    printf '%s\n' "$*"
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tools
+
+apt_get() {
+    local log=${TMPDIR:-/tmp}/vmar-apt.log
+    [ "$(id -u)" -eq 0 ] || die "needs $* but may not install it: run as root, or install it first"
+    if [ -z "$(find /var/lib/apt/lists -maxdepth 1 -name '*Release' -mmin -1440 -print -quit 2>/dev/null)" ]; then
+        apt-get update >"$log" 2>&1 || die "apt-get update failed: see $log"
+    fi
+    say "installing $*"
+    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends --allow-downgrades "$@" >"$log" 2>&1 ||
+        die "could not install $*: see $log"
+}
+
+# need COMMAND:PACKAGE...
+need() {
+    local pair missing=()
+    for pair in "$@"; do
+        command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
+    done
+    [ ${#missing[@]} -eq 0 ] || apt_get "${missing[@]}"
+}
+
+# qemu-system-x86 depends on the other parts of QEMU in its own version. If the machine has some of them from another
+# suite, they must move with it, or apt would rather remove them.
+need_qemu() {
+    if command -v qemu-system-x86_64 >/dev/null && command -v qemu-img >/dev/null; then
+        return 0
+    fi
+    [ "$(id -u)" -eq 0 ] || die "needs QEMU but may not install it: run as root, or install qemu-system-x86 and qemu-utils"
+    [ -n "$(apt-cache madison qemu-system-x86)" ] || apt-get update >/dev/null || die "apt-get update failed"
+    local system package version wanted=()
+    # The version of the utilities that are there, when the archive has the system emulator in it; else the candidate.
+    system=$(dpkg-query -W -f '${Version}' qemu-utils 2>/dev/null || true)
+    if [ -z "$system" ] || ! apt-cache madison qemu-system-x86 | awk '{print $3}' | grep -qxF -- "$system"; then
+        system=$(apt-cache policy qemu-system-x86 | sed -n 's/^ *Candidate: //p')
+    fi
+    case $system in '' | "(none)") die "apt of this machine offers no qemu-system-x86" ;; esac
+    # Binary packages of one source version, rebuilt or not (+bN), belong together.
+    while read -r package; do
+        version=$(apt-cache madison "$package" | awk '{print $3}' |
+            awk -v want="${system%+b*}" '{ v = $0; sub(/\+b[0-9]+$/, "", v) } v == want { print $0; exit }')
+        [ -z "$version" ] || wanted+=("$package=$version")
+    done < <({ echo qemu-system-x86; echo qemu-utils
+        dpkg-query -W -f '${source:Package} ${Package} ${db:Status-Abbrev}\n' | awk '$1 == "qemu" && $3 == "ii" { print $2 }'
+        } | sort -u)
+    apt_get "${wanted[@]}"
+}
+
+qemu_major() {
+    qemu-system-x86_64 --version | sed -n 's/.*version \([0-9]*\)\..*/\1/p'
+}
+
+# The binary: $VMAR_BIN, else what cargo makes of this repository, made first if it is not there. Sets $vmar.
+need_vmar() {
+    vmar=${VMAR_BIN:-${CARGO_TARGET_DIR:-$repo/target}/release/vmar}
+    [ ! -x "$vmar" ] || return 0
+    [ -z "${VMAR_BIN:-}" ] || die "VMAR_BIN=$VMAR_BIN is not there or cannot be run"
+    build_vmar
+}
+
+build_vmar() {
+    command -v cargo >/dev/null || die "no cargo on the PATH: install Rust, or set VMAR_BIN"
+    need cc:gcc
+    say "building vmar (cargo build --release)"
+    (cd "$repo" && cargo build --release --bin vmar) || die "cargo build --release failed"
+}
+
+# Sets VMAR_ACCEL. /dev/kvm may be there and still never run an ordinary kernel, so one has to come as far as looking for
+# its root file system within a time limit.
+probe_accel() {
+    local kernel=$1 log
+    case ${VMAR_ACCEL:-} in
+        kvm | tcg) export VMAR_ACCEL; return 0 ;;
+        '') ;;
+        *) die "VMAR_ACCEL=$VMAR_ACCEL: say kvm or tcg" ;;
+    esac
+    VMAR_ACCEL=tcg
+    if [ -r /dev/kvm ] && [ -w /dev/kvm ]; then
+        log=$(mktemp)
+        timeout --foreground -k 2 15 qemu-system-x86_64 -machine q35 -accel kvm -m 256M -nodefaults -display none -no-reboot \
+            -serial "file:$log" -kernel "$kernel" -append "console=ttyS0 panic=-1" >/dev/null 2>&1 </dev/null || true
+        if grep -qa 'Unable to mount root fs' "$log"; then
+            VMAR_ACCEL=kvm
+        fi
+        rm -f "$log"
+    fi
+    export VMAR_ACCEL
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small things
+
+now_ms() {
+    echo $(($(date +%s%N) / 1000000))
+}
+
+# as_seconds MILLISECONDS
+as_seconds() {
+    printf '%d.%d' $(($1 / 1000)) $(($1 % 1000 / 100))
+}
+
+# as_mib BYTES
+as_mib() {
+    awk -v b="$1" 'BEGIN { printf "%.1f", b / 1048576 }'
+}
+
+# Bytes of these files in the page cache (fincore uses mincore).
+cached_bytes() {
+    [ $# -gt 0 ] || { echo 0; return 0; }
+    fincore --bytes --noheadings --output RES "$@" | awk '{ s += $1 } END { printf "%.0f\n", s }'
+}
+
+# Out of the page cache with these files, and only these: others live on this machine too.
+drop_cached() {
+    local file
+    for file in "$@"; do
+        sync "$file"
+        dd if="$file" iflag=nocache count=0 status=none
+    done
+}
+
+# wait_gone PID DECISECONDS: whether the process ended in time.
+wait_gone() {
+    local pid=$1 left=$2
+    while kill -0 "$pid" 2>/dev/null; do
+        [ "$left" -gt 0 ] || return 1
+        left=$((left - 1))
+        sleep 0.1
+    done
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One VM. Its folder holds overlay.qcow2, serial.log, qemu.log, qemu.pid, and with vmar vmar.log, vmar.pid, trace.
+#
+# Settings, global because a script has one way to run its VMs:
+vm_images=${VMAR_IMAGES_DIR:-$repo/build/images} # where NAME.raw and its kernel are
+vm_library=${VMAR_LIBRARY:-}                     # vmar's library
+vm_boot=kernel                                   # kernel: QEMU loads it; disk: SeaBIOS and the boot loader do
+vm_memory=512                                    # MiB
+vm_append=                                       # more for the kernel command line
+vm_dirs=()                                       # what vm_stop_all stops
+
+# A folder that no other script run uses. Sockets are named by full path, which the kernel limits to 107 characters.
+vm_folder() {
+    local dir=$1
+    mkdir -p "$dir/state"
+    [ ${#dir} -le 90 ] || die "$dir: too long a path for a socket in it; choose a shorter --workdir"
+    rm -f "$dir"/{serial.log,qemu.log,vmar.log,trace,qemu.pid,vmar.pid,blk.sock,began}
+}
+
+# vm_overlay MODE NAME FILE: a fresh overlay, made by whoever will use it.
+vm_overlay() {
+    local mode=$1 name=$2 file=$3
+    rm -f "$file"
+    case $mode in
+        plain) qemu-img create -q -f qcow2 -F raw -b "$(realpath "$vm_images/$name.raw")" "$file" ;;
+        vmar) "$vmar" overlay create "$file" --image "$name" --library "$vm_library" >/dev/null ;;
+        *) die "mode $mode: say plain or vmar" ;;
+    esac || die "could not make the overlay $file of $name ($mode)"
+}
+
+# vm_serve NAME DIR OVERLAY: vmar as the VM's disk, ready when this returns.
+vm_serve() {
+    local name=$1 dir=$2 overlay=$3 pid left=100
+    "$vmar" serve --library "$vm_library" --image "$name" --overlay "$overlay" --socket-path "$dir/blk.sock" \
+        --state-dir "$dir/state" --record "$dir/trace" >"$dir/vmar.log" 2>&1 </dev/null 9>&- &
+    pid=$!
+    echo "$pid" >"$dir/vmar.pid"
+    while [ ! -S "$dir/blk.sock" ]; do
+        kill -0 "$pid" 2>/dev/null || die "vmar serve ended for $name: $(tail -n 1 "$dir/vmar.log") (log: $dir/vmar.log)"
+        left=$((left - 1))
+        [ "$left" -gt 0 ] || die "vmar serve for $name shows no socket after 10 s (log: $dir/vmar.log)"
+        sleep 0.1
+    done
+}
+
+# vm_start MODE NAME DIR OVERLAY: starts the VM in the background.
+# shellcheck disable=SC2054 # QEMU's commas
+vm_start() {
+    local mode=$1 name=$2 dir=$3 overlay=$4 accel disk kernel=() reconnect='reconnect=1'
+    vm_dirs+=("$dir")
+    now_ms >"$dir/began"
+    case $mode in
+        plain)
+            disk=(-drive "if=none,id=disk0,file=$overlay,format=qcow2,discard=unmap"
+                -device virtio-blk-pci,drive=disk0,bootindex=1)
+            ;;
+        vmar)
+            vm_serve "$name" "$dir" "$overlay"
+            [ "$(qemu_major)" -lt 10 ] || reconnect='reconnect-ms=1000'
+            disk=(-chardev "socket,id=disk0,path=$dir/blk.sock,$reconnect"
+                -device vhost-user-blk-pci,chardev=disk0,bootindex=1)
+            ;;
+        *) die "mode $mode: say plain or vmar" ;;
+    esac
+    case $vm_boot in
+        kernel)
+            kernel=(-kernel "$vm_images/$name.vmlinuz" -initrd "$vm_images/$name.initrd"
+                -append "$(cat "$vm_images/$name.cmdline") panic=-1${vm_append:+ $vm_append}")
+            ;;
+        disk) [ -z "$vm_append" ] || die "a boot from disk takes its kernel command line from the disk" ;;
+        *) die "boot $vm_boot: say kernel or disk" ;;
+    esac
+    # TCG does not see that another process writes over code it has translated. Guests that clear a page before they
+    # read into it are safe (Linux with init_on_alloc, Debian's default), boot loaders that copy are (GRUB).
+    accel=$VMAR_ACCEL
+    [ "$accel" != tcg ] || accel=tcg,tb-size=256
+    # Both modes get the same machine, also the shared memory that only vhost-user needs.
+    qemu-system-x86_64 -name "vmar-$name" -nodefaults -display none -no-reboot \
+        -machine q35,memory-backend=ram0 -object "memory-backend-memfd,id=ram0,size=${vm_memory}M,share=on" \
+        -m "${vm_memory}M" -smp 1 -accel "$accel" "${disk[@]}" "${kernel[@]}" -device virtio-rng-pci \
+        -serial "file:$dir/serial.log" >"$dir/qemu.log" 2>&1 </dev/null 9>&- &
+    echo $! >"$dir/qemu.pid"
+}
+
+# vm_state DIR: booting | up SECONDS | failed WHY
+vm_state() {
+    local dir=$1 line
+    line=$(grep -aE '^VMAR-(BOOT-OK|BOOT-FAIL|DATA-FAIL) ' "$dir/serial.log" 2>/dev/null | head -n 1 | tr -d '\r' || true)
+    case $line in
+        "VMAR-BOOT-OK "*) echo "up ${line##* }" ;;
+        VMAR-*) echo "failed the guest says: $line" ;;
+        *)
+            if kill -0 "$(cat "$dir/qemu.pid")" 2>/dev/null; then
+                echo booting
+            elif [ -s "$dir/qemu.log" ]; then
+                echo "failed QEMU ended: $(tail -n 1 "$dir/qemu.log")"
+            else
+                echo "failed the guest stopped before it was up"
+            fi
+            ;;
+    esac
+}
+
+# shellcheck disable=SC2034 # vm_guest_s is for the caller
+# vm_wait_up DIR TIMEOUT: sets vm_boot_ms (on the host, from the start of the VM) and vm_guest_s (what the guest says).
+vm_wait_up() {
+    local dir=$1 timeout=$2 began state
+    began=$(cat "$dir/began")
+    while :; do
+        state=$(vm_state "$dir")
+        vm_boot_ms=$(($(now_ms) - began))
+        case $state in
+            up*) vm_guest_s=${state#up }; return 0 ;;
+            failed*) die "${state#failed } (logs: $dir)" ;;
+        esac
+        [ "$vm_boot_ms" -lt $((timeout * 1000)) ] || die "no boot marker after $timeout s (logs: $dir)"
+        sleep 0.2
+    done
+}
+
+# vm_wait_off DIR TIMEOUT: until the guest has powered itself off.
+vm_wait_off() {
+    wait_gone "$(cat "$1/qemu.pid")" $(($2 * 10)) || die "the guest has not powered off after $2 s (logs: $1)"
+}
+
+# vm_stop DIR: QEMU, then its disk. Not zero if vmar had to be killed or did not end well.
+vm_stop() {
+    local dir=$1 what pid status=0
+    for what in qemu vmar; do
+        [ -e "$dir/$what.pid" ] || continue
+        pid=$(cat "$dir/$what.pid")
+        rm -f "$dir/$what.pid"
+        kill -TERM "$pid" 2>/dev/null || true
+        if ! wait_gone "$pid" 150; then
+            kill -KILL "$pid" 2>/dev/null || true
+            say "$what did not end within 15 s of SIGTERM and was killed (logs: $dir)" >&2
+            status=1
+        fi
+        if ! wait "$pid" 2>/dev/null && [ "$what" = vmar ]; then
+            say "vmar serve did not end well: $(tail -n 1 "$dir/vmar.log") (log: $dir/vmar.log)" >&2
+            status=1
+        fi
+    done
+    return $status
+}
+
+vm_stop_all() {
+    local dir status=0
+    for dir in "${vm_dirs[@]}"; do
+        [ ! -e "$dir/qemu.pid" ] || kill -TERM "$(cat "$dir/qemu.pid")" 2>/dev/null || true
+    done
+    for dir in "${vm_dirs[@]}"; do
+        vm_stop "$dir" || status=1
+    done
+    vm_dirs=()
+    return $status
+}
+
+# Whatever ends the script, no VM survives it.
+vm_guard() {
+    trap 'vm_stop_all || true' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM HUP
+}

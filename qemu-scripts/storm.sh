@@ -1,0 +1,231 @@
+#!/usr/bin/env bash
+# Boots many VMs from several images, and measures what they cost the host while all of them run.
+set -euo pipefail
+# shellcheck source=qemu-scripts/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage() {
+    cat <<EOF
+usage: qemu-scripts/storm.sh --mode plain|vmar [option...] NAME...
+
+Boots one VM for each NAME (an image; a name may come more than once), each with a fresh overlay, and waits until all
+have reached their boot marker and all are still running. Then measures page cache, disk reads and boot times.
+
+  --mode MODE       plain: QEMU's own qcow2 overlays over the raws; vmar: through vmar serve
+  --count N         N VMs, taking the names in turn
+  --interval S      seconds between arrivals (default 0: all at once)
+  --poisson         S is the mean of exponential gaps
+  --seed N          for --poisson (default 1)
+  --images DIR      where the images are (default \$VMAR_IMAGES_DIR, else build/images)
+  --library DIR     vmar's library (default \$VMAR_LIBRARY)
+  --boot HOW        kernel: QEMU loads the kernel (default); disk: through the boot loader
+  --memory MIB      each guest's memory (default $vm_memory)
+  --timeout S       until the last marker (default 300, and 60 more for each VM)
+  --workdir DIR     overlays and logs (default: a new directory below /tmp)
+  --json FILE       write what was measured there too
+
+Image files are dropped from the page cache first, nothing else is. Do not change or read them meanwhile.
+EOF
+}
+
+mode='' count='' interval=0 poisson='' seed=1 timeout='' dir='' json='' names=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help) usage; exit 0 ;;
+        --poisson) poisson=1; shift; continue ;;
+        --*) [ $# -ge 2 ] || { usage >&2; exit 2; } ;;
+        *) names+=("$1"); shift; continue ;;
+    esac
+    case $1 in
+        --mode) mode=$2 ;;
+        --count) count=$2 ;;
+        --interval) interval=$2 ;;
+        --seed) seed=$2 ;;
+        --images) vm_images=$2 ;;
+        --library) vm_library=$2 ;;
+        --boot) vm_boot=$2 ;;
+        --memory) vm_memory=$2 ;;
+        --timeout) timeout=$2 ;;
+        --workdir) dir=$2 ;;
+        --json) json=$2 ;;
+        *) usage >&2; exit 2 ;;
+    esac
+    shift 2
+done
+[ ${#names[@]} -gt 0 ] || { usage >&2; exit 2; }
+case $mode in plain | vmar) ;; *) usage >&2; exit 2 ;; esac
+count=${count:-${#names[@]}}
+timeout=${timeout:-$((300 + 60 * count))}
+[ "$mode" != vmar ] || [ -n "$vm_library" ] || die "--mode vmar needs --library (or VMAR_LIBRARY)"
+for name in "${names[@]}"; do
+    [ -e "$vm_images/$name.raw" ] || die "$vm_images/$name.raw is not there: build it with images/build.sh $name"
+done
+
+need_qemu
+need jq:jq fincore:util-linux
+[ "$mode" != vmar ] || need_vmar
+probe_accel "$vm_images/${names[0]}.vmlinuz"
+dir=${dir:-$(mktemp -d -t vmar-storm.XXXXXX)}
+mkdir -p "$dir"
+dir=$(cd "$dir" && pwd)
+vm_guard
+
+# Bytes that these processes have made the kernel fetch from storage. Of the three counters at hand this is the honest
+# one: /proc/diskstats counts the whole machine's reads; the block I/O counters of control groups have other names and
+# places in version 1 and 2 and need rights and a mounted controller; /proc/PID/io charges each read, readahead and
+# page-fault reads too, to the process on whose behalf it was submitted (threads, io_uring workers and threads that are
+# gone included), and is everywhere. The device's own count is printed beside it, to see that nothing hides elsewhere.
+processes_read_bytes() {
+    local sum=0 pid bytes
+    for pid in "$@"; do
+        bytes=$(sed -n 's/^read_bytes: //p' "/proc/$pid/io" 2>/dev/null || true)
+        sum=$((sum + ${bytes:-0}))
+    done
+    echo "$sum"
+}
+
+device_read_bytes() {
+    local device
+    device=$(findmnt -n -o MAJ:MIN -T "$vm_images" | tr -d ' ')
+    awk -v d="$device" '$1 ":" $2 == d { printf "%.0f\n", $6 * 512; found = 1 } END { if (!found) print "null" }' \
+        /proc/diskstats
+}
+
+# What is read from the same disk but is no image: out of the measurement by being in the cache before it.
+warm_up() {
+    local binary
+    {
+        for binary in "$(command -v qemu-system-x86_64)" ${vmar:+"$vmar"}; do
+            cat "$binary"
+            ldd "$binary" | grep -o '/[^ ]*' | sort -u | xargs -r cat
+        done
+        for name in "${names[@]}"; do
+            cat "$vm_images/$name".{vmlinuz,initrd,cmdline}
+        done
+        find /usr/share/seabios /usr/share/qemu -maxdepth 1 -type f \( -name '*.bin' -o -name '*.rom' \) -exec cat {} +
+    } >/dev/null 2>&1 || true
+}
+
+# Arrival times in milliseconds from the start, one a line.
+arrivals() {
+    awk -v n="$count" -v gap="$interval" -v poisson="${poisson:-0}" -v seed="$seed" 'BEGIN {
+        srand(seed)
+        for (i = 0; i < n; i++) {
+            printf "%d\n", t * 1000
+            t += poisson ? -gap * log(1 - rand()) : gap
+        }
+    }'
+}
+
+image_of=() folder=() began=() boot_ms=() guest_s=() due=()
+mapfile -t due < <(arrivals)
+declare -A seen=()
+for ((i = 0; i < count; i++)); do
+    name=${names[i % ${#names[@]}]}
+    seen[$name]=$((${seen[$name]:-0} + 1))
+    image_of[i]=$name
+    folder[i]=$dir/$name-${seen[$name]}
+    vm_folder "${folder[i]}"
+    vm_overlay "$mode" "$name" "${folder[i]}/overlay.qcow2"
+done
+
+# All images there are, not only those of the VMs: a canonical block may live in any of them.
+raws=("$vm_images"/*.raw)
+maps=()
+if [ "$mode" = vmar ]; then
+    mapfile -t maps < <(find "$vm_library" -name '*.map' -type f)
+fi
+warm_up
+drop_cached "${raws[@]}" "${maps[@]}"
+left=$(cached_bytes "${raws[@]}")
+[ "$left" -eq 0 ] || say "note: $(as_mib "$left") MiB of the images stay in the page cache; does another process use them?"
+
+# Where the kernel takes cold pages back by itself, what a slow storm read early may be gone again when it ends: then the
+# page cache looks smaller than it was, in both modes, and disk reads tell more.
+if pgrep -x 'kdamond\..*' >/dev/null; then
+    say "note: DAMON runs on this host and may reclaim cold page cache during the storm"
+fi
+
+say "storm: $count VMs ($mode, $VMAR_ACCEL, from $vm_boot), arrivals every $interval s${poisson:+ on average}, logs in $dir"
+device_before=$(device_read_bytes)
+storm_began=$(now_ms)
+started=0 up=0
+while [ "$up" -lt "$count" ]; do
+    elapsed=$(($(now_ms) - storm_began))
+    while [ "$started" -lt "$count" ] && [ "${due[started]}" -le "$elapsed" ]; do
+        vm_start "$mode" "${image_of[started]}" "${folder[started]}" "${folder[started]}/overlay.qcow2"
+        began[started]=$(cat "${folder[started]}/began")
+        started=$((started + 1))
+    done
+    # One look at all the serial ports; more only where there is something new.
+    spoke=$(grep -laE '^VMAR-(BOOT|DATA)-' "$dir"/*/serial.log 2>/dev/null || true)
+    for ((i = 0; i < started; i++)); do
+        vm=$(basename "${folder[i]}")
+        if [ -z "${boot_ms[i]:-}" ] && grep -qxF "${folder[i]}/serial.log" <<<"$spoke"; then
+            state=$(vm_state "${folder[i]}")
+            [ "${state%% *}" = up ] || die "$vm: ${state#failed } (logs: ${folder[i]})"
+            boot_ms[i]=$(($(now_ms) - began[i]))
+            guest_s[i]=${state#up }
+            up=$((up + 1))
+            say "  $vm: up after $(as_seconds "${boot_ms[i]}") s ($up of $count)"
+        fi
+        kill -0 "$(<"${folder[i]}/qemu.pid")" 2>/dev/null ||
+            die "$vm: $(vm_state "${folder[i]}" | sed 's/^failed //; s/^up .*/QEMU ended after the marker/') (logs: ${folder[i]})"
+    done
+    [ "$elapsed" -lt $((timeout * 1000)) ] || die "only $up of $count VMs were up after $timeout s (logs: $dir)"
+    sleep 0.25
+done
+storm_ms=$(($(now_ms) - storm_began))
+
+# All are up, all still run: now.
+cache_images=$(cached_bytes "${raws[@]}")
+cache_overlays=$(cached_bytes "${folder[@]/%//overlay.qcow2}")
+cache_maps=$(cached_bytes "${maps[@]}")
+mapfile -t pids < <(cat "${folder[@]/%//qemu.pid}"; [ "$mode" = plain ] || cat "${folder[@]/%//vmar.pid}")
+read_bytes=$(processes_read_bytes "${pids[@]}")
+device_after=$(device_read_bytes)
+device_bytes=null
+[ "$device_before" = null ] || device_bytes=$((device_after - device_before))
+per_image=$(fincore --json --bytes --output FILE,RES "${raws[@]}" |
+    jq '[.fincore[] | {name: (.file | sub(".*/"; "") | rtrimstr(".raw")), bytes: (.res | tonumber)}]')
+
+vm_stop_all || die "a VM or its vmar did not end well (logs: $dir)"
+
+# The least that any sharing of the base's content can cost: each block content that was read, once.
+limit=null
+if [ "$mode" = vmar ]; then
+    limit=$("$vmar" trace stat "${folder[@]/%//trace}" --json 2>"$dir/trace-stat.log") ||
+        die "vmar trace stat failed: $(tail -n 1 "$dir/trace-stat.log")"
+fi
+
+result=$(
+    for ((i = 0; i < count; i++)); do
+        printf '%s %s %d %d %s\n' "$(basename "${folder[i]}")" "${image_of[i]}" $((began[i] - storm_began)) \
+            "${boot_ms[i]}" "${guest_s[i]}"
+    done | jq -Rn --arg mode "$mode" --arg accel "$VMAR_ACCEL" --arg boot "$vm_boot" --argjson interval "$interval" \
+        --argjson storm_ms "$storm_ms" --argjson images "$cache_images" --argjson overlays "$cache_overlays" \
+        --argjson maps "$cache_maps" --argjson per_image "$per_image" --argjson read "$read_bytes" \
+        --argjson device "$device_bytes" --argjson limit "$limit" --arg logs "$dir" '{
+            $mode, $accel, $boot, $interval, $storm_ms,
+            vms: [inputs | split(" ") | {name: .[0], image: .[1], arrived_ms: (.[2] | tonumber),
+                boot_ms: (.[3] | tonumber), guest_seconds: (.[4] | tonumber)}],
+            cache: {images_bytes: $images, overlays_bytes: $overlays, maps_bytes: $maps, images: $per_image},
+            disk: {read_bytes: $read, device_read_bytes: $device},
+            limit: $limit, $logs
+        }'
+)
+[ -z "$json" ] || printf '%s\n' "$result" >"$json"
+
+jq -r '
+    def mib: if . == null then "-" else . / 1048576 * 10 | round / 10 | tostring end;
+    def pad(n): tostring | (" " * ([n - length, 0] | max)) + .;
+    "", (["VM", "image", "arrived s", "boot s", "guest s"] | map(pad(12)) | join("")),
+    (.vms[] | [.name, .image, .arrived_ms / 1000, .boot_ms / 1000, .guest_seconds] | map(pad(12)) | join("")),
+    "",
+    "page cache of the images   \(.cache.images_bytes | mib | pad(8)) MiB   (\([.cache.images[] | select(.bytes > 0) |
+        "\(.name) \(.bytes | mib)"] | join(", ")))",
+    "page cache of the overlays \(.cache.overlays_bytes | mib | pad(8)) MiB",
+    (if .mode == "vmar" then "page cache of the maps     \(.cache.maps_bytes | mib | pad(8)) MiB" else empty end),
+    "disk reads of these VMs    \(.disk.read_bytes | mib | pad(8)) MiB   (whole device, everyone: \(.disk.device_read_bytes | mib) MiB)",
+    (if .limit then "limit: content read, once  \(.limit.distinct_bytes | mib | pad(8)) MiB" else empty end),
+    "all up after \(.storm_ms / 1000) s"' <<<"$result"

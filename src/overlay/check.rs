@@ -1,0 +1,123 @@
+//! Looking at an overlay from outside: changes nothing and takes no lock, so it works while a VM runs on it.
+
+use super::layout::index;
+use super::scan::{self, Fault};
+use super::session::{self, Ending};
+use super::{BaseIdentity, open_file, read_metadata, stopped};
+use crate::error::{Error, Result};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+
+/// What an overlay is and holds.
+#[derive(Clone, Debug)]
+pub struct Info {
+    /// Bytes of the disk.
+    pub size: u64,
+    /// The base image that it was made for.
+    pub base: BaseIdentity,
+    /// The path of that image.
+    pub backing: PathBuf,
+    /// Its session.
+    pub session: SessionInfo,
+    /// True if a vmar has it open right now.
+    pub in_use: bool,
+    /// Subclusters (2 KiB) whose data is in the file.
+    pub data_subclusters: u64,
+    /// Subclusters that read as zeros.
+    pub zero_subclusters: u64,
+    /// Bytes that the file takes on disk.
+    pub disk_bytes: u64,
+    /// Host offset of guest byte 0.
+    pub data_start: u64,
+}
+
+/// The session of an overlay, seen from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SessionInfo {
+    /// Stopped cleanly: everything is in the file.
+    Closed,
+    /// Open, with its live bitmap: in use, or its process was killed and the next one goes on.
+    Open,
+    /// Was open when the host went down: the state of the last flush counts.
+    OtherBoot,
+    /// Open without a live bitmap that can be used; opening it needs `--discard-unflushed`.
+    Lost,
+}
+
+impl SessionInfo {
+    /// A word for it, also in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            SessionInfo::Closed => "closed",
+            SessionInfo::Open => "open",
+            SessionInfo::OtherBoot => "other-boot",
+            SessionInfo::Lost => "lost",
+        }
+    }
+}
+
+/// What the overlay at `path` is and holds; the live bitmap is used if there is one in `state_dir`.
+pub fn inspect(path: &Path, state_dir: &Path) -> Result<Info> {
+    let file = open_file(path, true)?;
+    let meta = file.metadata().map_err(|e| Error::io(path, "look at", e))?;
+    let in_use = in_use(path)?;
+    let (disk, header, layout) = read_metadata(path, file)?;
+    let ending = session::ending(&disk, path, &header, &layout, state_dir)?;
+    let (session, live) = match ending {
+        Ending::Closed => (SessionInfo::Closed, None),
+        Ending::Killed(live) => (SessionInfo::Open, Some(live)),
+        Ending::KilledThenQemu => (SessionInfo::Open, None),
+        Ending::OtherBoot => (SessionInfo::OtherBoot, None),
+        Ending::Lost(_) => (SessionInfo::Lost, None),
+    };
+    let (mut data, mut zero) = (0, 0);
+    let count = |cluster, durable: u64| {
+        let word = live.as_ref().map_or(durable, |l| l.words()[index(cluster)].load(Ordering::Acquire));
+        data += u64::from((word & 0xffff_ffff).count_ones());
+        zero += u64::from((word >> 32).count_ones());
+    };
+    scan::all(&disk, &layout, Err, count).map_err(|stop| stopped(path, stop))?;
+    Ok(Info {
+        size: layout.size,
+        base: header.extension.base,
+        backing: header.backing,
+        session,
+        in_use,
+        data_subclusters: data,
+        zero_subclusters: zero,
+        disk_bytes: meta.blocks() * 512,
+        data_start: layout.data,
+    })
+}
+
+/// Tries the lock on an open file of its own and lets go at once; a vmar that opens the overlay in that moment tries again.
+fn in_use(path: &Path) -> Result<bool> {
+    let file = open_file(path, true)?;
+    let free = session::try_lock(&file, false).map_err(|e| Error::io(path, "lock", e))?;
+    Ok(!free)
+}
+
+/// How many faults are told one by one.
+const FAULTS_MAX: usize = 20;
+
+/// Checks header, layout, bitmaps and refcounts of the file. Returns the faults, a line each; none is a clean overlay.
+pub fn check(path: &Path) -> Result<Vec<String>> {
+    let (disk, _, layout) = read_metadata(path, open_file(path, true)?)?;
+    let mut faults = Vec::new();
+    let mut more = 0u64;
+    let note = |fault| {
+        let (Fault::Layout(what) | Fault::Corrupt(what)) = fault;
+        if faults.len() < FAULTS_MAX {
+            faults.push(what);
+        } else {
+            more += 1;
+        }
+        Ok(())
+    };
+    scan::all(&disk, &layout, note, |_, _| {}).map_err(|stop| stopped(path, stop))?;
+    if more > 0 {
+        faults.push(format!("and {more} more"));
+    }
+    Ok(faults)
+}

@@ -1,0 +1,149 @@
+//! Reads the metadata of an overlay and compares it with the one layout it may have.
+
+use super::bits::is_valid;
+use super::disk::Disk;
+use super::layout::{CLUSTER, CLUSTER_BITS, COPIED, L2_ENTRY, Layout, index};
+use std::io;
+
+/// Metadata is read in pieces of this many bytes.
+const PIECE: u64 = 1 << 20;
+
+/// Something that is not as vmar writes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// Not in the fixed layout: the text says what is where.
+    Layout(String),
+    /// Cannot be right in any qcow2 file.
+    Corrupt(String),
+}
+
+/// Why reading stopped.
+#[derive(Debug)]
+pub(super) enum Stop {
+    Io(io::Error),
+    Fault(Fault),
+}
+
+impl From<io::Error> for Stop {
+    fn from(e: io::Error) -> Stop {
+        Stop::Io(e)
+    }
+}
+
+/// Reads `len` bytes from `at` on and hands on each aligned group of `N` bytes with its number.
+fn each<const N: usize>(
+    disk: &Disk,
+    at: u64,
+    len: u64,
+    mut f: impl FnMut(u64, &[u8; N]) -> Result<(), Fault>,
+) -> Result<(), Stop> {
+    let mut buf = vec![0; index(PIECE.min(len))];
+    let mut done = 0;
+    while done < len {
+        let piece = &mut buf[..index(PIECE.min(len - done))];
+        disk.read(piece, at + done)?;
+        for (i, group) in piece.as_chunks::<N>().0.iter().enumerate() {
+            f(done / N as u64 + i as u64, group).map_err(Stop::Fault)?;
+        }
+        done += piece.len() as u64;
+    }
+    Ok(())
+}
+
+/// Everything but the header. `fault` gets what is wrong and may stop it, `word` the number and the bitmap of each cluster
+/// that is at home.
+pub(super) fn all(
+    disk: &Disk,
+    layout: &Layout,
+    mut fault: impl FnMut(Fault) -> Result<(), Fault>,
+    word: impl FnMut(u64, u64),
+) -> Result<(), Stop> {
+    l1(disk, layout, &mut fault)?;
+    l2(disk, layout, &mut fault, word)?;
+    refcounts(disk, layout, &mut fault)?;
+    // The length comes last: of a disk that QEMU has made larger, the cluster that is missing says more.
+    match disk.file().metadata()?.len() {
+        len if len < layout.file_len() => fault(cut_off(len, layout)).map_err(Stop::Fault),
+        _ => Ok(()),
+    }
+}
+
+/// The file is shorter than it must be.
+pub(super) fn cut_off(len: u64, layout: &Layout) -> Fault {
+    Fault::Corrupt(format!("is cut off: {len} bytes in place of {}", layout.file_len()))
+}
+
+/// L1: each entry points at its own L2 table.
+fn l1(disk: &Disk, layout: &Layout, mut fault: impl FnMut(Fault) -> Result<(), Fault>) -> Result<(), Stop> {
+    each::<8>(disk, layout.l1, layout.l2_tables * 8, |table, bytes| {
+        let entry = u64::from_be_bytes(*bytes);
+        if entry == layout.l1_entry(table) { Ok(()) } else { fault(Fault::Layout(place("L2 table", table, entry))) }
+    })
+}
+
+/// L2: each descriptor points at its own cluster; `word` gets the number and the bitmap of each cluster.
+pub(super) fn l2(
+    disk: &Disk,
+    layout: &Layout,
+    mut fault: impl FnMut(Fault) -> Result<(), Fault>,
+    mut word: impl FnMut(u64, u64),
+) -> Result<(), Stop> {
+    each::<16>(disk, layout.l2, layout.l2_tables * CLUSTER, |cluster, bytes| {
+        let (descriptor, bitmap) = split_entry(bytes);
+        if cluster >= layout.clusters {
+            let empty = descriptor == 0 && bitmap == 0;
+            let what = format!("L2 entry {cluster}, behind the end of the disk, is used");
+            return if empty { Ok(()) } else { fault(Fault::Layout(what)) };
+        }
+        if descriptor != layout.descriptor(cluster) {
+            return fault(Fault::Layout(place("cluster", cluster, descriptor)));
+        }
+        if !is_valid(bitmap) {
+            return fault(Fault::Corrupt(format!("cluster {cluster} has subclusters that are both data and zero")));
+        }
+        word(cluster, bitmap);
+        Ok(())
+    })
+}
+
+fn split_entry(bytes: &[u8; 16]) -> (u64, u64) {
+    let entry = u128::from_be_bytes(*bytes);
+    // The upper and the lower half of the 16 bytes.
+    #[allow(clippy::cast_possible_truncation)]
+    ((entry >> 64) as u64, entry as u64)
+}
+
+/// Where an entry that is not at home points.
+fn place(what: &str, number: u64, entry: u64) -> String {
+    const OFFSET: u64 = (1 << 56) - (1 << 9);
+    if entry & OFFSET == 0 {
+        format!("{what} {number} is unallocated")
+    } else if entry & COPIED == 0 {
+        format!("{what} {number} may be shared")
+    } else {
+        format!("{what} {number} is elsewhere")
+    }
+}
+
+/// Refcounts: the table points at the blocks in order, and every cluster of the file is counted once.
+fn refcounts(disk: &Disk, layout: &Layout, mut fault: impl FnMut(Fault) -> Result<(), Fault>) -> Result<(), Stop> {
+    each::<8>(disk, layout.refcount_table, layout.refcount_block_count * 8, |block, bytes| {
+        let entry = u64::from_be_bytes(*bytes);
+        let at_home = entry == layout.refcount_blocks + block * CLUSTER;
+        if at_home { Ok(()) } else { fault(Fault::Layout(place("refcount block", block, entry | COPIED))) }
+    })?;
+    each::<2>(disk, layout.refcount_blocks, layout.file_clusters() * 2, |cluster, bytes| {
+        let count = u16::from_be_bytes(*bytes);
+        if count == 1 {
+            return Ok(());
+        }
+        let at = cluster << CLUSTER_BITS;
+        fault(Fault::Layout(if at < layout.data {
+            format!("the metadata cluster at byte {at} has refcount {count}")
+        } else {
+            format!("cluster {} has refcount {count}", (at - layout.data) >> CLUSTER_BITS)
+        }))
+    })
+}
+
+const _: () = assert!(L2_ENTRY == 16, "`l2` reads groups of 16 bytes");

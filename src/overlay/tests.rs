@@ -1,0 +1,295 @@
+//! What only the inside can see: the order of writes and syncs, and what happens when one of them fails.
+
+use super::disk::Event;
+use super::*;
+use crate::io::IoBuf;
+use std::fs;
+
+struct Base;
+
+impl BaseRead for Base {
+    fn read_base(&self, _offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        buf.fill(0xba);
+        Ok(())
+    }
+}
+
+const SIZE: u64 = 16 * CLUSTER;
+
+struct Fx {
+    dir: tempfile::TempDir,
+}
+
+impl Fx {
+    fn new() -> Fx {
+        let fx = Fx { dir: tempfile::tempdir().unwrap() };
+        let base = BaseIdentity { digest: [1; 32], generation: 0, size: SIZE };
+        create(&fx.path(), &CreateOptions { backing: Path::new("/base"), base, size: SIZE }).unwrap();
+        fx
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("o")
+    }
+
+    fn open(&self, discard_unflushed: bool) -> Result<Overlay> {
+        let state_dir = self.dir.path().join("state");
+        let opts = OpenOptions { read_only: false, state_dir: &state_dir, base: None, discard_unflushed };
+        let o = Overlay::open(&self.path(), &opts)?;
+        o.disk.probe.take();
+        Ok(o)
+    }
+}
+
+fn write(o: &Overlay, offset: u64, len: usize) -> io::Result<()> {
+    let mut mem = vec![7u8; len];
+    // SAFETY: `mem` outlives the call.
+    let buf = unsafe { IoBuf::from_raw(mem.as_mut_ptr(), len) };
+    o.write(offset, &[buf], &Base)
+}
+
+fn sector(o: &Overlay, offset: u64) -> u8 {
+    let run = o.runs(offset, 512).next().unwrap();
+    let mut byte = [0];
+    match run.state {
+        State::Base => Base.read_base(offset, &mut byte).unwrap(),
+        State::Zero => {}
+        State::Data => o.file().read_exact_at(&mut byte, o.data_start() + offset).unwrap(),
+    }
+    byte[0]
+}
+
+#[test]
+fn a_flush_writes_the_bits_between_two_syncs() {
+    let fx = Fx::new();
+    let o = fx.open(false).unwrap();
+    let data = o.data_start();
+    write(&o, 2 * CLUSTER, 4096).unwrap();
+    o.flush().unwrap();
+    let bits = Event::Write { at: o.layout.l2 + 2 * 16 + 8, len: 8 };
+    assert_eq!(
+        o.disk.probe.take(),
+        [Event::Write { at: data + 2 * CLUSTER, len: 4096 }, Event::SyncData, bits, Event::SyncData]
+    );
+    o.flush().unwrap();
+    assert_eq!(o.disk.probe.take(), [Event::SyncData], "nothing changed: one sync, for the data");
+    write(&o, 2 * CLUSTER, 512).unwrap();
+    o.flush().unwrap();
+    let overwrite = Event::Write { at: data + 2 * CLUSTER, len: 512 };
+    assert_eq!(o.disk.probe.take(), [overwrite, Event::SyncData], "no bit changed");
+}
+
+#[test]
+fn neighbouring_words_go_in_one_write() {
+    let fx = Fx::new();
+    let o = fx.open(false).unwrap();
+    write(&o, 3 * CLUSTER, index(3 * CLUSTER)).unwrap();
+    write(&o, 9 * CLUSTER, 2048).unwrap();
+    o.disk.probe.take();
+    o.flush().unwrap();
+    let l2 = o.layout.l2;
+    assert_eq!(
+        o.disk.probe.take(),
+        [
+            Event::SyncData,
+            Event::Write { at: l2 + 3 * 16 + 8, len: 16 * 2 + 8 },
+            Event::Write { at: l2 + 9 * 16 + 8, len: 8 },
+            Event::SyncData
+        ]
+    );
+    drop(o);
+    assert_eq!(check(&fx.path()).unwrap(), Vec::<String>::new());
+}
+
+#[test]
+fn a_partial_subcluster_is_filled_in_the_same_write() {
+    let fx = Fx::new();
+    let o = fx.open(false).unwrap();
+    write(&o, 2048 + 512, 4096).unwrap();
+    assert_eq!(o.disk.probe.take(), [Event::Write { at: o.data_start() + 2048, len: 6144 }]);
+    assert_eq!([2048, 2560, 6144, 6656, 7680].map(|at| sector(&o, at)), [0xba, 7, 7, 0xba, 0xba]);
+    // Head in data, tail in base: only the tail is filled.
+    write(&o, 7680, 1024).unwrap();
+    assert_eq!(o.disk.probe.take(), [Event::Write { at: o.data_start() + 7680, len: 512 + 2048 }]);
+    assert_eq!([7168, 7680, 8192, 8704, 9728].map(|at| sector(&o, at)), [0xba, 7, 7, 0xba, 0xba]);
+}
+
+#[test]
+fn a_full_disk_changes_nothing_but_the_answer() {
+    let fx = Fx::new();
+    let o = fx.open(false).unwrap();
+    o.disk.probe.fail_after(0, libc::ENOSPC);
+    assert_eq!(write(&o, 512, 512).unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+    assert_eq!(o.runs(0, SIZE).map(|r| r.state).collect::<Vec<_>>(), [State::Base]);
+    assert_eq!(sector(&o, 512), 0xba);
+    o.disk.probe.take();
+    o.flush().unwrap();
+    assert_eq!(o.disk.probe.take(), [Event::SyncData], "no word is marked");
+    write(&o, 512, 512).unwrap();
+    assert_eq!(sector(&o, 512), 7);
+}
+
+#[test]
+fn the_base_failing_fails_the_write_and_nothing_else() {
+    struct Broken;
+    impl BaseRead for Broken {
+        fn read_base(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+            Err(io::Error::from_raw_os_error(libc::EIO))
+        }
+    }
+    let fx = Fx::new();
+    let o = fx.open(false).unwrap();
+    let mut mem = [0u8; 512];
+    // SAFETY: `mem` outlives the call.
+    let buf = unsafe { IoBuf::from_raw(mem.as_mut_ptr(), 512) };
+    assert_eq!(o.write(0, &[buf], &Broken).unwrap_err().raw_os_error(), Some(libc::EIO));
+    assert!(o.write_zeroes(1024, 4096, true, &Broken).is_err());
+    assert_eq!(o.disk.probe.take(), []);
+    assert_eq!(o.runs(0, SIZE).map(|r| r.state).collect::<Vec<_>>(), [State::Base]);
+    // The lock was given back.
+    write(&o, 0, 512).unwrap();
+}
+
+#[test]
+fn a_hole_that_cannot_be_punched_reads_zeros_all_the_same() {
+    let fx = Fx::new();
+    let o = fx.open(false).unwrap();
+    write(&o, 0, 8192).unwrap();
+    o.disk.probe.take();
+    o.disk.probe.fail_after(0, libc::EOPNOTSUPP);
+    o.write_zeroes(2048, 4096, true, &Base).unwrap();
+    assert_eq!(o.disk.probe.take(), [Event::Punch { at: o.data_start() + 2048, len: 4096 }]);
+    assert_eq!([0, 2048, 4096, 6144].map(|at| sector(&o, at)), [7, 0, 0, 7]);
+    // A part of it is written again: the rest is zeros, not what the file still holds.
+    write(&o, 2560, 512).unwrap();
+    assert_eq!([2048, 2560, 3072].map(|at| sector(&o, at)), [0, 7, 0]);
+}
+
+#[test]
+fn a_failed_sync_is_final_also_for_the_next_process() {
+    for syncs_before in [0, 2] {
+        let fx = Fx::new();
+        let o = fx.open(false).unwrap();
+        write(&o, CLUSTER, 2048).unwrap();
+        o.flush().unwrap();
+        write(&o, 0, 2048).unwrap();
+        // The sync before the bits, or the one after them.
+        o.disk.probe.fail_after(syncs_before, libc::EIO);
+        assert_eq!(o.flush().unwrap_err().raw_os_error(), Some(libc::EIO));
+        for _ in 0..2 {
+            let err = o.flush().unwrap_err().to_string();
+            assert!(err.contains("an earlier flush of this overlay failed"), "{err}");
+        }
+        let err = o.close().unwrap_err().to_string();
+        assert!(err.contains("cannot flush"), "{err}");
+        // Writing goes on; what is lost is the promise.
+        write(&o, 4096, 2048).unwrap();
+        assert_eq!(sector(&o, 4096), 7);
+        drop(o);
+        let err = fx.open(false).unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::Io);
+        assert!(err.to_string().contains("a flush of it failed in its last session"), "{err}");
+        assert!(err.to_string().contains("--discard-unflushed"), "{err}");
+        let o = fx.open(true).unwrap();
+        assert_eq!(sector(&o, CLUSTER), 7, "what was flushed before is there");
+        assert_eq!(sector(&o, 4096), 0xba, "what was not is not");
+        o.flush().unwrap();
+        o.close().unwrap();
+        assert_eq!(fs::read_dir(fx.dir.path().join("state")).unwrap().count(), 0, "no bitmap is left behind");
+    }
+}
+
+#[test]
+fn words_that_could_not_be_written_wait_for_the_next_flush() {
+    let fx = Fx::new();
+    let o = fx.open(false).unwrap();
+    write(&o, 0, 2048).unwrap();
+    write(&o, 5 * CLUSTER, 2048).unwrap();
+    o.disk.probe.fail_after(1, libc::ENOSPC);
+    assert_eq!(o.flush().unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+    o.disk.probe.take();
+    o.flush().unwrap();
+    let bits = |cluster| Event::Write { at: o.layout.bitmap_at(cluster), len: 8 };
+    assert_eq!(o.disk.probe.take(), [Event::SyncData, bits(0), bits(5), Event::SyncData]);
+}
+
+#[test]
+fn what_a_killed_process_left_unflushed_is_marked_again() {
+    let fx = Fx::new();
+    let o = fx.open(false).unwrap();
+    write(&o, 0, 2048).unwrap();
+    o.flush().unwrap();
+    write(&o, 7 * CLUSTER, 2048).unwrap();
+    drop(o);
+    let o = fx.open(false).unwrap();
+    o.flush().unwrap();
+    let bits = Event::Write { at: o.layout.bitmap_at(7), len: 8 };
+    assert_eq!(o.disk.probe.take(), [Event::SyncData, bits, Event::SyncData]);
+}
+
+#[test]
+fn more_changed_words_than_one_batch() {
+    // 20 GiB of disk, a write in every second cluster: 160,000 words.
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("o");
+    let base = BaseIdentity { digest: [1; 32], generation: 0, size: 0 };
+    let size = 20 << 30;
+    create(&path, &CreateOptions { backing: Path::new("/base"), base, size }).unwrap();
+    let opts = OpenOptions { read_only: false, state_dir: &dir.path().join("s"), base: None, discard_unflushed: false };
+    let o = Overlay::open(&path, &opts).unwrap();
+    for cluster in (0..size / CLUSTER).step_by(2) {
+        o.write_zeroes(cluster * CLUSTER, 2048, false, &Base).unwrap();
+    }
+    o.disk.probe.take();
+    o.flush().unwrap();
+    let events = o.disk.probe.take();
+    assert_eq!(events.iter().filter(|e| matches!(e, Event::Write { .. })).count(), 163_840);
+    assert_eq!(events.iter().filter(|e| **e == Event::SyncData).count(), 4, "3 batches and the end");
+    o.close().unwrap();
+    assert_eq!(inspect(&path, &dir.path().join("s")).unwrap().zero_subclusters, 163_840);
+}
+
+#[test]
+fn a_flush_that_waited_for_one_begun_later_does_nothing() {
+    let fx = Fx::new();
+    let o = fx.open(false).unwrap();
+    std::thread::scope(|s| {
+        for _ in 0..4 {
+            s.spawn(|| {
+                for n in 0..50 {
+                    write(&o, n * 2048, 2048).unwrap();
+                    o.flush().unwrap();
+                }
+            });
+        }
+    });
+    o.disk.probe.take();
+    drop(o);
+    // All 200 returned: everything is in the file.
+    let o = fx.open(false).unwrap();
+    o.flush().unwrap();
+    assert_eq!(o.disk.probe.take(), [Event::SyncData]);
+}
+
+#[test]
+fn a_header_of_any_bytes_is_an_error_and_no_panic() {
+    use proptest::prelude::*;
+    let fx = Fx::new();
+    let good = fs::read(fx.path()).unwrap()[..512].to_vec();
+    proptest!(|(at in 0usize..512, byte: u8, cut in 0usize..=512, junk in prop::collection::vec(any::<u8>(), 0..300))| {
+        let path = Path::new("o");
+        let _ = Header::parse(path, &good[..cut]);
+        let _ = Header::parse(path, &junk);
+        let mut bad = good.clone();
+        bad[at] = byte;
+        let _ = Header::parse(path, &bad);
+        bad[112..112 + junk.len()].copy_from_slice(&junk);
+        let _ = Header::parse(path, &bad);
+    });
+    let mut header = Header::parse(Path::new("o"), &good).unwrap();
+    let session = Session { id: [9; 16], boot: [8; 16] };
+    let open = header.with_session(session).to_vec();
+    let reread = Header::parse(Path::new("o"), &open).unwrap();
+    assert!(reread.untouched() && reread.extension.session == session);
+    assert_eq!(header.with_session(Session::CLOSED), &good);
+}

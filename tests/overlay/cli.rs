@@ -1,0 +1,140 @@
+//! `vmar overlay` as a script sees it.
+
+use crate::common::*;
+use std::path::Path;
+use std::process::Command;
+use vmar::fingerprint::Algorithm;
+use vmar::library::{Library, Policy};
+
+struct Output {
+    status: i32,
+    stdout: String,
+    stderr: String,
+}
+
+fn vmar(args: &[&str]) -> Output {
+    let out = Command::new(env!("CARGO_BIN_EXE_vmar")).args(args).env_remove("VMAR_LIBRARY").output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    Output { status: out.status.code().unwrap(), stdout: text(out.stdout), stderr: text(out.stderr) }
+}
+
+fn json(args: &[&str]) -> serde_json::Value {
+    let out = vmar(&[args, &["--json"]].concat());
+    assert_eq!(out.status, 0, "{}", out.stderr);
+    serde_json::from_str(&out.stdout).unwrap()
+}
+
+#[test]
+fn info_and_check_of_an_overlay_in_all_its_states() {
+    let fx = Fixture::new();
+    let file = path_str(&fx.overlay);
+    let state_dir = fx.state_dir();
+    let info = || json(&["overlay", "info", file, "--state-dir", path_str(&state_dir)]);
+    let new = info();
+    assert_eq!(new["size"], fx.size());
+    assert_eq!(new["session"], "closed");
+    assert_eq!(new["in_use"], false);
+    assert_eq!(new["base"]["digest"], "b5".repeat(32));
+    assert_eq!(new["base"]["path"], path_str(&fx.base_path));
+    assert_eq!((new["data_subclusters"].as_u64(), new["zero_subclusters"].as_u64()), (Some(0), Some(0)));
+
+    let o = fx.open();
+    write(&o, &fx, 0, &[1; 4096]);
+    o.write_zeroes(65536, 65536, true, &fx).unwrap();
+    let open = info();
+    assert_eq!((open["session"].as_str(), open["in_use"].as_bool()), (Some("open"), Some(true)));
+    assert_eq!((open["data_subclusters"].as_u64(), open["zero_subclusters"].as_u64()), (Some(2), Some(32)));
+    let text = vmar(&["overlay", "info", file, "--state-dir", path_str(&state_dir)]).stdout;
+    assert!(text.contains("open, in use") && text.contains("4.0 KiB (2 subclusters)"), "{text}");
+    assert_eq!(json(&["overlay", "check", file])["clean"], true, "while it is in use");
+    drop(o);
+    assert_eq!((info()["session"].as_str(), info()["in_use"].as_bool()), (Some("open"), Some(false)));
+    std::fs::remove_file(&fx.live_files()[0]).unwrap();
+    let lost = info();
+    assert_eq!(lost["session"], "lost");
+    assert_eq!(lost["data_subclusters"], 0, "what the file alone says");
+}
+
+#[test]
+fn check_prints_the_faults_and_fails_with_one_line() {
+    let fx = Fixture::new();
+    patch(&fx.overlay, 0x40000 + 3 * 16, &[0; 16]);
+    let out = vmar(&["overlay", "check", path_str(&fx.overlay)]);
+    assert_eq!(out.status, 1);
+    assert_eq!(out.stdout, "cluster 3 is unallocated\n");
+    assert_eq!(out.stderr.lines().count(), 1, "{}", out.stderr);
+    let out = vmar(&["overlay", "check", path_str(&fx.base_path)]);
+    assert_eq!((out.status, out.stdout.as_str()), (1, ""));
+    assert!(out.stderr.contains("is no qcow2 file"), "{}", out.stderr);
+}
+
+#[test]
+fn wrong_usage_is_status_2_and_help_is_0() {
+    for args in [
+        &["overlay", "create", "/tmp/x", "--image", "web"][..],
+        &["overlay", "create", "/tmp/x"],
+        &["overlay", "create", "/tmp/x", "--image", "web", "--size", "10X"],
+        &["overlay"],
+    ] {
+        let out = vmar(args);
+        assert_eq!(out.status, 2, "{args:?}: {}", out.stderr);
+    }
+    for verb in ["create", "info", "check"] {
+        assert_eq!(vmar(&["overlay", verb, "--help"]).status, 0);
+    }
+}
+
+#[test]
+fn create_needs_a_library_with_that_image() {
+    let fx = Fixture::new();
+    let dir = fx.dir.path().join("lib");
+    let make =
+        |library: &Path| vmar(&["--library", path_str(library), "overlay", "create", "/tmp/none", "--image", "web"]);
+    let out = make(&dir);
+    assert_eq!(out.status, 1, "{}", out.stderr);
+    Library::init(&dir, Policy::Paper, Algorithm::Sha1).unwrap();
+    let out = make(&dir);
+    assert_eq!(out.status, 1);
+    assert!(out.stderr.contains("web: no such image"), "{}", out.stderr);
+}
+
+#[test]
+fn create_makes_a_disk_that_plain_qemu_reads_like_the_image() {
+    let fx = Fixture::new();
+    let library = fx.dir.path().join("lib");
+    let library = path_str(&library);
+    let ok = |args: &[&str]| {
+        let out = vmar(&[&["--library", library], args].concat());
+        assert_eq!(out.status, 0, "{args:?}: {}", out.stderr);
+        out.stdout
+    };
+    ok(&["library", "init", library]);
+    ok(&["image", "add", &format!("web={}", path_str(&fx.base_path))]);
+    let file = fx.dir.path().join("vm.qcow2");
+    let said = ok(&["overlay", "create", path_str(&file), "--image", "web", "--size", "8M"]);
+    assert!(said.contains("8.0 MiB on image web"), "{said}");
+    qemu_check(&file);
+    let record = Library::open(library).unwrap().image("web").unwrap().clone();
+    let info = json(&["overlay", "info", path_str(&file)]);
+    assert_eq!(info["size"], 8 << 20);
+    assert_eq!(info["base"]["digest"], vmar::codec::hex(&record.digest));
+    assert_eq!(info["base"]["path"], path_str(&fx.base_path));
+    let raw = fx.dir.path().join("vm.raw");
+    qemu(&["qemu-img", "convert", "-f", "qcow2", "-O", "raw", path_str(&file), path_str(&raw)]);
+    let bytes = std::fs::read(raw).unwrap();
+    assert!(bytes[..fx.base.len()] == fx.base && bytes[fx.base.len()..].iter().all(|b| *b == 0));
+    assert_eq!(bytes.len(), 8 << 20);
+
+    for (args, status, why) in [
+        (&["--image", "web"][..], 1, "exists already"),
+        (&["--image", "web", "--size", "9M"], 1, "exists already"),
+        (&["--image", "db"], 1, "no such image"),
+    ] {
+        let out = vmar(&[&["--library", library, "overlay", "create", path_str(&file)], args].concat());
+        assert_eq!(out.status, status, "{}", out.stderr);
+        assert!(out.stderr.contains(why) && out.stderr.lines().count() == 1, "{}", out.stderr);
+    }
+    let out = vmar(&["--library", library, "overlay", "create", "/tmp/none", "--image", "web", "--size", "1M"]);
+    assert_eq!(out.status, 2);
+    assert!(out.stderr.contains("is smaller than its base"), "{}", out.stderr);
+}

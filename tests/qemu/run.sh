@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# A real kernel under QEMU on disks from vmar: two small guests of different images at once, one of them through vmar and
+# one plain; the guest reads its whole disk, mounts it, writes, shuts down; plain QEMU then goes on with the overlay.
+#
+# The guest is a Debian cloud kernel with a busybox initramfs. VMAR_BIN names the binary (default: the one that the tests
+# built).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export VMAR_BIN=${VMAR_BIN:-${CARGO_TARGET_DIR:-target}/debug/vmar}
+[ -x "$VMAR_BIN" ] || cargo build --locked
+VMAR_BIN=$(realpath "$VMAR_BIN")
+cache=$PWD/build/test-guest
+work=$(mktemp -d -t vmar-qemu.XXXXXX)
+passed=0
+
+fail() { echo "tests/qemu/run.sh: $* (logs: $work)" >&2; exit 1; }
+pass() { passed=$((passed + 1)); echo "ok $passed - $*"; }
+
+# The kernel's package is unpacked, not installed: it is the guest's, not this machine's.
+make_kernel() {
+  [ ! -e "$cache/vmlinuz" ] || return 0
+  mkdir -p "$cache/deb" && rm -rf "$cache/root"
+  local package
+  package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
+  [ -n "$package" ] || { apt-get update -qq
+    package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1); }
+  (cd "$cache/deb" && apt-get download -qq "$package" 2>/dev/null)
+  dpkg -x "$cache"/deb/linux-image-*.deb "$cache/root"
+  cp "$cache"/root/boot/vmlinuz-* "$cache/vmlinuz"
+}
+
+make_initramfs() {
+  local tree=$cache/initramfs version part
+  version=$(basename "$cache"/root/lib/modules/*)
+  rm -rf "$tree"
+  mkdir -p "$tree"/{bin,proc,sys,dev,mnt} "$tree/lib/modules/$version/kernel"
+  cp "$cache/root/lib/modules/$version"/modules.{builtin,order} "$tree/lib/modules/$version/"
+  for part in drivers/virtio drivers/block/virtio_blk.ko fs/ext4 fs/jbd2 fs/mbcache.ko lib crypto; do
+    (cd "$cache/root/lib/modules/$version/kernel" && [ ! -e "$part" ] ||
+      cp -a --parents "$part" "$tree/lib/modules/$version/kernel/")
+  done
+  depmod -b "$tree" "$version"
+  cp "$(command -v busybox)" "$tree/bin/busybox"
+  cp tests/qemu/init "$tree/init"
+  chmod +x "$tree/init"
+  (cd "$tree" && find . | cpio --quiet -o -H newc | gzip -1) >"$cache/initrd"
+}
+
+# make_image NAME SEED: 96 MiB, a partition at 1 MiB with ext4; most files are the same in both images.
+make_image() {
+  local name=$1 files=$work/files-$1
+  mkdir -p "$files/share"
+  for module in "$cache"/root/lib/modules/*/kernel/drivers/net/ethernet/*; do
+    cp -r "$module" "$files/share/"
+    [ "$(du -sm "$files/share" | cut -f1)" -lt 30 ] || break
+  done
+  cp "$cache/vmlinuz" "$files/share/"
+  head -c 3000000 /dev/urandom >"$files/only-$name"
+  (cd "$files" && find . -type f -print0 | sort -z | xargs -0 sha256sum >"$work/sums" && mv "$work/sums" SUMS)
+  mke2fs -q -t ext4 -d "$files" "$work/$name.fs" 95M >/dev/null
+  truncate -s 1M "$work/$name.raw"
+  # One partition, type 83, from sector 2048 on.
+  printf '2048,,83\n' >"$work/table"
+  cat "$work/$name.fs" >>"$work/$name.raw"
+  sfdisk -q "$work/$name.raw" <"$work/table" >/dev/null 2>&1
+  rm -rf "$work/$name.fs" "$files"
+  cp "$cache/vmlinuz" "$work/$name.vmlinuz"
+  cp "$cache/initrd" "$work/$name.initrd"
+  echo "console=ttyS0 panic=-1 quiet vmar.name=$name" >"$work/$name.cmdline"
+}
+
+echo "preparing the guest in $work"
+# shellcheck source=qemu-scripts/common.sh
+. qemu-scripts/common.sh
+need_qemu
+need cpio:cpio busybox:busybox-static sfdisk:fdisk depmod:kmod
+make_kernel
+make_initramfs
+make_image left
+make_image right
+
+vmar() { "$VMAR_BIN" --library "$work/library" "$@"; }
+vmar library init "$work/library"
+vmar image add "left=$work/left.raw" "right=$work/right.raw" 2>/dev/null >&2
+shared=$(vmar image show right --json | tr -d ' \n' | sed -n 's/.*"redirected_blocks":\([0-9]*\).*/\1/p')
+[ "${shared:-0}" -gt 1000 ] || fail "the two images share only ${shared:-no} blocks"
+pass "the two images share $shared blocks"
+
+vm_images=$work
+# Used by the functions of common.sh.
+# shellcheck disable=SC2034
+vm_library=$work/library vm_memory=256
+vmar=$VMAR_BIN
+probe_accel "$cache/vmlinuz"
+vm_guard
+
+# says DIR PATTERN
+says() { grep -qaE "$2" "$1/serial.log" || fail "the guest of $1 does not say $2: $(tail -n 3 "$1/serial.log" | tr '\r\n' '  ')"; }
+
+for name in left right; do
+  mkdir -p "$work/$name"; vm_folder "$work/$name"
+  vm_overlay vmar "$name" "$work/$name.qcow2"
+  sum=$(sha256sum "$work/$name.raw" | cut -d' ' -f1)
+  vm_append="vmar.sum=$sum vmar.write=1"
+  vm_start vmar "$name" "$work/$name" "$work/$name.qcow2"
+done
+mkdir -p "$work/plain"; vm_folder "$work/plain"
+vm_overlay plain left "$work/plain.qcow2"
+sum=$(sha256sum "$work/left.raw" | cut -d' ' -f1)
+vm_append="vmar.sum=$sum"
+vm_start plain left "$work/plain" "$work/plain.qcow2"
+for dir in left right plain; do
+  vm_wait_up "$work/$dir" 300
+  vm_wait_off "$work/$dir" 60
+  says "$work/$dir" '^VMAR-DISK-OK'
+  says "$work/$dir" '^VMAR-FILES-OK'
+  pass "$dir: the guest read its whole disk and its files right, beside two others"
+done
+vm_stop_all || fail "a server did not end well"
+for name in left right; do
+  qemu-img check -q "$work/$name.qcow2" || fail "qemu-img check of $name.qcow2"
+  pass "$name: qemu-img check is clean after the guest wrote"
+  mkdir -p "$work/again-$name"; vm_folder "$work/again-$name"
+  vm_append="vmar.expect=1"
+  vm_start plain "$name" "$work/again-$name" "$work/$name.qcow2"
+  vm_wait_up "$work/again-$name" 300
+  vm_wait_off "$work/again-$name" 60
+  says "$work/again-$name" '^VMAR-FILES-OK'
+  says "$work/again-$name" '^VMAR-WRITTEN-OK'
+  vm_stop_all || fail "QEMU did not end well"
+  pass "$name: plain QEMU goes on with the overlay and finds what was written"
+done
+vmar image verify >/dev/null || fail "an image has changed"
+pass "the images are as they were"
+rm -rf "$work"
+echo "$passed passed, 0 failed"
