@@ -4,7 +4,7 @@ use super::support::{Place, image_of, named, one_line, qemu_img};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 /// A library with image `base` (contents 9 to 12), and a file that shares with it.
@@ -28,7 +28,7 @@ fn set_mtime(path: &PathBuf, time: SystemTime) {
     File::options().write(true).open(path).unwrap().set_modified(time).unwrap();
 }
 
-fn refused(place: &Place, other: &PathBuf) -> String {
+fn refused(place: &Place, other: &Path) -> String {
     let before = place.snapshot();
     let line = place.fails(1, &["image", "add", &named("other", other)]);
     assert_eq!(place.snapshot(), before, "a refused add changes nothing");
