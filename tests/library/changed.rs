@@ -73,7 +73,8 @@ fn an_image_that_is_written_to_during_the_add_is_refused() {
     let (place, _, other) = place();
     let qcow2 = place.path("q.qcow2");
     let args = ["convert", "-f", "raw", "-O", "qcow2"].map(OsStr::new);
-    qemu_img(&[&args[..], &[other.as_os_str(), qcow2.as_os_str()]].concat());
+    let unrelated = place.raw("unrelated", &image_of(&[40, 41], None), |_| false);
+    qemu_img(&[&args[..], &[unrelated.as_os_str(), qcow2.as_os_str()]].concat());
     let path = place.fake_qemu_img(&format!("touch {}", other.display()));
     let before = place.snapshot();
     let mut command = place.vmar();
