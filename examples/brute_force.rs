@@ -31,7 +31,7 @@ fn read(name: &str, path: &Path) -> std::io::Result<Image> {
     let mut blocks = Vec::new();
     let mut left = size;
     while left > 0 {
-        let mut buf = vec![0u8; left.min(BLOCK as u64) as usize];
+        let mut buf = vec![0u8; usize::try_from(left).map_or(BLOCK, |left| left.min(BLOCK))];
         file.read_exact(&mut buf)?;
         left -= buf.len() as u64;
         let zero = buf.iter().all(|&b| b == 0);
@@ -49,7 +49,7 @@ fn target(
 ) -> Option<(usize, usize)> {
     let content = images[i].blocks[b]?;
     // A partial last block stays where it is.
-    let partial = (b + 1) * BLOCK > images[i].size as usize;
+    let partial = (b as u64 + 1) * BLOCK as u64 > images[i].size;
     Some(if partial { (i, b) } else { canonical[&content] })
 }
 

@@ -3,7 +3,8 @@
 use super::Common;
 use super::output::{Table, percent, print_json};
 use crate::error::Result;
-use crate::indexer::stats::{Stats, stats};
+use crate::indexer::read_map;
+use crate::indexer::stats::{Stats, mean_search_depths, stats};
 use crate::library::Library;
 use crate::units::human_bytes;
 
@@ -13,18 +14,20 @@ pub struct Args {}
 
 /// Runs the verb.
 pub fn run(common: &Common, _args: Args) -> Result<()> {
-    let stats = stats(&Library::open(common.library()?)?)?;
+    super::output::raise_file_limit();
+    let library = Library::open(common.library()?)?;
+    let stats = stats(&library)?;
     if common.json {
         return print_json(&stats);
     }
-    print_table(&stats);
-    Ok(())
+    print_table(&library, &stats)
 }
 
-fn print_table(stats: &Stats) {
-    let mut table =
-        Table::new(&["name", "id", "blocks", "non-zero", "redirected", "", "entries", "blocks/entry", "map"], 1);
+fn print_table(library: &Library, stats: &Stats) -> Result<()> {
+    let head = ["name", "id", "blocks", "non-zero", "redirected", "", "entries", "blocks/entry", "map", "search depth"];
+    let mut table = Table::new(&head, 1);
     for image in &stats.images {
+        let [plain, _, depth] = mean_search_depths(&read_map(library, library.image(&image.name)?)?);
         table.row(vec![
             image.name.clone(),
             image.id.to_string(),
@@ -35,6 +38,7 @@ fn print_table(stats: &Stats) {
             image.entries.to_string(),
             format!("{:.1}", image.nonzero_blocks as f64 / (image.entries.max(1)) as f64),
             human_bytes(image.map_bytes),
+            format!("{depth:.2} (plain {plain:.1})"),
         ]);
     }
     table.print();
@@ -47,4 +51,5 @@ fn print_table(stats: &Stats) {
     println!("content held at least twice {:.1}%", 100.0 * stats.duplicated_ge2);
     println!("  by at least two images    {:.1}%", 100.0 * stats.shared_ge2_images);
     println!("  by more than three images {:.1}%", 100.0 * stats.shared_gt3_images);
+    Ok(())
 }

@@ -5,7 +5,7 @@ use super::join::Groups;
 use super::resolve::{Resolved, resolve};
 use super::{Work, target_of};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fingerprint::{run, scan};
+use crate::fingerprint::{Row, run, scan};
 use crate::image::{Conversion, Format, Probe, convert, probe, virtual_size};
 use crate::library::{
     ImageRecord, Library, RunRef, Source, Transaction, Writer, check_name, converted_file, map_file, mtime_ns, run_file,
@@ -124,7 +124,7 @@ fn add_one(
 
     let map_began = Instant::now();
     let rows = std::mem::take(&mut scanned.rows);
-    let groups = join(&rows, earlier, &side.record)?;
+    let groups = join(&rows, earlier, &side.record, work)?;
     open_sides(change.library(), earlier, &groups)?;
     let sides = Sides::new(earlier.iter().map(|e| e.side.as_ref()).collect(), &side);
     let resolved = resolve(rows, &groups, &sides, work)?;
@@ -204,9 +204,10 @@ fn fingerprint(
 }
 
 /// What the earlier images of the same domain know of the new image's hashes.
-fn join(rows: &[crate::fingerprint::Row], earlier: &[Earlier], new: &ImageRecord) -> Result<Groups> {
+fn join(rows: &[Row], earlier: &[Earlier], new: &ImageRecord, work: &Work) -> Result<Groups> {
     let mut groups = Groups::new(rows);
     for (i, other) in (0u32..).zip(earlier) {
+        work.check_stop(&new.name)?;
         if other.record.domain == new.domain && other.record.fingerprint == new.fingerprint {
             let stamp = run::Stamp { bytes: other.record.run.bytes, crc32c: other.record.run.crc32c };
             groups.join(rows, i, run::Reader::open(&other.run, stamp)?)?;

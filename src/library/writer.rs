@@ -47,7 +47,21 @@ struct Move {
 #[derive(Debug)]
 pub struct Writer {
     library: Library,
-    _lock: File,
+    _lock: Lock,
+}
+
+/// The writers' lock, held until dropped.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing would do, but for a child process that is being started: until it runs its program it has a copy of
+        // every open file, and a copy keeps the lock.
+        if let Err(e) = flock(&self.0, FlockOperation::Unlock) {
+            log::warn!("the library's lock stays until this process ends: {e}");
+        }
+    }
 }
 
 impl Writer {
@@ -193,7 +207,7 @@ fn check_empty(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn take_lock(dir: &Path) -> Result<File> {
+fn take_lock(dir: &Path) -> Result<Lock> {
     let path = dir.join(LOCK);
     let mut file = OpenOptions::new()
         .read(true)
@@ -209,7 +223,7 @@ fn take_lock(dir: &Path) -> Result<File> {
     }
     // Only for the message of the next one who comes: that this fails (a full disk) is no reason to stop.
     let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
-    Ok(file)
+    Ok(Lock(file))
 }
 
 /// The error that names the holder of the lock.

@@ -1,9 +1,10 @@
 //! Images that were changed behind the library's back.
 
-use super::support::{Place, image_of, named};
+use super::support::{Place, image_of, named, one_line, qemu_img};
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 /// A library with image `base` (contents 9 to 12), and a file that shares with it.
@@ -27,7 +28,7 @@ fn set_mtime(path: &PathBuf, time: SystemTime) {
     File::options().write(true).open(path).unwrap().set_modified(time).unwrap();
 }
 
-fn refused(place: &Place, other: &PathBuf) -> String {
+fn refused(place: &Place, other: &Path) -> String {
     let before = place.snapshot();
     let line = place.fails(1, &["image", "add", &named("other", other)]);
     assert_eq!(place.snapshot(), before, "a refused add changes nothing");
@@ -64,6 +65,23 @@ fn a_change_that_left_no_trace_is_found_by_the_comparison() {
     set_mtime(&base, time);
     let line = refused(&place, &other);
     assert!(line.contains("block 2 of image base is not what was fingerprinted"), "{line}");
+}
+
+/// While one image of a command is converted, somebody writes into another that was hashed already.
+#[test]
+fn an_image_that_is_written_to_during_the_add_is_refused() {
+    let (place, _, other) = place();
+    let qcow2 = place.path("q.qcow2");
+    let args = ["convert", "-f", "raw", "-O", "qcow2"].map(OsStr::new);
+    let unrelated = place.raw("unrelated", &image_of(&[40, 41], None), |_| false);
+    qemu_img(&[&args[..], &[unrelated.as_os_str(), qcow2.as_os_str()]].concat());
+    let path = place.fake_qemu_img(&format!("touch {}", other.display()));
+    let before = place.snapshot();
+    let mut command = place.vmar();
+    command.args(["image", "add", &named("other", &other), &named("q", &qcow2)]).env("PATH", path);
+    let line = one_line(command.output().unwrap(), 1);
+    assert!(line.contains("image other was written to while it was being read"), "{line}");
+    assert_eq!(place.snapshot(), before);
 }
 
 #[test]

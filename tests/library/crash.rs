@@ -130,6 +130,32 @@ fn kill_9_leaves_before_or_after_and_the_next_writer_cleans_up() {
     assert!(before > 0, "some were killed in time ({before} before, {after} after)");
 }
 
+/// A converter that tells its process ID and then takes a minute.
+#[test]
+fn the_converter_dies_with_a_killed_add() {
+    let scene = Scene::new();
+    let pid_file = scene.place.path("pid");
+    let path = scene.place.fake_qemu_img(&format!("echo $$ > {}; exec sleep 60", pid_file.display()));
+    let mut child = scene.place.vmar().args(["image", "add", &scene.args[0]]).env("PATH", path).spawn().unwrap();
+    let pid = loop {
+        match fs::read_to_string(&pid_file).map(|text| text.trim().parse::<u32>()) {
+            Ok(Ok(pid)) => break pid,
+            _ => thread::sleep(Duration::from_millis(5)),
+        }
+    };
+    let proc = PathBuf::from(format!("/proc/{pid}/cmdline"));
+    assert!(proc.exists());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let began = Instant::now();
+    // Its new parent may take a while to collect it; a process that is only a name has no command line.
+    while fs::read(&proc).is_ok_and(|line| !line.is_empty()) {
+        assert!(began.elapsed() < Duration::from_secs(5), "the converter lives on");
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert!(!scene.check(true));
+}
+
 #[test]
 fn ctrl_c_and_sigterm_clean_up_at_once() {
     let scene = Scene::new();

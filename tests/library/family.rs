@@ -101,7 +101,9 @@ fn the_brute_force_example_counts_the_same() {
     for image in found["images"].as_array_mut().unwrap() {
         image.as_object_mut().unwrap().remove("map_bytes");
     }
-    assert_eq!(found, brute_force::count(&named).unwrap());
+    // Through text like the other one: reading a number back may change its last bit.
+    let counted = brute_force::count(&named).unwrap().to_string();
+    assert_eq!(found, serde_json::from_str::<serde_json::Value>(&counted).unwrap());
 }
 
 /// The same file under two names, and a library that moved with its raw images staying where they are.

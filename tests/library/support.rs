@@ -133,6 +133,23 @@ pub fn one_line(output: Output, status: i32) -> String {
     lines[0].to_string()
 }
 
+impl Place {
+    /// A `PATH` on which `qemu-img convert` first runs this shell command.
+    pub fn fake_qemu_img(&self, first: &str) -> std::ffi::OsString {
+        use std::os::unix::fs::PermissionsExt;
+        let bin = self.path("bin");
+        fs::create_dir(&bin).unwrap();
+        let path = std::env::var_os("PATH").unwrap();
+        let rest = path.to_str().unwrap();
+        let text =
+            format!("#!/bin/sh\nPATH='{rest}'\nif [ \"$1\" = convert ]; then {first}; fi\nexec qemu-img \"$@\"\n");
+        let tool = bin.join("qemu-img");
+        fs::write(&tool, text).unwrap();
+        fs::set_permissions(&tool, fs::Permissions::from_mode(0o755)).unwrap();
+        bin.into_os_string()
+    }
+}
+
 /// `NAME=FILE`.
 pub fn named(name: &str, path: &Path) -> String {
     format!("{name}={}", path.display())

@@ -23,6 +23,24 @@ fn a_second_writer_is_refused_and_told_who_is_first() {
     Writer::open(library.dir()).unwrap();
 }
 
+/// A child that is being started has copies of all open files for a moment, the lock's too.
+#[test]
+fn a_lock_that_was_let_go_is_free_although_processes_are_being_started() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let (_dir, library, _) = with_one_image();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                std::process::Command::new("true").status().unwrap();
+            }
+        });
+        let outcome = (0..300).try_for_each(|_| Writer::open(library.dir()).map(drop));
+        done.store(true, Ordering::Relaxed);
+        outcome.unwrap();
+    });
+}
+
 #[test]
 fn a_dropped_change_leaves_nothing() {
     let (_dir, library, _) = with_one_image();
