@@ -159,6 +159,9 @@ impl Handler {
 fn map_region(region: &VhostUserMemoryRegion, file: File) -> Result<(GuestRegionMmap, Mapping)> {
     let meta = file.metadata().map_err(Error::ReqHandlerError)?;
     let (offset, size) = (region.mmap_offset, region.memory_size);
+    if region.user_addr.checked_add(size).is_none() {
+        return Err(Error::InvalidParam);
+    }
     if meta.is_file() && offset.checked_add(size).is_none_or(|end| end > meta.len()) {
         log::error!("the frontend shares {size} bytes at {offset} of a file of {}", meta.len());
         return Err(Error::InvalidParam);
