@@ -132,6 +132,17 @@ impl Handler {
         Ok(())
     }
 
+    /// Looks at every ring that runs again. One that was out of reach while the frontend took its memory away and gave it
+    /// back (it does so to change the size of a region) goes on.
+    fn look_again(&mut self) -> Result<()> {
+        for index in 0..u32::from(self.geometry.num_queues) {
+            if self.ring(index)?.running {
+                self.update(index)?;
+            }
+        }
+        Ok(())
+    }
+
     fn guest_address(&self, user: u64) -> Result<u64> {
         self.mappings
             .iter()
@@ -144,12 +155,35 @@ impl Handler {
     }
 }
 
-/// Maps one region that the frontend shares.
+/// Maps one region that the frontend shares. Pages that the file does not have would be SIGBUS later.
 fn map_region(region: &VhostUserMemoryRegion, file: File) -> Result<(GuestRegionMmap, Mapping)> {
+    let meta = file.metadata().map_err(Error::ReqHandlerError)?;
+    let (offset, size) = (region.mmap_offset, region.memory_size);
+    if region.user_addr.checked_add(size).is_none() {
+        return Err(Error::InvalidParam);
+    }
+    if meta.is_file() && offset.checked_add(size).is_none_or(|end| end > meta.len()) {
+        log::error!("the frontend shares {size} bytes at {offset} of a file of {}", meta.len());
+        return Err(Error::InvalidParam);
+    }
     let mapped = region.mmap_region(file)?;
     let guest = GuestRegionMmap::new(mapped, GuestAddress(region.guest_phys_addr)).ok_or(Error::InvalidParam)?;
     let mapping = Mapping { user: region.user_addr, guest: region.guest_phys_addr, size: region.memory_size };
     Ok((guest, mapping))
+}
+
+/// Checks a kick or call descriptor and makes it non-blocking: no frontend that reads or writes it at the wrong moment may
+/// hold up a queue. What is always ready (a regular file, most devices) would spin one.
+fn prepare_event(file: &File) -> Result<()> {
+    use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat};
+    let failed = |e: rustix::io::Errno| Error::ReqHandlerError(e.into());
+    match FileType::from_raw_mode(fstat(file).map_err(failed)?.st_mode) {
+        FileType::RegularFile | FileType::Directory | FileType::CharacterDevice | FileType::BlockDevice => {
+            log::error!("the frontend sent a file in place of an eventfd");
+            Err(Error::InvalidParam)
+        }
+        _ => fcntl_setfl(file, fcntl_getfl(file).map_err(failed)? | OFlags::NONBLOCK).map_err(failed),
+    }
 }
 
 fn memory_error(e: impl std::error::Error + Send + Sync + 'static) -> Error {
@@ -197,7 +231,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
                 self.update(index)?;
             }
         }
-        Ok(())
+        self.look_again()
     }
 
     fn set_mem_table(
@@ -215,6 +249,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             .unzip();
         self.replace_memory(GuestMemoryMmap::from_regions(mapped).map_err(memory_error)?)?;
         self.mappings = mappings;
+        self.look_again()?;
         Ok(None)
     }
 
@@ -235,6 +270,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         let map = self.memory.memory().insert_region(Arc::new(mapped)).map_err(memory_error)?;
         self.replace_memory(map)?;
         self.mappings.push(mapping);
+        self.look_again()?;
         Ok(None)
     }
 
@@ -309,17 +345,19 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
         let ring = self.ring(u32::from(index))?;
-        if file.is_none() {
+        let Some(file) = file else {
             log::error!("queue {index}: the frontend asks for polling mode, which vmar does not have");
             return Err(Error::InvalidParam);
-        }
-        ring.vring.set_kick(file);
+        };
+        prepare_event(&file)?;
+        ring.vring.set_kick(Some(file));
         ring.vring.set_queue_ready(true);
         self.update(u32::from(index))
     }
 
     fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
         let ring = self.ring(u32::from(index))?;
+        file.as_ref().map_or(Ok(()), prepare_event)?;
         ring.vring.set_call(file);
         // Completions published between the old descriptor and the new one would go unnoticed.
         if ring.running {
@@ -346,7 +384,12 @@ impl VhostUserBackendReqHandlerMut for Handler {
             | VhostUserProtocolFeatures::RESET_DEVICE)
     }
 
-    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let more = features & !self.get_protocol_features()?.bits();
+        if more != 0 {
+            log::error!("the frontend wants protocol features that were not offered: {more:#x}");
+            return Err(Error::InvalidParam);
+        }
         Ok(())
     }
 

@@ -14,11 +14,13 @@ use crate::device::{Disk, Jobs};
 use crate::error::{Error, ErrorKind, Result};
 use handler::Handler;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::RecvFlags;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use socket::{Inherited, Listening};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use vhost::vhost_user::BackendReqHandler;
 use vhost_user_backend::VringMutex;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -33,6 +35,19 @@ pub type Vring = VringMutex<GuestMemory>;
 /// Queues that can be offered: what fits the protocol's 8-bit ring index in SET_VRING_KICK and CALL.
 pub const QUEUES_MAX: u16 = 256;
 
+/// Bytes of a message's header: request, flags and size of the body, u32 each.
+const MESSAGE_HEADER: usize = 12;
+
+/// The largest body that the crate takes (its MAX_MSG_SIZE).
+const MESSAGE_BODY_MAX: u32 = 4096;
+
+/// How long the rest of a message may take, and how often to look for it.
+const MESSAGE_TIME: Duration = Duration::from_secs(5);
+const MESSAGE_PAUSE: Duration = Duration::from_millis(2);
+
+/// How long to wait when the host is short of descriptors or memory.
+const SHORTAGE_PAUSE: Duration = Duration::from_millis(100);
+
 /// SIGTERM and SIGINT as a descriptor that can be polled.
 #[derive(Debug)]
 pub struct StopSignal(UnixStream);
@@ -41,6 +56,9 @@ impl StopSignal {
     /// From here on the two signals do not kill the process but end [`serve`].
     pub fn install() -> Result<Self> {
         let failed = |e| Error::new(ErrorKind::Io, "SIGTERM", "cannot be handled").mend(e);
+        // A frontend that closes its end of a call descriptor must not kill its backend.
+        // SAFETY: SIG_IGN is a valid disposition, and nothing here relies on SIGPIPE.
+        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
         let (read, write) = UnixStream::pair().map_err(failed)?;
         for signal in [SIGTERM, SIGINT] {
             let write = write.try_clone().map_err(failed)?;
@@ -56,6 +74,7 @@ impl StopSignal {
 /// # Errors
 /// `Io` when the listening socket fails. A connection that fails is logged and the next one awaited.
 pub fn serve(disk: Disk, endpoint: Inherited, num_queues: u16, stop: &StopSignal) -> Result<()> {
+    raise_descriptor_limit();
     let disk = Arc::new(disk);
     let jobs = Arc::new(Jobs::new(Arc::clone(&disk)));
     let result = match endpoint {
@@ -77,14 +96,36 @@ fn accept_loop(
     stop: &StopSignal,
 ) -> Result<()> {
     while ready(listening.as_fd(), stop) {
-        let accepted = listening.accept().map_err(|e| Error::io("the vhost-user socket", "accept a connection", e))?;
-        if let Some(stream) = accepted
-            && !connection(disk, jobs, stream, queues, stop)
-        {
-            return Ok(());
+        match listening.accept() {
+            Ok(Some(stream)) => {
+                if !connection(disk, jobs, stream, queues, stop) {
+                    return Ok(());
+                }
+            }
+            Ok(None) => {}
+            Err(e) if is_shortage(&e) => {
+                log::error!("cannot accept a connection now: {e}");
+                std::thread::sleep(SHORTAGE_PAUSE);
+            }
+            Err(e) => return Err(Error::io("the vhost-user socket", "accept a connection", e)),
         }
     }
     Ok(())
+}
+
+/// Something that the host lacks for the moment.
+fn is_shortage(e: &std::io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
+}
+
+/// A ring costs six descriptors (kick twice, call, err, mailbox, io_uring) and a memory slot one: 256 queues do not fit
+/// into the usual soft limit of 1,024.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        log::warn!("cannot raise the limit of open files: {e}");
+    }
 }
 
 /// Serves one connection to its end; false when a signal ended it.
@@ -101,8 +142,13 @@ fn connection(disk: &Arc<Disk>, jobs: &Arc<Jobs>, stream: UnixStream, queues: u1
     let goes_on = loop {
         // SAFETY: the descriptor belongs to `requests`, which lives longer than this borrow.
         let fd = unsafe { BorrowedFd::borrow_raw(requests.as_raw_fd()) };
-        if !ready(fd, stop) {
-            break false;
+        match next_message(fd, stop) {
+            Next::Message => {}
+            Next::Stop => break false,
+            Next::Stalled => {
+                log::error!("the vhost-user connection ends: half a message, and nothing more came");
+                break true;
+            }
         }
         if let Err(e) = requests.handle_request() {
             use vhost::vhost_user::Error as E;
@@ -123,17 +169,75 @@ fn connection(disk: &Arc<Disk>, jobs: &Arc<Jobs>, stream: UnixStream, queues: u1
     goes_on
 }
 
+/// What there is to do on a connection.
+enum Next {
+    /// Handle a message, or the end of the connection.
+    Message,
+    /// Stop serving.
+    Stop,
+    /// End the connection: a message began and never ended.
+    Stalled,
+}
+
+/// Waits until the next message has come as a whole and a reply has room. Reading and replying block, and whoever is stuck
+/// in them hears no SIGTERM; the crate also takes a body that comes in two pieces for a broken one.
+fn next_message(fd: BorrowedFd<'_>, stop: &StopSignal) -> Next {
+    if !ready(fd, stop) {
+        return Next::Stop;
+    }
+    let deadline = Instant::now() + MESSAGE_TIME;
+    while !is_whole(fd) {
+        if Instant::now() > deadline {
+            return Next::Stalled;
+        }
+        // Not for more bytes: those that are there would end the wait at once.
+        match wait(fd, PollFlags::RDHUP, stop, Some(MESSAGE_PAUSE)) {
+            Some(true) => break,
+            Some(false) => {}
+            None => return Next::Stop,
+        }
+    }
+    match wait(fd, PollFlags::OUT, stop, None) {
+        Some(_) => Next::Message,
+        None => Next::Stop,
+    }
+}
+
+/// True when handling the next message will not wait for more of it. An error or the end of the stream counts as one.
+fn is_whole(fd: BorrowedFd<'_>) -> bool {
+    let Ok(there) = rustix::io::ioctl_fionread(fd) else { return true };
+    let mut header = [0u8; MESSAGE_HEADER];
+    let peeked = rustix::net::recv(fd, &mut header, RecvFlags::PEEK | RecvFlags::DONTWAIT);
+    match peeked {
+        Ok((_, 0)) => true,
+        Ok((_, MESSAGE_HEADER)) => {
+            // The third word: bytes of the body. The crate refuses a larger one without reading it.
+            let size = u32::from_le_bytes([header[8], header[9], header[10], header[11]]);
+            size > MESSAGE_BODY_MAX || there >= (MESSAGE_HEADER as u64) + u64::from(size)
+        }
+        Ok(_) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => false,
+        Err(_) => true,
+    }
+}
+
 /// Waits until `fd` can be read; false when it is time to stop.
 fn ready(fd: BorrowedFd<'_>, stop: &StopSignal) -> bool {
+    wait(fd, PollFlags::IN, stop, None).is_some()
+}
+
+/// Waits for `events` on `fd`: true when there are some, false when the time is up, `None` when it is time to stop.
+fn wait(fd: BorrowedFd<'_>, events: PollFlags, stop: &StopSignal, limit: Option<Duration>) -> Option<bool> {
+    let limit = limit.map(|limit| rustix::event::Timespec { tv_sec: 0, tv_nsec: i64::from(limit.subsec_nanos()) });
     loop {
-        let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN), PollFd::new(&stop.0, PollFlags::IN)];
-        match poll(&mut fds, None) {
-            Ok(_) if !fds[1].revents().is_empty() => return false,
-            Ok(_) if !fds[0].revents().is_empty() => return true,
+        let mut fds = [PollFd::from_borrowed_fd(fd, events), PollFd::new(&stop.0, PollFlags::IN)];
+        match poll(&mut fds, limit.as_ref()) {
+            Ok(_) if !fds[1].revents().is_empty() => return None,
+            Ok(_) if !fds[0].revents().is_empty() => return Some(true),
+            Ok(_) if limit.is_some() => return Some(false),
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(e) => {
                 log::error!("poll failed: {e}");
-                return false;
+                return None;
             }
         }
     }

@@ -3,6 +3,7 @@
 use super::{GuestMemory, Vring};
 use crate::device::{Completion, Disk, Executor, Jobs, Mailbox, Request};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -11,7 +12,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use vhost_user_backend::VringT;
 use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory as _, Permissions};
 
 /// Requests taken off the ring before their completions are published and the guest is told.
 const BATCH: usize = 32;
@@ -55,7 +56,8 @@ impl Worker {
                     Err(e) => return drop(ready.send(Err(e))),
                 };
                 let _ = ready.send(Ok(()));
-                let queue = Queue { index, vring, memory, mailbox, executor, kick: None, ended: Vec::new() };
+                let queue =
+                    Queue { index, vring, memory, mailbox, executor, kick: None, ended: Vec::new(), bad_heads: 0 };
                 queue.run(receiver);
             }
         })?;
@@ -106,7 +108,9 @@ struct Queue {
     executor: Executor<Arc<super::GuestMap>>,
     /// The ring runs as long as this is here.
     kick: Option<File>,
+    /// What has ended and is not yet in the used ring.
     ended: Vec<Completion>,
+    bad_heads: u64,
 }
 
 /// What a look at the ring found.
@@ -115,7 +119,7 @@ enum Looked {
     Empty,
     /// More may be there.
     More,
-    /// The ring makes no sense; it is left alone until it is set up anew.
+    /// The ring makes no sense or is out of reach; it is left alone until it, or the guest's memory, is set up anew.
     Broken,
 }
 
@@ -136,6 +140,10 @@ impl Queue {
                     Ok(Command::Stop { done }) => {
                         self.drain();
                         self.kick = None;
+                        if !self.ended.is_empty() {
+                            log::error!("queue {}: {} completions have no place to go", self.index, self.ended.len());
+                            self.ended.clear();
+                        }
                         drop(done);
                     }
                     Err(std::sync::mpsc::TryRecvError::Empty) => break,
@@ -162,17 +170,19 @@ impl Queue {
         }
         let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
         match poll(&mut fds, (busy && !full).then_some(&now)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) | Err(Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }
-        let kicked = fds.get(1).is_some_and(|fd| fd.revents().intersects(PollFlags::IN));
-        let hung =
-            fds.get(1).is_some_and(|fd| fd.revents().intersects(PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL));
+        let seen = fds.get(1).map_or(PollFlags::empty(), PollFd::revents);
         self.mailbox.clear();
         if let Some(kick) = &self.kick {
-            if kicked {
-                let _ = rustix::io::read(kick, &mut [0u8; 8][..]);
-            } else if hung {
+            let dead = if seen.contains(PollFlags::IN) {
+                // Not blocking: the handler has seen to that. Whatever cannot be emptied would be ready forever.
+                !matches!(rustix::io::read(kick, &mut [0u8; 8][..]), Ok(1..) | Err(Errno::AGAIN | Errno::INTR))
+            } else {
+                seen.intersects(PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL)
+            };
+            if dead {
                 log::error!("queue {}: the kick descriptor is dead, the ring stops", self.index);
                 self.kick = None;
             }
@@ -181,7 +191,7 @@ impl Queue {
     }
 
     fn full(&self) -> bool {
-        self.executor.in_flight() >= usize::from(self.vring.get_ref().get_queue().size())
+        self.executor.is_full() || self.executor.in_flight() >= usize::from(self.vring.get_ref().get_queue().size())
     }
 
     /// Serves up to one ring's worth of requests; true when the ring may hold more.
@@ -213,6 +223,10 @@ impl Queue {
         let mut vring = self.vring.get_mut();
         let queue = vring.get_queue_mut();
         let size = queue.size();
+        if !in_reach(queue, &memory) {
+            log::error!("queue {}: the ring is not in the guest's memory", self.index);
+            return Looked::Broken;
+        }
         if let Err(e) = queue.disable_notification(&*memory) {
             log::error!("queue {}: the used ring is out of reach: {e}", self.index);
             return Looked::Broken;
@@ -220,18 +234,26 @@ impl Queue {
         let mut taken = 0;
         let mut chains = match queue.iter(Arc::clone(&memory)) {
             Ok(chains) => chains,
+            // The handler is about to stop it.
+            Err(virtio_queue::Error::QueueNotReady) => return Looked::Empty,
             Err(e) => {
                 log::error!("queue {}: the guest broke its ring: {e}", self.index);
                 return Looked::Broken;
             }
         };
-        while taken < BATCH && self.executor.in_flight() + self.ended.len() < usize::from(size) {
+        while taken < BATCH
+            && !self.executor.is_full()
+            && self.executor.in_flight() + self.ended.len() < usize::from(size)
+        {
             let Some(chain) = chains.next() else { break };
             taken += 1;
             let head = chain.head_index();
             if head >= size {
                 // There is no such descriptor, and no place in the used ring for it.
-                log::warn!("queue {}: the guest offered descriptor {head} of {size}", self.index);
+                self.bad_heads += 1;
+                if self.bad_heads.is_power_of_two() {
+                    log::warn!("queue {}: the guest offered descriptor {head} of {size}", self.index);
+                }
                 continue;
             }
             let request = Request::parse(chain);
@@ -241,7 +263,7 @@ impl Queue {
             return Looked::More;
         }
         match queue.enable_notification(&*memory) {
-            Ok(true) if self.executor.in_flight() < usize::from(size) => Looked::More,
+            Ok(true) if !self.executor.is_full() && self.executor.in_flight() < usize::from(size) => Looked::More,
             Ok(_) => Looked::Empty,
             Err(e) => {
                 log::error!("queue {}: the ring is out of reach: {e}", self.index);
@@ -257,7 +279,8 @@ impl Queue {
         }
     }
 
-    /// Puts what has ended into the used ring and tells the guest, if it wants to be told.
+    /// Puts what has ended into the used ring and tells the guest, if it wants to be told. While the frontend is changing
+    /// the memory map the ring may be out of reach; what has ended then waits for the next look.
     fn publish(&mut self) {
         if self.ended.is_empty() {
             return;
@@ -265,13 +288,20 @@ impl Queue {
         let memory = self.memory.memory().into_inner();
         let mut vring = self.vring.get_mut();
         let queue = vring.get_queue_mut();
+        if !in_reach(queue, &memory) {
+            return;
+        }
         for done in self.ended.drain(..) {
             if let Err(e) = queue.add_used(&*memory, done.head, done.len) {
                 log::error!("queue {}: the used ring is out of reach: {e}", self.index);
             }
         }
         let wanted = queue.needs_notification(&*memory).unwrap_or(true) && !interrupts_off(queue, &memory);
-        if wanted && let Err(e) = vring.signal_used_queue() {
+        // A call descriptor that takes no more is a guest that has been told.
+        if wanted
+            && let Err(e) = vring.signal_used_queue()
+            && e.kind() != io::ErrorKind::WouldBlock
+        {
             log::error!("queue {}: cannot signal the guest: {e}", self.index);
         }
     }
@@ -287,6 +317,16 @@ impl Queue {
         }
         self.publish();
     }
+}
+
+/// True when all three parts of the ring lie in the guest's memory (sizes: virtio 1.2, section 2.7). The crate checks only
+/// the bytes that it comes across, and takes those that it cannot read for an empty ring.
+fn in_reach(queue: &virtio_queue::Queue, memory: &super::GuestMap) -> bool {
+    let size = usize::from(queue.size());
+    let part = |at, len, access| memory.check_range(GuestAddress(at), len, access);
+    part(queue.desc_table(), 16 * size, Permissions::Read)
+        && part(queue.avail_ring(), 6 + 2 * size, Permissions::Read)
+        && part(queue.used_ring(), 6 + 8 * size, Permissions::Write)
 }
 
 /// The driver set NO_INTERRUPT, which counts only without EVENT_IDX. The crate leaves this flag to us.

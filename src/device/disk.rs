@@ -11,6 +11,7 @@ use crate::units::{SECTOR_SIZE, to_usize};
 use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Where writes go.
 #[derive(Debug)]
@@ -31,6 +32,8 @@ pub struct Disk {
     size: u64,
     serial: [u8; SERIAL_SIZE],
     recorder: Option<Recorder>,
+    /// A flush of the base file failed (`--blk-file`).
+    flush_failed: AtomicBool,
 }
 
 impl Disk {
@@ -40,7 +43,7 @@ impl Disk {
             Store::Overlay(o) | Store::ReadOnly(Some(o)) => o.size(),
             Store::ReadOnly(None) | Store::InPlace => base.size(),
         };
-        Disk { base, store, size, serial, recorder }
+        Disk { base, store, size, serial, recorder, flush_failed: AtomicBool::new(false) }
     }
 
     /// What the guest may know of it.
@@ -129,10 +132,18 @@ impl Disk {
     }
 
     /// Makes completed writes durable; waits for the disk.
+    ///
+    /// A flush that failed is final: the kernel calls the pages clean all the same, so a later one would say nothing of
+    /// what was lost.
     pub fn flush(&self) -> io::Result<()> {
         match &self.store {
             Store::Overlay(overlay) => overlay.flush(),
-            Store::InPlace => self.base.file(0).sync_data(),
+            Store::InPlace if self.flush_failed.load(Ordering::Acquire) => {
+                Err(io::Error::other("an earlier flush of this file failed, so what it covered may be lost"))
+            }
+            Store::InPlace => self.base.file(0).sync_data().inspect_err(|_| {
+                self.flush_failed.store(true, Ordering::Release);
+            }),
             Store::ReadOnly(_) => Ok(()),
         }
     }
@@ -144,10 +155,7 @@ impl Disk {
         }
         match &self.store {
             Store::Overlay(overlay) => overlay.close(),
-            Store::InPlace => {
-                let file = self.base.file(0);
-                file.sync_data().map_err(|e| crate::Error::io(self.base.path(0), "flush", e))
-            }
+            Store::InPlace => self.flush().map_err(|e| crate::Error::io(self.base.path(0), "flush", e)),
             Store::ReadOnly(_) => Ok(()),
         }
     }
@@ -190,7 +198,8 @@ fn layer(overlay: &Overlay, offset: u64, state: State) -> Layer {
 /// have neither get zeros written.
 fn zero_in_place(file: &File, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
     let mode = if unmap { FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE } else { FallocateFlags::ZERO_RANGE };
-    match rustix::fs::fallocate(file, mode, offset, len) {
+    // The signal that is to end us must not fail a request.
+    match rustix::io::retry_on_intr(|| rustix::fs::fallocate(file, mode, offset, len)) {
         Ok(()) => Ok(()),
         Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(file, offset, len),
         Err(e) => Err(e.into()),

@@ -24,6 +24,10 @@ pub struct Completion {
     pub len: u32,
 }
 
+/// Bytes of requests in flight at which a queue takes no more: a guest may point thousands of large requests at the same
+/// memory of its own, and each costs memory of ours by the pieces that its plan has.
+const BYTES_MAX: usize = 256 << 20;
+
 /// A request in flight, with the guest memory that its buffers lie in.
 struct InFlight<G> {
     head: u16,
@@ -42,6 +46,8 @@ pub struct Executor<G> {
     slots: Vec<Option<InFlight<G>>>,
     free: Vec<usize>,
     in_flight: usize,
+    bytes: usize,
+    failures: u64,
     pieces: Vec<Piece>,
     /// The driver did not negotiate FLUSH: it expects a write-through disk (virtio 1.2, section 5.2.6.2).
     write_through: bool,
@@ -59,6 +65,8 @@ impl<G> Executor<G> {
             slots: Vec::new(),
             free: Vec::new(),
             in_flight: 0,
+            bytes: 0,
+            failures: 0,
             pieces: Vec::new(),
             write_through: false,
         })
@@ -67,6 +75,11 @@ impl<G> Executor<G> {
     /// Requests that have not ended.
     pub fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    /// True when no more should be started before something has ended.
+    pub fn is_full(&self) -> bool {
+        self.bytes >= BYTES_MAX
     }
 
     /// Makes every write durable before it completes.
@@ -137,10 +150,10 @@ impl<G> Executor<G> {
         match done {
             Some(result) => {
                 self.release(token);
-                Some(Completion { head, len: request.finish(status_of(&result, "read")) })
+                Some(Completion { head, len: request.finish(status_of(&result, "read", &mut self.failures)) })
             }
             None => {
-                self.slots[token] = Some(InFlight { head, request, then_flush: false, _memory: memory });
+                self.keep(token, InFlight { head, request, then_flush: false, _memory: memory });
                 None
             }
         }
@@ -156,7 +169,7 @@ impl<G> Executor<G> {
                 let work = Work::Write { offset, bufs: request.data.clone() };
                 self.post(head, request, memory, work)
             }
-            result => Some(Completion { head, len: request.finish(status_of(&result, "write")) }),
+            result => Some(Completion { head, len: request.finish(status_of(&result, "write", &mut self.failures)) }),
         }
     }
 
@@ -164,7 +177,7 @@ impl<G> Executor<G> {
     fn post(&mut self, head: u16, request: Request, memory: G, work: Work) -> Option<Completion> {
         let token = self.allot();
         let then_flush = self.write_through && !matches!(work, Work::Flush);
-        self.slots[token] = Some(InFlight { head, request, then_flush, _memory: memory });
+        self.keep(token, InFlight { head, request, then_flush, _memory: memory });
         self.jobs.post(Job { work, token: token as u64, reply: self.mailbox.clone() });
         None
     }
@@ -184,10 +197,17 @@ impl<G> Executor<G> {
             Ok(Kind::Flush) => "flush",
             _ => "write",
         };
-        let done = Completion { head: flight.head, len: flight.request.finish(status_of(&result, what)) };
+        let status = status_of(&result, what, &mut self.failures);
+        let done = Completion { head: flight.head, len: flight.request.finish(status) };
+        self.bytes -= total_len(&flight.request.data);
         self.slots[token] = None;
         self.release(token);
         Some(done)
+    }
+
+    fn keep(&mut self, token: usize, flight: InFlight<G>) {
+        self.bytes += total_len(&flight.request.data);
+        self.slots[token] = Some(flight);
     }
 
     fn allot(&mut self) -> usize {
@@ -204,12 +224,27 @@ impl<G> Executor<G> {
     }
 }
 
-/// The guest sees only that it failed; the log says why.
-fn status_of<T>(result: &io::Result<T>, what: &str) -> Status {
+impl<G> Drop for Executor<G> {
+    /// A queue drains before it ends. If it could not (a panic), threads may still use the guest memory of what is in
+    /// flight: then that memory stays mapped for good.
+    fn drop(&mut self) {
+        if self.slots.iter().any(Option::is_some) {
+            log::error!("a queue ends with requests in flight");
+            std::mem::forget(std::mem::take(&mut self.slots));
+        }
+    }
+}
+
+/// The guest sees only that it failed; the log says why, each time that the count of failures has doubled: a guest can
+/// repeat what fails as often as it likes.
+fn status_of<T>(result: &io::Result<T>, what: &str, failures: &mut u64) -> Status {
     match result {
         Ok(_) => Status::Ok,
         Err(e) => {
-            log::error!("{what} failed: {e}");
+            *failures += 1;
+            if failures.is_power_of_two() {
+                log::error!("{what} failed: {e} (failure {failures} of this queue)");
+            }
             Status::IoErr
         }
     }

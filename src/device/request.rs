@@ -7,7 +7,7 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_queue::DescriptorChain;
-use vm_memory::{GuestMemory, Permissions};
+use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 /// Bytes of the request header: type u32, reserved u32, sector u64, little-endian.
 const HEADER_SIZE: usize = 16;
@@ -142,7 +142,8 @@ impl Request {
 struct Chain {
     readable: Vec<IoBuf>,
     writable: Vec<IoBuf>,
-    /// False when the chain was cut short by a bad index, address, length or flag, or is too long.
+    /// False when something is wrong with the chain: cut short by a bad index or table, a piece out of reach, out of order,
+    /// too long.
     whole: bool,
 }
 
@@ -152,36 +153,56 @@ impl Chain {
         M: std::ops::Deref + Clone,
         M::Target: GuestMemory,
     {
-        let mut out = Chain { readable: Vec::new(), writable: Vec::new(), whole: false };
+        let mut out = Chain { readable: Vec::new(), writable: Vec::new(), whole: true };
         let mut count = 0;
         // The crate's iterator ends in silence at a bad descriptor: a chain whose last descriptor promises another one
         // was cut short.
         let mut promised = true;
+        // A chain with something wrong in it is still walked to its end, where the status byte is: a driver that finds no
+        // status there may take the one of an earlier request for it, which said that all went well.
         while let Some(desc) = chain.next() {
             promised = desc.has_next();
             count += 1;
-            // Readable descriptors come first (section 2.7.4.2).
-            if count > CHAIN_MAX || (!desc.is_write_only() && !out.writable.is_empty()) {
-                return out;
+            if count > CHAIN_MAX {
+                promised = true;
+                break;
             }
             let (list, access) = if desc.is_write_only() {
                 (&mut out.writable, Permissions::Write)
             } else {
+                // Readable descriptors come first (section 2.7.4.2).
+                out.whole &= out.writable.is_empty();
                 (&mut out.readable, Permissions::Read)
             };
             // u32 always fits in usize on the 64-bit machines that vmar is for.
             let len = desc.len() as usize;
-            let Ok(slices) = chain.memory().get_slices(desc.addr(), len, access) else { return out };
-            for slice in slices {
-                let Ok(slice) = slice else { return out };
-                // SAFETY: the slice lies in mapped guest memory; the memory snapshot that the chain was read through is
-                // kept by the executor until the request has ended. No Rust reference to guest memory exists.
-                list.push(unsafe { IoBuf::from_raw(slice.ptr_guard_mut().as_ptr(), slice.len()) });
+            if !push_slices(chain.memory(), desc.addr(), len, access, list) {
+                out.whole = false;
+                // What came before a byte that is out of reach does not end with the status.
+                list.clear();
             }
         }
-        out.whole = !promised;
+        out.whole &= !promised;
         out
     }
+}
+
+/// Appends the pieces of a guest range; false when a part of it is not in guest memory.
+fn push_slices<M: GuestMemory + ?Sized>(
+    memory: &M,
+    addr: GuestAddress,
+    len: usize,
+    access: Permissions,
+    list: &mut Vec<IoBuf>,
+) -> bool {
+    let Ok(slices) = memory.get_slices(addr, len, access) else { return false };
+    for slice in slices {
+        let Ok(slice) = slice else { return false };
+        // SAFETY: the slice lies in mapped guest memory; the memory snapshot that the chain was read through is kept by
+        // the executor until the request has ended. No Rust reference to guest memory exists.
+        list.push(unsafe { IoBuf::from_raw(slice.ptr_guard_mut().as_ptr(), slice.len()) });
+    }
+    true
 }
 
 /// Takes the last byte off the list.
