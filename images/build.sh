@@ -293,9 +293,9 @@ configure_system() {
 # stage loads the sector after it, where the core image lies between the partition table and the partition; its list of
 # sectors says just that as it comes.
 #
-# Not extlinux: its two first stages run at the same address, the second loaded over the first. Under TCG, QEMU does not
-# see that a vhost-user process has replaced code that it has translated, and the machine runs in circles. GRUB loads
-# into a buffer and lets the processor copy.
+# Not extlinux: its two first stages run at the same address, the second loaded over the first. Under TCG it
+# hangs there with any vhost-user disk (seen with qemu-storage-daemon too), as if QEMU did not notice that another process
+# has replaced code that it has translated. GRUB loads into a buffer, lets the processor copy, and boots.
 install_boot_loader() {
     local version=$1 cmdline=$2 raw=$3 core=$tmp/core.img
     mkdir -p "$root/boot/grub/i386-pc"

@@ -217,8 +217,8 @@ vm_start() {
         disk) [ -z "$vm_append" ] || die "a boot from disk takes its kernel command line from the disk" ;;
         *) die "boot $vm_boot: say kernel or disk" ;;
     esac
-    # TCG does not see that another process writes over code it has translated. Guests that clear a page before they
-    # read into it are safe (Linux with init_on_alloc, Debian's default), boot loaders that copy are (GRUB).
+    # TCG seems not to notice when another process writes over code that it has translated. Guests that clear a page
+    # before they read into it are safe (Linux with init_on_alloc, Debian's default), and boot loaders that copy (GRUB).
     accel=$VMAR_ACCEL
     [ "$accel" != tcg ] || accel=tcg,tb-size=256
     # Both modes get the same machine, also the shared memory that only vhost-user needs.

@@ -113,7 +113,7 @@ impl Disk {
     /// Writes; may wait for a lock and for base data.
     pub fn write(&self, offset: u64, bufs: &[IoBuf]) -> io::Result<()> {
         match &self.store {
-            Store::Overlay(overlay) => overlay.write(offset, bufs, &self.base),
+            Store::Overlay(overlay) => overlay.write(offset, bufs, self),
             Store::InPlace => file::write_all_at(self.base.file(0), bufs, offset),
             Store::ReadOnly(_) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
         }
@@ -125,7 +125,7 @@ impl Disk {
             return Ok(());
         }
         match &self.store {
-            Store::Overlay(overlay) => overlay.write_zeroes(offset, len, unmap, &self.base),
+            Store::Overlay(overlay) => overlay.write_zeroes(offset, len, unmap, self),
             Store::InPlace => zero_in_place(self.base.file(0), offset, len, unmap),
             Store::ReadOnly(_) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
         }
@@ -168,18 +168,21 @@ impl Disk {
     }
 }
 
-impl BaseRead for Base {
+/// The base as the overlay reads it, to fill a subcluster that a small write covers in part. These reads are in the trace
+/// like all others.
+impl BaseRead for Disk {
     fn read_base(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         let mut pieces = Vec::new();
-        self.plan(offset, bytes.len(), 0, &mut pieces);
+        self.base.plan(offset, bytes.len(), 0, &mut pieces);
+        self.record(&pieces);
         // SAFETY: `bytes` outlives the call and is not touched through its reference while the list is used.
         let whole = [unsafe { IoBuf::from_raw(bytes.as_mut_ptr(), bytes.len()) }];
         for piece in &pieces {
             let mut part = Vec::new();
             slice_into(&whole, piece.at, piece.len, &mut part);
-            match piece.source {
-                Source::Image { target, offset } => file::read_exact_at(self.file(target), &part, offset)?,
-                Source::Zero | Source::Overlay { .. } => crate::io::buf::fill_zero(&part),
+            match self.file_of(&piece.source) {
+                Some((file, offset)) => file::read_exact_at(file, &part, offset)?,
+                None => crate::io::buf::fill_zero(&part),
             }
         }
         Ok(())
