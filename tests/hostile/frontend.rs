@@ -149,8 +149,6 @@ pub struct Frontend {
     pub data: Region,
     pub rings: Vec<Ring>,
     pub event_idx: bool,
-    /// Rings of the connection before go on where they were.
-    pub bases: Vec<u16>,
 }
 
 /// An answer: the body.
@@ -163,7 +161,7 @@ impl Frontend {
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         let (ram, data) = (Region::new(RAM, RAM_SIZE), Region::new(DATA, DATA_SIZE));
         let event_idx = features & F_EVENT_IDX != 0;
-        let mut f = Frontend { stream, ram, data, rings: Vec::new(), event_idx, bases: Vec::new() };
+        let mut f = Frontend { stream, ram, data, rings: Vec::new(), event_idx };
         f.negotiate(features);
         f.share();
         f

@@ -104,7 +104,7 @@ fn memory_that_cannot_be_is_refused() {
         [u64::MAX - 4095, 1 << 20, 0x8000_0000, 0],
         [0x8000_0000, 1 << 20, u64::MAX - 4095, 0],
         [0x8000_0000, 1 << 20, 0x8000_0000, u64::MAX - 4095],
-        [0x8000_0000, u64::MAX & !4095, 0x8000_0000, 0],
+        [0x8000_0000, !4095, 0x8000_0000, 0],
     ] {
         let mut f = target.connect(FEATURES, 1, 64);
         let body: Vec<u8> = std::iter::once(0).chain(words).flat_map(|w: u64| w.to_le_bytes()).collect();
