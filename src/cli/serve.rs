@@ -69,6 +69,7 @@ pub fn run(common: &Common, args: Args) -> Result<()> {
     }
     // From here on SIGTERM means: finish, flush, close.
     let stop = StopSignal::install()?;
+    crate::redirect::reader::Reader::probe()?;
     let disk = open_disk(common, &args)?;
     let bound = match (&args.socket_path, args.fd) {
         (Some(path), _) => Listening::bind(path).map(Inherited::Listening),

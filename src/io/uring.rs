@@ -26,6 +26,10 @@ const RETRY_PAUSE: Duration = Duration::from_millis(1);
 /// IORING_ENTER_GETEVENTS (io_uring_enter(2)): run the deferred completions.
 const ENTER_GETEVENTS: u32 = 1;
 
+/// Deferred completions that the kernel runs at least, if there are as many, each time it is asked (IO_LOCAL_TW_DEFAULT_MAX
+/// in Linux 6.18).
+const DEFERRED_A_CALL: usize = 20;
+
 /// IOV_MAX: pieces that one operation may have.
 const IOV_MAX: u32 = 1024;
 
@@ -135,27 +139,36 @@ impl Uring {
 
     /// Collects finished reads without waiting. Short reads are carried on and do not show.
     pub fn reap(&mut self, mut finished: impl FnMut(Finished)) -> io::Result<()> {
-        loop {
-            while let Some(cqe) = { self.ring.completion().next() } {
-                self.in_kernel -= 1;
-                let index = to_usize(cqe.user_data());
-                match self.step(index, cqe.result()) {
-                    Some(result) => {
-                        let Some(op) = self.ops[index].take() else { unreachable!("a completed operation has a slot") };
-                        self.free.push(index);
-                        finished(Finished { token: op.token, result });
-                    }
-                    None => self.waiting.push_back(index),
-                }
-            }
-            // The kernel runs a few deferred completions a call (20 on Linux 6.18) and raises the event no second time for
-            // the others; the flag stays set as long as there are any.
-            if !self.ring.submission().taskrun() {
+        self.take(&mut finished);
+        // The kernel runs a few deferred completions a call (DEFERRED_A_CALL) and raises the event no second time for the
+        // others; the flag stays set as long as there are any. Its being set proves nothing, though: the kernel sets it
+        // after queueing the work, which this thread may have run by then, and clears it only when it runs some. Each
+        // read has at most one completion queued, so this many calls run all that is there now; what comes later raises
+        // the event anew.
+        for _ in 0..self.in_kernel.div_ceil(DEFERRED_A_CALL) + 1 {
+            if self.in_kernel == 0 || !self.ring.submission().taskrun() {
                 break;
             }
             self.run_deferred()?;
+            self.take(&mut finished);
         }
         if self.waiting.is_empty() { Ok(()) } else { self.submit() }
+    }
+
+    /// Takes what is in the completion queue.
+    fn take(&mut self, finished: &mut impl FnMut(Finished)) {
+        while let Some(cqe) = { self.ring.completion().next() } {
+            self.in_kernel -= 1;
+            let index = to_usize(cqe.user_data());
+            match self.step(index, cqe.result()) {
+                Some(result) => {
+                    let Some(op) = self.ops[index].take() else { unreachable!("a completed operation has a slot") };
+                    self.free.push(index);
+                    finished(Finished { token: op.token, result });
+                }
+                None => self.waiting.push_back(index),
+            }
+        }
     }
 
     /// Lets completions appear: with DEFER_TASKRUN they do so only in a call that asks for events, and the crate's

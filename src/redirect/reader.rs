@@ -4,12 +4,13 @@
 //! misses of one request are in flight together and a miss never holds up a hit of another request.
 
 use super::plan::{Piece, Source};
+use crate::error::{Error, ErrorKind, Result};
 use crate::io::buf::{IoBuf, advance, fill_zero, slice_into};
 use crate::io::{nowait, uring::Uring};
 use crate::units::to_usize;
 use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 /// A request of which some sub-reads are still in flight.
 #[derive(Debug)]
@@ -31,6 +32,17 @@ impl Reader {
     /// A reader that raises `event` (an eventfd) when [`Reader::reap`] has something to tell. Must stay on this thread.
     pub fn new(event: BorrowedFd<'_>) -> io::Result<Self> {
         Ok(Reader { ring: Uring::new(event)?, pending: Vec::new(), free: Vec::new(), parts: Vec::new() })
+    }
+
+    /// Finds out whether readers can be made here at all: a kernel or a container profile may forbid io_uring.
+    pub fn probe() -> Result<()> {
+        let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).map_err(io::Error::from);
+        event.and_then(|event| Uring::new(event.as_fd()).map(drop)).map_err(|e| {
+            Error::new(ErrorKind::Unsupported, "io_uring", format!("cannot be used: {e}")).mend(
+                "allow it: sysctl kernel.io_uring_disabled=0, a seccomp profile with the io_uring calls, or more \
+                 locked memory (ulimit -l) before Linux 5.12",
+            )
+        })
     }
 
     /// Sub-reads in flight.
