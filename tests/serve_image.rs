@@ -174,6 +174,53 @@ fn writes_against_a_flat_model_with_kills_between() {
     assert!(raw == *base, "the base is untouched");
 }
 
+/// Queues write neighbouring sectors of the same subclusters at the same time: fills (which read the base), overwrites and
+/// write-zeroes must not lose each other's sectors.
+#[test]
+fn queues_write_neighbouring_sectors_side_by_side() {
+    const QUEUES: usize = 4;
+    const DEPTH: usize = 8;
+    let bench = Bench::with_library();
+    let images = family(&bench);
+    let (name, base) = &images[0];
+    let overlay = bench.overlay(name);
+    let server = bench.serve_overlay(name, &overlay);
+    let mut client = Client::connect(&server.socket, QUEUES as i32, false);
+    let mut model = base.clone();
+    let mut rng = Rng(4711);
+    for round in 0..120u64 {
+        // A window of 64 KiB; queue q writes those of its sectors that are q modulo 4, each once a round.
+        let window = rng.below(model.len() / 65536) * 65536;
+        let mut left: Vec<Vec<usize>> =
+            (0..QUEUES).map(|q| (0..DEPTH).map(|i| q + QUEUES * ((i * 5 + round as usize) % 32)).collect()).collect();
+        for q in 0..QUEUES {
+            for (slot, sector) in left[q].drain(..).enumerate() {
+                let at = (q * DEPTH + slot) * 512;
+                let fill = rng.next() as u8;
+                client.memory(at, 512).fill(fill);
+                let offset = window + sector * 512;
+                client.submit_write(q, offset as u64, at, 512, slot);
+                model[offset..offset + 512].fill(fill);
+            }
+        }
+        // Hands the batches of all queues over before waiting for any.
+        for q in 0..QUEUES {
+            client.kick(q);
+        }
+        for q in 0..QUEUES {
+            for (slot, ret) in client.wait(q, DEPTH) {
+                assert_eq!(ret, 0, "round {round} queue {q} slot {slot}");
+            }
+        }
+        if round % 10 == 0 {
+            client.flush();
+        }
+        let got = client.read(window as u64, 65536);
+        assert!(got == model[window..window + 65536], "round {round}");
+    }
+    client.read_all(64 << 10, |offset, got| assert!(got == &model[offset as usize..][..got.len()], "at {offset}"));
+}
+
 /// The colliding prefixes of the SHAttered PDFs: 320 bytes each, then any common bytes.
 fn shattered() -> (Vec<u8>, Vec<u8>) {
     let read = |n: u32| {
