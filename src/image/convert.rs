@@ -1,7 +1,7 @@
 //! Makes a sparse raw file of a qcow2 or VMDK, by `qemu-img`.
 
-use super::probe::check_size;
 use super::Probe;
+use super::probe::check_size;
 use crate::error::{Error, ErrorKind, Result};
 use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
 use std::io::{ErrorKind as IoKind, Read};
