@@ -77,7 +77,7 @@ fn open_of(library: &Library, record: &ImageRecord) -> Result<Map<Mapping>> {
     if map.source() != want {
         let cause = format!("is not the map of image {} as the library knows it", record.name);
         return Err(Error::file(ErrorKind::Changed, &path, cause)
-            .mend("restore it from a copy, or remove and add the image again"));
+            .mend("restore it from a copy of the library, or build the library anew"));
     }
     Ok(map)
 }

@@ -178,7 +178,7 @@ impl<G> Executor<G> {
         let token = self.allot();
         let then_flush = self.write_through && !matches!(work, Work::Flush);
         self.keep(token, InFlight { head, request, then_flush, _memory: memory });
-        self.jobs.post(Job { work, token: token as u64, reply: self.mailbox.clone() });
+        self.jobs.post(Job::new(work, token as u64, self.mailbox.clone()));
         None
     }
 
@@ -189,7 +189,7 @@ impl<G> Executor<G> {
         let Some(flight) = slot else { unreachable!("a result names a request in flight") };
         if flight.then_flush && result.is_ok() {
             flight.then_flush = false;
-            self.jobs.post(Job { work: Work::Flush, token: token as u64, reply: self.mailbox.clone() });
+            self.jobs.post(Job::new(Work::Flush, token as u64, self.mailbox.clone()));
             return None;
         }
         let what = match flight.request.kind {

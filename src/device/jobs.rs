@@ -14,14 +14,36 @@ use std::thread;
 
 /// Something to do, and where its result goes. The buffers are pieces of guest memory that the poster keeps mapped until
 /// it has taken the result from the mailbox.
+///
+/// Each job leaves exactly one result, whatever becomes of it: one that is dropped (its thread panicked, or could not be
+/// made) has failed. A request without a result would hang the guest, and every drain of its queue.
 #[derive(Debug)]
 pub struct Job {
-    /// What to do.
-    pub work: Work,
-    /// For the mailbox.
-    pub token: u64,
-    /// Where the result goes.
-    pub reply: Mailbox,
+    work: Work,
+    token: u64,
+    /// Taken by the result.
+    reply: Option<Mailbox>,
+}
+
+impl Job {
+    /// Something to do whose result goes to `reply` under `token`.
+    pub fn new(work: Work, token: u64, reply: Mailbox) -> Self {
+        Job { work, token, reply: Some(reply) }
+    }
+
+    fn end(mut self, result: io::Result<()>) {
+        if let Some(reply) = self.reply.take() {
+            reply.post(self.token, result);
+        }
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        if let Some(reply) = self.reply.take() {
+            reply.post(self.token, Err(io::Error::other("the thread for this request has ended")));
+        }
+    }
 }
 
 /// What a job does.
@@ -54,27 +76,33 @@ impl Jobs {
         Jobs { disk, slow: Mutex::new(None), flush: Mutex::new(None) }
     }
 
-    /// Hands a job over. If its thread cannot be made the job fails by its mailbox.
+    /// Hands a job over. If its thread cannot be made the job fails by its mailbox. A thread that has ended (by a panic) is
+    /// replaced.
     pub fn post(&self, job: Job) {
         let (slot, name, run): (_, _, fn(&Disk, Receiver<Job>)) = match job.work {
             Work::Flush => (&self.flush, "vmar-flush", run_flushes),
             Work::Write { .. } | Work::WriteZeroes(_) => (&self.slow, "vmar-slow", run_slow),
         };
         let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
-        if slot.is_none() {
-            let (sender, receiver) = channel();
-            let disk = Arc::clone(&self.disk);
-            let made = thread::Builder::new().name(name.into()).spawn(move || run(&disk, receiver));
-            if let Err(e) = made {
-                log::error!("cannot start the thread {name}: {e}");
-                return job.reply.post(job.token, Err(e));
+        let job = match slot.as_ref() {
+            Some(sender) => match sender.send(job) {
+                Ok(()) => return,
+                Err(failed) => failed.0,
+            },
+            None => job,
+        };
+        let (sender, receiver) = channel();
+        let disk = Arc::clone(&self.disk);
+        match thread::Builder::new().name(name.into()).spawn(move || run(&disk, receiver)) {
+            Ok(_) => {
+                // The receiver lives, so this cannot fail; if it did, the job would end by being dropped.
+                let _ = sender.send(job);
+                *slot = Some(sender);
             }
-            *slot = Some(sender);
-        }
-        let Some(sender) = slot.as_ref() else { return };
-        if let Err(failed) = sender.send(job) {
-            let job = failed.0;
-            job.reply.post(job.token, Err(io::Error::other("the thread for slow requests has ended")));
+            Err(e) => {
+                log::error!("cannot start the thread {name}: {e}");
+                job.end(Err(e));
+            }
         }
     }
 }
@@ -88,7 +116,7 @@ fn run_slow(disk: &Disk, jobs: Receiver<Job>) {
             }
             Work::Flush => disk.flush(),
         };
-        job.reply.post(job.token, result);
+        job.end(result);
     }
 }
 
@@ -102,7 +130,53 @@ fn run_flushes(disk: &Disk, jobs: Receiver<Job>) {
                 Ok(()) => Ok(()),
                 Err(e) => Err(e.raw_os_error().map_or_else(|| e.kind().into(), io::Error::from_raw_os_error)),
             };
-            job.reply.post(job.token, copy);
+            job.end(copy);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Store;
+    use crate::redirect::Base;
+    use std::time::{Duration, Instant};
+
+    fn disk() -> Arc<Disk> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        Arc::new(Disk::new(Base::flat(file.path(), true).unwrap(), Store::InPlace, [0; 20], None))
+    }
+
+    fn results(mailbox: &Mailbox, count: usize) -> Vec<(u64, bool)> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let mut out = Vec::new();
+        while out.len() < count {
+            assert!(Instant::now() < deadline, "{out:?}");
+            out.extend(mailbox.take().into_iter().map(|(token, result)| (token, result.is_ok())));
+            thread::yield_now();
+        }
+        out.sort_unstable();
+        out
+    }
+
+    /// What a panic of the thread does to the job in its hands and to those that wait behind it.
+    #[test]
+    fn a_job_whose_thread_dies_fails_and_the_next_one_gets_a_new_thread() {
+        let mailbox = Mailbox::new().unwrap();
+        let jobs = Jobs::new(disk());
+        let (sender, receiver) = channel::<Job>();
+        *jobs.flush.lock().unwrap() = Some(sender);
+        for token in [1, 2] {
+            jobs.post(Job::new(Work::Flush, token, mailbox.clone()));
+        }
+        let dying = thread::spawn(move || {
+            let _job = receiver.recv().unwrap();
+            panic!("on purpose");
+        });
+        assert!(dying.join().is_err());
+        assert_eq!(results(&mailbox, 2), [(1, false), (2, false)]);
+        jobs.post(Job::new(Work::Flush, 3, mailbox.clone()));
+        assert_eq!(results(&mailbox, 1), [(3, true)]);
     }
 }

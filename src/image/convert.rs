@@ -1,7 +1,7 @@
 //! Makes a sparse raw file of a qcow2 or VMDK, by `qemu-img`.
 
+use super::Probe;
 use super::probe::check_size;
-use super::{Format, Probe};
 use crate::error::{Error, ErrorKind, Result};
 use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
 use std::io::{ErrorKind as IoKind, Read};
@@ -167,13 +167,6 @@ fn failed(path: &Path, stderr: &[u8]) -> Error {
         _ if text.contains("No space left") => err.mend("free some space on the library's file system and try again"),
         _ if text.contains("Failed to get") && text.contains("lock") => err.mend("stop the VM that is using it"),
         _ => err.mend(format!("check it with 'qemu-img check {}'", path.display())),
-    }
-}
-
-impl Format {
-    /// True for what [`convert`] converts.
-    pub fn needs_conversion(self) -> bool {
-        self != Format::Raw
     }
 }
 

@@ -6,7 +6,6 @@ use super::trace::{Record, TraceHeader, TraceWriter};
 use crate::error::{Error, Result};
 use crate::units::BLOCK_SIZE;
 use std::fs::File;
-use std::io::BufWriter;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -21,7 +20,7 @@ const QUEUE: usize = 1 << 16;
 /// How often what was recorded reaches the file.
 const FLUSH_EVERY: Duration = Duration::from_millis(200);
 
-type Writer = TraceWriter<BufWriter<File>>;
+type Writer = TraceWriter<File>;
 
 /// A trace being written.
 #[derive(Debug)]
@@ -39,7 +38,7 @@ impl Recorder {
     pub fn create(path: &Path, header: &TraceHeader) -> Result<Self> {
         let failed = |e| Error::io(path, "write the trace", e);
         let file = File::create(path).map_err(failed)?;
-        let writer = TraceWriter::new(BufWriter::new(file), header).map_err(failed)?;
+        let writer = TraceWriter::new(file, header).map_err(failed)?;
         let (sender, receiver) = sync_channel(QUEUE);
         let thread = std::thread::Builder::new()
             .name("vmar-trace".into())
