@@ -76,7 +76,7 @@ need_vmar() {
 
 build_vmar() {
     command -v cargo >/dev/null || die "no cargo on the PATH: install Rust, or set VMAR_BIN"
-    need cc:gcc
+    need cc:build-essential
     say "building vmar (cargo build --release)"
     (cd "$repo" && cargo build --release --bin vmar) || die "cargo build --release failed"
 }

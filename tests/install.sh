@@ -3,5 +3,5 @@
 set -euo pipefail
 # shellcheck source=qemu-scripts/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../qemu-scripts/common.sh"
-need cc:gcc git:git jq:jq shellcheck:shellcheck fincore:util-linux mke2fs:e2fsprogs
+need cc:build-essential git:git jq:jq shellcheck:shellcheck fincore:util-linux mke2fs:e2fsprogs
 need_qemu
