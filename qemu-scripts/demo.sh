@@ -65,7 +65,7 @@ run() {
 tools() {
     need jq:jq fincore:util-linux
     need_qemu
-    [ -n "${VMAR_BIN:-}" ] || need cc:gcc
+    [ -n "${VMAR_BIN:-}" ] || need cc:build-essential
     qemu-system-x86_64 --version | head -n 1
 }
 
