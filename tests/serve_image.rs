@@ -188,13 +188,12 @@ fn queues_write_neighbouring_sectors_side_by_side() {
     let mut client = Client::connect(&server.socket, QUEUES as i32, false);
     let mut model = base.clone();
     let mut rng = Rng(4711);
-    for round in 0..120u64 {
+    for round in 0..120 {
         // A window of 64 KiB; queue q writes those of its sectors that are q modulo 4, each once a round.
         let window = rng.below(model.len() / 65536) * 65536;
-        let mut left: Vec<Vec<usize>> =
-            (0..QUEUES).map(|q| (0..DEPTH).map(|i| q + QUEUES * ((i * 5 + round as usize) % 32)).collect()).collect();
         for q in 0..QUEUES {
-            for (slot, sector) in left[q].drain(..).enumerate() {
+            for slot in 0..DEPTH {
+                let sector = q + QUEUES * ((slot * 5 + round) % 32);
                 let at = (q * DEPTH + slot) * 512;
                 let fill = rng.next() as u8;
                 client.memory(at, 512).fill(fill);
