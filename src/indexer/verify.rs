@@ -5,7 +5,7 @@ use super::stats::open_run;
 use super::{Work, read_map, target_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::{Row, scan};
-use crate::library::{ImageRecord, Library, Writer, mtime_ns, open_regular};
+use crate::library::{ImageRecord, Library, Writer, mtime_ns, open_regular, settle_mtime};
 use crate::map::{Entry, Map};
 use crate::units::BLOCK_SIZE;
 use std::path::Path;
@@ -37,6 +37,7 @@ pub fn verify(dir: &Path, name: &str, work: &Work) -> Result<Verified> {
     if meta.len() != record.size {
         library.check_identity(record, &meta)?;
     }
+    settle_mtime(&meta);
     let (rows, data_bytes) = check_bytes(&library, &side, work)?;
     let map = read_map(&library, record)?;
     check_coverage(&library, record, &map, rows)?;
