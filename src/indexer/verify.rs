@@ -43,12 +43,16 @@ pub fn verify(dir: &Path, name: &str, work: &Work) -> Result<Verified> {
     check_coverage(&library, record, &map, rows)?;
     let redirects = check_redirects(&library, &side, &map, work)?;
 
+    let mended = mtime_ns(&meta) != record.mtime_ns;
+    if mended {
+        // As when it was added: what the catalog is going to say must be durable.
+        side.file.sync_all().map_err(|e| Error::io(&side.path, "make it durable", e))?;
+    }
     let after = side.file.metadata().map_err(|e| Error::io(&side.path, "look at it", e))?;
     if mtime_ns(&after) != mtime_ns(&meta) {
         let cause = format!("image {name} was written to while it was verified");
         return Err(Error::file(ErrorKind::Changed, &side.path, cause).mend("stop what writes to it and try again"));
     }
-    let mended = mtime_ns(&meta) != record.mtime_ns;
     if mended {
         accept_mtime(dir, record, mtime_ns(&meta))?;
     }
