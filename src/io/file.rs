@@ -1,9 +1,11 @@
-//! Blocking transfers of whole ranges: short reads and writes are carried on, EINTR is retried.
+//! Blocking transfers of whole ranges (short reads and writes are carried on, EINTR is retried), and what else files need.
 
 use super::buf::{IoBuf, advance, total_len};
+use crate::error::Error;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 
 /// Pieces that one system call takes (IOV_MAX).
 const IOV_MAX: libc::c_int = 1024;
@@ -68,6 +70,21 @@ pub fn disable_readahead(file: &File) -> io::Result<()> {
     match unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) } {
         0 => Ok(()),
         e => Err(io::Error::from_raw_os_error(e)),
+    }
+}
+
+/// Makes the names in a directory durable: those that were created, renamed and removed.
+pub fn sync_dir(dir: &Path) -> crate::Result<()> {
+    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io(dir, "make the directory durable", e))
+}
+
+/// Lets this process open as many files as it may: an image of a library costs one, a ring of a VM six, and the usual soft
+/// limit is 1,024. Best effort: where it does not suffice, the error that follows names the file.
+pub fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        log::warn!("cannot raise the limit of open files: {e}");
     }
 }
 
