@@ -61,17 +61,6 @@ impl Table {
     }
 }
 
-/// Lets this process open as many files as it may: work on a library opens each image and its fingerprints. Best
-/// effort, for where it does not suffice, the error names the file.
-pub fn raise_file_limit() {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    if let Err(e) = setrlimit(Resource::Nofile, limit) {
-        log::debug!("cannot raise the limit of open files: {e}");
-    }
-}
-
 /// A share as a percentage.
 pub fn percent(part: u64, whole: u64) -> String {
     if whole == 0 { "-".to_string() } else { format!("{:.1}%", 100.0 * part as f64 / whole as f64) }

@@ -14,7 +14,7 @@ pub struct Args {}
 
 /// Runs the verb.
 pub fn run(common: &Common, _args: Args) -> Result<()> {
-    super::output::raise_file_limit();
+    crate::io::file::raise_open_files();
     let library = Library::open(common.library()?)?;
     let stats = stats(&library)?;
     if common.json {

@@ -74,7 +74,7 @@ impl StopSignal {
 /// # Errors
 /// `Io` when the listening socket fails. A connection that fails is logged and the next one awaited.
 pub fn serve(disk: Disk, endpoint: Inherited, num_queues: u16, stop: &StopSignal) -> Result<()> {
-    raise_descriptor_limit();
+    crate::io::file::raise_open_files();
     let disk = Arc::new(disk);
     let jobs = Arc::new(Jobs::new(Arc::clone(&disk)));
     let result = match endpoint {
@@ -116,16 +116,6 @@ fn accept_loop(
 /// Something that the host lacks for the moment.
 fn is_shortage(e: &std::io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
-}
-
-/// A ring costs six descriptors (kick twice, call, err, mailbox, io_uring) and a memory slot one: 256 queues do not fit
-/// into the usual soft limit of 1,024.
-fn raise_descriptor_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
-        log::warn!("cannot raise the limit of open files: {e}");
-    }
 }
 
 /// Serves one connection to its end; false when a signal ended it.

@@ -102,7 +102,7 @@ impl Request {
         M::Target: GuestMemory,
     {
         let Chain { mut readable, mut writable, whole } = Chain::collect(chain);
-        let status = split_last_byte(&mut writable);
+        let status = buf::pop_byte(&mut writable);
         if !whole || status.is_none() {
             return Request { kind: Err(Status::IoErr), data: Vec::new(), status };
         }
@@ -203,18 +203,6 @@ fn push_slices<M: GuestMemory + ?Sized>(
         list.push(unsafe { IoBuf::from_raw(slice.ptr_guard_mut().as_ptr(), slice.len()) });
     }
     true
-}
-
-/// Takes the last byte off the list.
-fn split_last_byte(list: &mut Vec<IoBuf>) -> Option<IoBuf> {
-    let total = buf::total_len(list);
-    let last = total.checked_sub(1)?;
-    let mut tail = Vec::with_capacity(1);
-    buf::slice_into(list, last, 1, &mut tail);
-    let mut data = Vec::with_capacity(list.len());
-    buf::slice_into(list, 0, last, &mut data);
-    *list = data;
-    tail.pop()
 }
 
 /// The segments of a write-zeroes request (section 5.2.6: flags other than UNMAP are reserved).

@@ -8,7 +8,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::{Row, run, scan};
 use crate::image::{Conversion, Format, Probe, convert, probe, virtual_size};
 use crate::library::{
-    ImageRecord, Library, RunRef, Source, Transaction, Writer, check_name, converted_file, map_file, mtime_ns, run_file,
+    ImageRecord, Library, RunRef, Source, Transaction, Writer, check_name, converted_file, map_file, mtime_ns,
+    run_file, settle_mtime,
 };
 use crate::map::{Map, MapSpec, Totals, build};
 use crate::units::{ImageId, blocks_in};
@@ -118,9 +119,8 @@ fn add_one(
     let (raw, owned) = bring_in(change, name, from, work)?;
     let convert_time = owned.is_some().then(|| began.elapsed());
 
-    let hash_began = Instant::now();
-    let (mut side, mut scanned, data_bytes) = fingerprint(change.library(), name, id, raw, owned, from, work)?;
-    let hash_time = hash_began.elapsed();
+    let (mut side, mut scanned, data_bytes, hash_time) =
+        fingerprint(change.library(), name, id, raw, owned, from, work)?;
 
     let map_began = Instant::now();
     let rows = std::mem::take(&mut scanned.rows);
@@ -163,7 +163,8 @@ fn bring_in(change: &mut Transaction, name: &str, from: &Probe, work: &Work) -> 
     Ok((staged, Some(goal)))
 }
 
-/// Scans the raw file and makes the record of the image, but for the stamp of its run.
+/// Scans the raw file and makes the record of the image, but for the stamp of its run. Also: bytes of data, and how long
+/// reading and hashing them took.
 fn fingerprint(
     library: &Library,
     name: &str,
@@ -172,16 +173,19 @@ fn fingerprint(
     owned: Option<String>,
     from: &Probe,
     work: &Work,
-) -> Result<(Side, scan::Scan, u64)> {
+) -> Result<(Side, scan::Scan, u64, Duration)> {
     let file = crate::library::open_regular(&raw)?;
     let meta = file.metadata().map_err(|e| Error::io(&raw, "look at it", e))?;
+    settle_mtime(&meta);
     let algorithm = library.catalog().fingerprint;
     let data_bytes = scan::data_bytes(&file, &raw, meta.len())?;
     work.observer.begin(&format!("hashing {name}"), data_bytes);
     let advance = |bytes| work.observer.advance(bytes);
     let (size, threads, stop) = (meta.len(), work.threads, work.stop);
     let job = scan::Job { file: &file, path: &raw, size, algorithm, threads, stop, advance: &advance };
+    let began = Instant::now();
     let scanned = scan::scan(&job)?;
+    let hash_time = began.elapsed();
     work.observer.end();
     let record = ImageRecord {
         id,
@@ -199,8 +203,11 @@ fn fingerprint(
         run: RunRef { file: run_file(name, 1).into(), bytes: 0, crc32c: 0 },
     };
     let side = Side { file, path: raw, record };
+    // The catalog will be durable, so what it describes must be: a power cut could leave a file that was just copied with
+    // its size and time, but with holes for data.
+    side.file.sync_all().map_err(|e| Error::io(&side.path, "make it durable", e))?;
     check_unchanged(&side)?;
-    Ok((side, scanned, data_bytes))
+    Ok((side, scanned, data_bytes, hash_time))
 }
 
 /// What the earlier images of the same domain know of the new image's hashes.

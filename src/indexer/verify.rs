@@ -5,7 +5,7 @@ use super::stats::open_run;
 use super::{Work, read_map, target_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::{Row, scan};
-use crate::library::{ImageRecord, Library, Writer, mtime_ns, open_regular};
+use crate::library::{ImageRecord, Library, Writer, mtime_ns, open_regular, settle_mtime};
 use crate::map::{Entry, Map};
 use crate::units::BLOCK_SIZE;
 use std::path::Path;
@@ -37,17 +37,22 @@ pub fn verify(dir: &Path, name: &str, work: &Work) -> Result<Verified> {
     if meta.len() != record.size {
         library.check_identity(record, &meta)?;
     }
+    settle_mtime(&meta);
     let (rows, data_bytes) = check_bytes(&library, &side, work)?;
     let map = read_map(&library, record)?;
     check_coverage(&library, record, &map, rows)?;
     let redirects = check_redirects(&library, &side, &map, work)?;
 
+    let mended = mtime_ns(&meta) != record.mtime_ns;
+    if mended {
+        // As when it was added: what the catalog is going to say must be durable.
+        side.file.sync_all().map_err(|e| Error::io(&side.path, "make it durable", e))?;
+    }
     let after = side.file.metadata().map_err(|e| Error::io(&side.path, "look at it", e))?;
     if mtime_ns(&after) != mtime_ns(&meta) {
         let cause = format!("image {name} was written to while it was verified");
         return Err(Error::file(ErrorKind::Changed, &side.path, cause).mend("stop what writes to it and try again"));
     }
-    let mended = mtime_ns(&meta) != record.mtime_ns;
     if mended {
         accept_mtime(dir, record, mtime_ns(&meta))?;
     }

@@ -92,6 +92,19 @@ pub fn advance(bufs: &mut Vec<IoBuf>, mut n: usize) {
     }
 }
 
+/// Takes the last byte off the list in place; `None` if there is none.
+pub fn pop_byte(bufs: &mut Vec<IoBuf>) -> Option<IoBuf> {
+    while let Some(last) = bufs.pop() {
+        if let Some(rest) = last.len().checked_sub(1) {
+            if rest > 0 {
+                bufs.push(last.part(0, rest));
+            }
+            return Some(last.part(rest, 1));
+        }
+    }
+    None
+}
+
 /// Fills the whole list with zeros.
 pub fn fill_zero(bufs: &[IoBuf]) {
     for buf in bufs {
@@ -170,6 +183,19 @@ mod tests {
                 assert_eq!(got, (from as u8..20).collect::<Vec<_>>());
             }
         }
+    }
+
+    #[test]
+    fn bytes_come_off_the_end_whatever_the_pieces_are() {
+        let mut mem: Vec<u8> = (0..6).collect();
+        let mut bufs = list(&mut mem, &[0, 3, 3, 5, 6, 6]);
+        for left in (0..6).rev() {
+            let byte = pop_byte(&mut bufs).unwrap();
+            let mut got = [0xff];
+            assert_eq!((copy_from(&[byte], &mut got), got[0] as usize), (1, left));
+            assert_eq!(total_len(&bufs), left);
+        }
+        assert!(pop_byte(&mut bufs).is_none());
     }
 
     #[test]

@@ -1,9 +1,11 @@
-//! Blocking transfers of whole ranges: short reads and writes are carried on, EINTR is retried.
+//! Blocking transfers of whole ranges (short reads and writes are carried on, EINTR is retried), and what else files need.
 
-use super::buf::{IoBuf, advance};
+use super::buf::{IoBuf, advance, total_len};
+use crate::error::Error;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 
 /// Pieces that one system call takes (IOV_MAX).
 const IOV_MAX: libc::c_int = 1024;
@@ -20,17 +22,24 @@ pub(super) fn preadv2(file: &File, bufs: &[IoBuf], offset: u64, flags: libc::c_i
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
-/// Reads exactly the list's length at `offset`. End of file before that is `UnexpectedEof`: a short base image must
-/// never read as zeros.
-pub fn read_exact_at(file: &File, bufs: &[IoBuf], mut offset: u64) -> io::Result<()> {
-    let mut left = bufs.to_vec();
-    advance(&mut left, 0);
-    while !left.is_empty() {
-        match preadv2(file, &left, offset, 0) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+/// Repeats `once` until the whole list is transferred. Most transfers are whole at the first call, so the list is copied
+/// only when one was short.
+fn whole(
+    bufs: &[IoBuf],
+    offset: u64,
+    at_end: io::ErrorKind,
+    once: impl Fn(&[IoBuf], u64) -> io::Result<usize>,
+) -> io::Result<()> {
+    let (total, mut done) = (total_len(bufs), 0);
+    let mut rest: Option<Vec<IoBuf>> = None;
+    while done < total {
+        match once(rest.as_deref().unwrap_or(bufs), offset + done as u64) {
+            Ok(0) => return Err(at_end.into()),
             Ok(n) => {
-                advance(&mut left, n);
-                offset += n as u64;
+                done += n;
+                if done < total {
+                    advance(rest.get_or_insert_with(|| bufs.to_vec()), n);
+                }
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
@@ -39,28 +48,19 @@ pub fn read_exact_at(file: &File, bufs: &[IoBuf], mut offset: u64) -> io::Result
     Ok(())
 }
 
+/// Reads exactly the list's length at `offset`. End of file before that is `UnexpectedEof`: a short base image must
+/// never read as zeros.
+pub fn read_exact_at(file: &File, bufs: &[IoBuf], offset: u64) -> io::Result<()> {
+    whole(bufs, offset, io::ErrorKind::UnexpectedEof, |bufs, offset| preadv2(file, bufs, offset, 0))
+}
+
 /// Writes the whole list at `offset`.
-pub fn write_all_at(file: &File, bufs: &[IoBuf], mut offset: u64) -> io::Result<()> {
-    let mut left = bufs.to_vec();
-    advance(&mut left, 0);
-    while !left.is_empty() {
+pub fn write_all_at(file: &File, bufs: &[IoBuf], offset: u64) -> io::Result<()> {
+    whole(bufs, offset, io::ErrorKind::WriteZero, |bufs, offset| {
         // SAFETY: as in `preadv2`.
-        let n = unsafe { libc::pwritev(file.as_raw_fd(), left.as_ptr().cast(), count(&left), offset as libc::off_t) };
-        match usize::try_from(n) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(n) => {
-                advance(&mut left, n);
-                offset += n as u64;
-            }
-            Err(_) => {
-                let e = io::Error::last_os_error();
-                if e.kind() != io::ErrorKind::Interrupted {
-                    return Err(e);
-                }
-            }
-        }
-    }
-    Ok(())
+        let n = unsafe { libc::pwritev(file.as_raw_fd(), bufs.as_ptr().cast(), count(bufs), offset as libc::off_t) };
+        usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    })
 }
 
 /// Switches the kernel's own readahead off for this open file: reads fetch exactly the pages asked for. Readahead would
@@ -70,6 +70,21 @@ pub fn disable_readahead(file: &File) -> io::Result<()> {
     match unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) } {
         0 => Ok(()),
         e => Err(io::Error::from_raw_os_error(e)),
+    }
+}
+
+/// Makes the names in a directory durable: those that were created, renamed and removed.
+pub fn sync_dir(dir: &Path) -> crate::Result<()> {
+    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io(dir, "make the directory durable", e))
+}
+
+/// Lets this process open as many files as it may: an image of a library costs one, a ring of a VM six, and the usual soft
+/// limit is 1,024. Best effort: where it does not suffice, the error that follows names the file.
+pub fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        log::warn!("cannot raise the limit of open files: {e}");
     }
 }
 

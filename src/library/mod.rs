@@ -25,6 +25,7 @@ use crate::units::ImageId;
 use std::fs::{File, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 /// File name of the catalog.
 const CATALOG: &str = "library.json";
@@ -164,6 +165,21 @@ pub fn open_regular(path: &Path) -> Result<File> {
 /// Modification time in nanoseconds since 1970, as the catalog keeps it.
 pub fn mtime_ns(meta: &Metadata) -> i64 {
     meta.mtime().saturating_mul(1_000_000_000).saturating_add(meta.mtime_nsec())
+}
+
+/// Waits until whoever writes to the file from now on must leave another modification time than `meta` has.
+///
+/// File systems stamp with the time of the last clock tick (up to 10 ms), old ones with whole seconds or two. A second
+/// write within that grain leaves no trace in the time: a reader that began between the two would take the file for
+/// unchanged. A time in the future needs no wait: any write sets it back to now.
+pub fn settle_mtime(meta: &Metadata) {
+    let grain = if meta.mtime_nsec() == 0 { Duration::from_secs(2) } else { Duration::from_millis(20) };
+    if let Ok(age) =
+        meta.modified().and_then(|time| SystemTime::now().duration_since(time).map_err(std::io::Error::other))
+        && age < grain
+    {
+        std::thread::sleep(grain - age);
+    }
 }
 
 /// Where the map of an image goes, relative to the library.

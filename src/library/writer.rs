@@ -13,6 +13,7 @@ use super::catalog::{Catalog, ImageRecord, Policy};
 use super::{CATALOG, IMAGES, LOCK, Library, MAPS, RUNS, STAGING};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::Algorithm;
+use crate::io::file::sync_dir;
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
@@ -274,10 +275,6 @@ fn write_durably(path: &Path, text: &[u8]) -> Result<()> {
         file.sync_all()
     };
     write().map_err(|e| Error::io(path, "write", e))
-}
-
-fn sync_dir(dir: &Path) -> Result<()> {
-    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io(dir, "make the directory durable", e))
 }
 
 /// Renames, but never over something that is there.

@@ -4,6 +4,7 @@ use super::CreateOptions;
 use super::header::{self, Extension, Session};
 use super::layout::{CLUSTER, Layout, REFCOUNTS, index};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::file::sync_dir;
 use crate::units::{IMAGE_SIZE_MAX, SECTOR_SIZE};
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -30,7 +31,7 @@ pub fn create(path: &Path, opts: &CreateOptions<'_>) -> Result<()> {
     let new = NewFile::create(dir, path)?;
     write_all(&new.file, &layout, &header).map_err(|e| Error::io(path, "write", e))?;
     new.publish(path)?;
-    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io(dir, "sync", e))
+    sync_dir(dir)
 }
 
 fn check_options(path: &Path, opts: &CreateOptions<'_>) -> Result<()> {

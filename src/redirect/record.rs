@@ -2,10 +2,11 @@
 
 use super::Base;
 use super::plan::{Piece, Source};
-use super::trace::{Record, TraceHeader, TraceWriter};
-use crate::error::{Error, Result};
+use super::trace::{MAGIC, Record, TraceHeader, TraceWriter};
+use crate::error::{Error, ErrorKind, Result};
 use crate::units::BLOCK_SIZE;
 use std::fs::File;
+use std::io::{Read, Seek};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -34,10 +35,24 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Starts a trace in a new file; an existing one is replaced.
+    /// Starts a trace in a new file; an existing trace is replaced.
+    ///
+    /// # Errors
+    /// Besides those of writing: `Exists` for a file that holds anything else. (A wrong name must not cost an image.)
     pub fn create(path: &Path, header: &TraceHeader) -> Result<Self> {
         let failed = |e| Error::io(path, "write the trace", e);
-        let file = File::create(path).map_err(failed)?;
+        let mut file =
+            File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
+        // A device or a pipe has nothing to lose.
+        if file.metadata().map_err(failed)?.is_file() {
+            let mut head = Vec::new();
+            (&file).take(MAGIC.len() as u64).read_to_end(&mut head).map_err(failed)?;
+            if !MAGIC.starts_with(&head) {
+                let cause = "is there already and is no trace";
+                return Err(Error::file(ErrorKind::Exists, path, cause).mend("name another"));
+            }
+            file.rewind().and_then(|()| file.set_len(0)).map_err(failed)?;
+        }
         let writer = TraceWriter::new(file, header).map_err(failed)?;
         let (sender, receiver) = sync_channel(QUEUE);
         let thread = std::thread::Builder::new()
@@ -104,6 +119,27 @@ fn write(mut writer: Writer, records: Receiver<Record>) -> std::io::Result<Write
             }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return Ok(writer),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_trace_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t");
+        let header = TraceHeader { library: [1; 16], image: 0, generation: 1, digest: [2; 32], start_ns: 3 };
+        std::fs::write(&path, b"an image").unwrap();
+        assert_eq!(Recorder::create(&path, &header).unwrap_err().kind(), ErrorKind::Exists);
+        assert_eq!(std::fs::read(&path).unwrap(), b"an image");
+        std::fs::write(&path, b"").unwrap();
+        Recorder::create(Path::new("/dev/null"), &header).unwrap().finish();
+        for _ in 0..2 {
+            Recorder::create(&path, &header).unwrap().finish();
+            assert_eq!(std::fs::metadata(&path).unwrap().len(), 96 + 24);
         }
     }
 }

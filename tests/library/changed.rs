@@ -1,11 +1,16 @@
 //! Images that were changed behind the library's back.
 
-use super::support::{Place, image_of, named, one_line, qemu_img};
+use super::support::{Place, image_of, named, one_line, qemu_img, work};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
+use vmar::indexer::add::{NewImage, add};
+use vmar::indexer::verify::verify;
+use vmar::indexer::{Observer, Work};
+use vmar::library::Writer;
 
 /// A library with image `base` (contents 9 to 12), and a file that shares with it.
 fn place() -> (Place, PathBuf, PathBuf) {
@@ -82,6 +87,35 @@ fn an_image_that_is_written_to_during_the_add_is_refused() {
     let line = one_line(command.output().unwrap(), 1);
     assert!(line.contains("image other was written to while it was being read"), "{line}");
     assert_eq!(place.snapshot(), before);
+}
+
+/// Time stamps are as coarse as a clock tick: bytes are read only when a further write would leave another one.
+#[test]
+fn a_file_is_read_when_its_modification_time_has_settled() {
+    struct Watch(PathBuf, AtomicU64);
+    impl Observer for Watch {
+        fn begin(&self, what: &str, _: u64) {
+            if what.starts_with("hashing") {
+                let age = mtime(&self.0).elapsed().unwrap();
+                self.1.store(u64::try_from(age.as_millis()).unwrap(), Ordering::Relaxed);
+            }
+        }
+        fn advance(&self, _: u64) {}
+        fn end(&self) {}
+    }
+    let (place, _, other) = place();
+    let watch = Watch(other.clone(), AtomicU64::new(0));
+    let work = Work { observer: &watch, ..work() };
+    let mut writer = Writer::open(place.lib()).unwrap();
+    set_mtime(&other, SystemTime::now());
+    add(&mut writer, &[NewImage { name: "other".into(), file: other }], &work).unwrap();
+    let age = watch.1.load(Ordering::Relaxed);
+    assert!(age >= 20, "{age} ms");
+    drop(writer);
+    set_mtime(&watch.0, SystemTime::now());
+    verify(&place.lib(), "other", &work).unwrap();
+    let age = watch.1.load(Ordering::Relaxed);
+    assert!(age >= 20, "{age} ms");
 }
 
 #[test]
