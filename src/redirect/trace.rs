@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 /// Version of the format that this vmar writes, and the newest that it reads.
 pub const VERSION: u32 = 1;
 
-const MAGIC: [u8; 8] = *b"vmar-trc";
+pub(super) const MAGIC: [u8; 8] = *b"vmar-trc";
 const HEADER_BYTES: usize = 96;
 const HEADER_LEN: u32 = 96;
 const RECORD_BYTES: usize = 24;
