@@ -255,7 +255,8 @@ fn open_file(path: &Path, read_only: bool) -> Result<File> {
     let file = File::options().read(true).write(!read_only).open(path).map_err(|e| Error::io(path, "open", e))?;
     let meta = file.metadata().map_err(|e| Error::io(path, "look at", e))?;
     if !meta.is_file() {
-        return Err(Error::file(ErrorKind::Unsupported, path, "is no regular file"));
+        return Err(Error::file(ErrorKind::Unsupported, path, "is no regular file")
+            .mend("name an overlay ('vmar overlay create' makes one)"));
     }
     Ok(file)
 }
