@@ -76,6 +76,7 @@ enum Verb {
 }
 
 /// A full disk under standard output is an error like any other, not the panic of println!.
+#[expect(clippy::exit, reason = "println! has nobody to return an error to")]
 fn no_panic_when_stdout_fails() {
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
