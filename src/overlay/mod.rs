@@ -295,7 +295,8 @@ fn check_base(path: &Path, header: &Header, base: Option<BaseIdentity>) -> Resul
 fn stopped(path: &Path, stop: Stop) -> Error {
     match stop {
         Stop::Io(e) => Error::io(path, "read", e),
-        Stop::Fault(Fault::Corrupt(what)) => Error::file(ErrorKind::Corrupt, path, what),
+        Stop::Fault(Fault::Corrupt(what)) => Error::file(ErrorKind::Corrupt, path, what)
+            .mend("restore it from a backup; 'qemu-img check' says what plain QEMU can still read"),
         Stop::Fault(Fault::Layout(what)) => {
             Error::file(ErrorKind::Unsupported, path, format!("is not in vmar's fixed layout ({what})"))
                 .mend("a coming 'vmar overlay relayout' will put it right; plain QEMU can use it as it is")
