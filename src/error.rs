@@ -55,13 +55,21 @@ impl Error {
             std::io::ErrorKind::AlreadyExists => ErrorKind::Exists,
             _ => ErrorKind::Io,
         };
-        let mend = (err.kind() == std::io::ErrorKind::StorageFull)
-            .then(|| "free some space on that file system and try again".to_string());
+        use std::io::ErrorKind as Kind;
+        let mend = match err.kind() {
+            Kind::StorageFull => Some("free some space on that file system and try again"),
+            Kind::QuotaExceeded => Some("free some space or raise the quota, and try again"),
+            Kind::NotFound | Kind::NotADirectory => Some("check the path"),
+            Kind::PermissionDenied => Some("check owner and mode of it and of the directories above, or run as root"),
+            Kind::ReadOnlyFilesystem => Some("mount it writable or use another place"),
+            _ if err.raw_os_error() == Some(libc::EMFILE) => Some("raise the limit of open files (ulimit -n)"),
+            _ => None,
+        };
         Error {
             kind,
             subject: path.as_ref().display().to_string(),
             cause: format!("cannot {what}: {err}"),
-            mend,
+            mend: mend.map(str::to_string),
             source: Some(Box::new(err)),
         }
     }

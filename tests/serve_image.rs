@@ -365,3 +365,69 @@ fn the_trace_names_canonical_blocks_once() {
         assert_eq!(stat["dropped"].as_u64(), Some(0));
     }
 }
+
+/// A file system on which an overlay finds no room; unmounted whatever happens.
+struct Small(std::path::PathBuf);
+
+impl Small {
+    fn mount(bench: &Bench) -> Small {
+        let at = bench.path("small");
+        std::fs::create_dir(&at).unwrap();
+        tool("mount", &["-t", "tmpfs", "-o", "size=4m", "none", text(&at)]);
+        Small(at)
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_disk_below_the_overlay_is_an_error_for_the_guest_and_passes() {
+    let bench = Bench::with_library();
+    let base: Vec<u8> = (0..2048).flat_map(content).collect();
+    bench.add(&[format!("one={}", text(&bench.file("one.raw", &base)))]);
+    let small = Small::mount(&bench);
+    let overlay = small.0.join("vm.qcow2");
+    ok(&["--library", text(&bench.library()), "overlay", "create", text(&overlay), "--image", "one"]);
+    let server = bench.serve_overlay("one", &overlay);
+    let mut client = server.client();
+    let mut model = base;
+    let write = |client: &mut Client, model: &mut Vec<u8>, at: usize, fill: u8| {
+        let piece = vec![fill; 64 << 10];
+        let ret = client.try_write(at as u64, &piece);
+        if ret == 0 {
+            model[at..at + piece.len()].copy_from_slice(&piece);
+        }
+        ret
+    };
+    let mut failed = Vec::new();
+    for at in (0..model.len()).step_by(64 << 10) {
+        if write(&mut client, &mut model, at, 0x11) != 0 {
+            failed.push(at);
+        }
+    }
+    assert!(failed.len() > 50, "8 MiB do not fit in 4: {} writes failed", failed.len());
+    // Every sector of what failed is wholly old or wholly new, and all that succeeded is new.
+    client.read_all(64 << 10, |offset, got| {
+        let torn = failed.contains(&(offset as usize));
+        for (want, got) in model[offset as usize..].chunks(512).zip(got.chunks(512)) {
+            assert!(got == want || torn && got == [0x11; 512], "at {offset}");
+        }
+    });
+    client.flush();
+    tool("mount", &["-o", "remount,size=64m", text(&small.0)]);
+    for (i, &at) in failed.iter().enumerate() {
+        assert_eq!(write(&mut client, &mut model, at, 0x20 + (i % 100) as u8), 0, "there is room again");
+    }
+    client.read_all(64 << 10, |offset, got| assert!(got == &model[offset as usize..][..got.len()], "at {offset}"));
+    drop(client);
+    let (status, err) = server.stop();
+    assert!(status.success(), "{err}");
+    tool("qemu-img", &["check", text(&overlay)]);
+    let flat = bench.path("flat");
+    tool("qemu-img", &["convert", "-O", "raw", text(&overlay), text(&flat)]);
+    assert!(std::fs::read(&flat).unwrap() == model);
+}

@@ -53,6 +53,10 @@ fn parse_new_image(text: &str) -> Result<NewImage> {
         Error::new(ErrorKind::Usage, format!("{text:?}"), "is not NAME=FILE").mend("for example web=/images/web.raw")
     })?;
     crate::library::check_name(name)?;
+    if file.is_empty() {
+        let cause = "no file is named";
+        return Err(Error::new(ErrorKind::Usage, text, cause).mend("for example web=/images/web.raw"));
+    }
     Ok(NewImage { name: name.to_string(), file: PathBuf::from(file) })
 }
 
@@ -238,25 +242,40 @@ fn run_verify(common: &Common, name: Option<String>) -> Result<()> {
         Some(name) => vec![name],
         None => library.images().iter().map(|r| r.name.clone()).collect(),
     };
-    let mut bad = Vec::new();
+    let (mut bad, mut lines) = (Vec::new(), Vec::new());
     for name in &names {
         let progress = Progress::new();
         let outcome = verify(dir, name, &Work::on_all_cores(&stop, &progress));
         drop(progress);
         match outcome {
+            Ok(verified) if common.json => lines.push(verified_json(name, &verified)),
             Ok(verified) => print_verified(name, &verified),
             Err(err) if names.len() == 1 || err.kind() == ErrorKind::Interrupted => return Err(err),
             Err(err) => {
+                lines.push(serde_json::json!({ "name": name, "good": false, "error": err.to_string() }));
                 eprintln!("vmar: {err}");
                 bad.push(name.as_str());
             }
         }
+    }
+    if common.json {
+        print_json(&lines)?;
     }
     if bad.is_empty() {
         return Ok(());
     }
     let cause = format!("{} of {} images are bad: {}", bad.len(), names.len(), bad.join(", "));
     Err(Error::file(ErrorKind::Corrupt, dir, cause).mend("see the lines above"))
+}
+
+fn verified_json(name: &str, verified: &Verified) -> serde_json::Value {
+    serde_json::json!({
+        "name": name,
+        "good": true,
+        "data_bytes": verified.data_bytes,
+        "redirects": verified.redirects,
+        "mended": verified.mended,
+    })
 }
 
 fn print_verified(name: &str, verified: &Verified) {

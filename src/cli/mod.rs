@@ -75,13 +75,57 @@ enum Verb {
     Serve(serve::Args),
 }
 
+/// A full disk under standard output is an error like any other, not the panic of println!.
+#[expect(clippy::exit, reason = "println! has nobody to return an error to")]
+fn no_panic_when_stdout_fails() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let said = info.payload().downcast_ref::<String>();
+        if let Some(why) = said.and_then(|s| s.strip_prefix("failed printing to stdout: ")) {
+            eprintln!("vmar: standard output: cannot write: {why}; send it elsewhere");
+            std::process::exit(1);
+        }
+        usual(info);
+    }));
+}
+
+/// Prints help as it is, and wrong usage as one line.
+fn refuse_arguments(err: &clap::Error) -> ExitCode {
+    use clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand as NothingGiven;
+    if !err.use_stderr() || err.kind() == NothingGiven {
+        err.exit();
+    }
+    let text = err.render().to_string();
+    // The first paragraph says what is wrong, tips follow; the usage and where to find help come last.
+    let said: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .filter(|l| !l.is_empty() && !l.starts_with("For more information"))
+        .take_while(|l| !l.starts_with("Usage:"))
+        .collect();
+    let said = said.join(" ").replace(" tip:", "; tip:");
+    let said = said.strip_prefix("error: ").unwrap_or(&said);
+    match text.lines().find_map(|l| l.trim().strip_prefix("Usage: ")) {
+        // As far as the options: the command itself.
+        Some(usage) => {
+            eprintln!("vmar: {said}; see '{} --help'", usage.split(['[', '<', '-']).next().unwrap_or(usage).trim())
+        }
+        None => eprintln!("vmar: {said}"),
+    }
+    ExitCode::from(2)
+}
+
 /// Runs the binary: parses, dispatches, prints one line on failure.
 pub fn main() -> ExitCode {
     // Rust ignores SIGPIPE, and a closed `| head` would then be a panic in println!.
     // SAFETY: called once, first thing in main, before any thread exists.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    no_panic_when_stdout_fails();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(err) => return refuse_arguments(&err),
+    };
     let common = &cli.common;
     let result = match cli.verb {
         Verb::Library(verb) => library::run(common, verb),

@@ -143,7 +143,9 @@ impl Observer for Progress {
 
     fn end(&self) {
         self.with_part(|part| {
-            let Some(part) = part.take() else { return };
+            let Some(mut part) = part.take() else { return };
+            // What was told in rounded steps is complete now.
+            part.done = part.done.max(part.total);
             match part.bar {
                 Some(bar) => bar.finish_and_clear(),
                 None if part.total > 0 => eprintln!("{}", part.line()),

@@ -185,7 +185,8 @@ impl Reader {
     /// # Errors
     /// `Corrupt` when size or checksum differ from `stamp`, `Unsupported` when a newer vmar wrote it.
     pub fn open(path: &Path, stamp: Stamp) -> Result<Reader> {
-        let mut file = File::open(path).map_err(|e| Error::io(path, "open it", e))?;
+        let mut file = File::open(path)
+            .map_err(|e| Error::io(path, "open it", e).mend("restore it from a backup, or build the library anew"))?;
         if stamp_of(&mut file).map_err(|e| Error::io(path, "read", e))? != stamp {
             return Err(corrupt(path, "its checksum is wrong"));
         }

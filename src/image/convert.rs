@@ -7,7 +7,7 @@ use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
 use std::io::{ErrorKind as IoKind, Read};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -60,22 +60,54 @@ pub fn virtual_size(from: &Probe) -> Result<u64> {
 /// `NotFound` when the tool is missing, `Interrupted` when `stop` was set, otherwise what the tool says.
 pub fn convert(job: &Conversion) -> Result<u64> {
     let size = virtual_size(job.from)?;
+    check_whole(job)?;
     let mut command = tool();
     command.args(["convert", "-p", "-S", "4k", "-f", &job.from.format.to_string(), "-O", "raw"]);
     command.arg(&job.from.path).arg(job.to);
-    die_with_parent(&mut command);
-    let mut child = command.spawn().map_err(missing)?;
-    let outcome = attend(job, &mut child);
-    // Whatever happened, no converter stays behind and goes on writing.
-    let _ = child.kill();
-    let _ = child.wait();
-    outcome?;
+    let (status, said) = run(job, command)?;
+    if !status.success() {
+        return Err(failed(&job.from.path, &said));
+    }
     let written = std::fs::metadata(job.to).map_err(|e| Error::io(job.to, "look at it", e))?.len();
     if written != size {
         let cause = format!("the converted disk has {written} bytes instead of {size}");
         return Err(Error::file(ErrorKind::Corrupt, &job.from.path, cause).mend("check it with 'qemu-img check'"));
     }
     Ok(size)
+}
+
+/// Refuses a file that was cut off or whose tables are damaged: the converter would read zeros where data are missing.
+fn check_whole(job: &Conversion) -> Result<()> {
+    let path = &job.from.path;
+    let mut command = tool();
+    command.args(["check", "-f", &job.from.format.to_string()]).arg(path);
+    let (status, said) = run(job, command)?;
+    match status.code() {
+        // Leaked clusters (3) waste space and hurt no data; 63: there is no check for this flavour.
+        Some(0 | 3 | 63) => Ok(()),
+        _ => {
+            let text = String::from_utf8_lossy(&said);
+            match text.lines().find_map(|line| line.trim().strip_prefix("ERROR")) {
+                Some(first) => {
+                    let cause = format!("cut off or damaged: {}", first.trim_start_matches([':', ' ']));
+                    let mend = format!("fetch it again; 'qemu-img check {}' says more", path.display());
+                    Err(Error::file(ErrorKind::Corrupt, path, cause).mend(mend))
+                }
+                None => Err(failed(path, &said)),
+            }
+        }
+    }
+}
+
+/// Runs the tool to its end: how it ended, and what it said.
+fn run(job: &Conversion, mut command: Command) -> Result<(ExitStatus, Vec<u8>)> {
+    die_with_parent(&mut command);
+    let mut child = command.spawn().map_err(missing)?;
+    let outcome = attend(job, &mut child);
+    // Whatever happened, no converter stays behind and goes on writing.
+    let _ = child.kill();
+    let _ = child.wait();
+    outcome
 }
 
 fn tool() -> Command {
@@ -98,14 +130,18 @@ fn die_with_parent(command: &mut Command) {
 }
 
 /// Waits for the child, passing on its progress and the wish to stop.
-fn attend(job: &Conversion, child: &mut Child) -> Result<()> {
+fn attend(job: &Conversion, child: &mut Child) -> Result<(ExitStatus, Vec<u8>)> {
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     thread::scope(|scope| {
         let progress = job.progress;
         scope.spawn(move || stdout.map(|pipe| follow(pipe, progress)));
         let said = scope.spawn(move || {
             let mut text = Vec::new();
-            stderr.map(|pipe| pipe.take(64 << 10).read_to_end(&mut text));
+            if let Some(mut pipe) = stderr {
+                let _ = pipe.by_ref().take(64 << 10).read_to_end(&mut text);
+                // A closed pipe would kill a tool that has more to say.
+                let _ = std::io::copy(&mut pipe, &mut std::io::sink());
+            }
             text
         });
         let status = loop {
@@ -120,15 +156,14 @@ fn attend(job: &Conversion, child: &mut Child) -> Result<()> {
                 Err(e) => return Err(Error::file(ErrorKind::Io, TOOL, format!("cannot wait for it: {e}"))),
             }
         };
-        if status.success() {
-            return Ok(());
+        if !status.success() {
+            // Ctrl-C on a terminal reaches the tool too, and perhaps before this process.
+            thread::sleep(POLL);
+            if job.stop.load(Ordering::Relaxed) {
+                return Err(Error::file(ErrorKind::Interrupted, &job.from.path, "stopped while it was converted"));
+            }
         }
-        // Ctrl-C on a terminal reaches the tool too, and perhaps before this process.
-        thread::sleep(POLL);
-        if job.stop.load(Ordering::Relaxed) {
-            return Err(Error::file(ErrorKind::Interrupted, &job.from.path, "stopped while it was converted"));
-        }
-        Err(failed(&job.from.path, &said.join().unwrap_or_default()))
+        Ok((status, said.join().unwrap_or_default()))
     })
 }
 

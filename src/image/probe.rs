@@ -33,7 +33,8 @@ pub fn probe(path: &Path) -> Result<Probe> {
     let meta = fs::metadata(&path).map_err(|e| Error::io(&path, "open it", e))?;
     if !meta.is_file() {
         let cause = "not a regular file, so no image that vmar can share";
-        return Err(Error::file(ErrorKind::Unsupported, &path, cause).mend("copy the device to a file"));
+        let mend = if meta.is_dir() { "name an image file in it" } else { "copy the device to a file" };
+        return Err(Error::file(ErrorKind::Unsupported, &path, cause).mend(mend));
     }
     let file = File::open(&path).map_err(|e| Error::io(&path, "open it", e))?;
     let head = bytes_at(&file, &path, 0, (HEAD_BYTES as u64).min(meta.len()))?;

@@ -22,9 +22,14 @@ pub(super) fn check_qcow2(file: &File, path: &Path) -> Result<()> {
     if backing_offset != 0 {
         return Err(refer(path, "it has a backing file", &flatten(path, "qcow2")));
     }
+    // How it is encrypted is at byte 32.
+    if cursor.take(16).and_then(|_| cursor.u32_be()).ok_or_else(broken)? != 0 {
+        let mend = "decrypt it with 'qemu-img convert' and add the result";
+        return Err(refer(path, "an encrypted qcow2: equal blocks do not look equal in it", mend));
+    }
     // Version 2 ends before the features (at byte 72).
     if version >= 3 {
-        let features = cursor.take(72 - 16).and_then(|_| cursor.u64_be()).ok_or_else(broken)?;
+        let features = cursor.take(72 - 36).and_then(|_| cursor.u64_be()).ok_or_else(broken)?;
         if features & EXTERNAL_DATA != 0 {
             return Err(refer(path, "its data are in another file", &flatten(path, "qcow2")));
         }
@@ -78,7 +83,24 @@ fn check_descriptor(path: &Path, text: &[u8], embedded: bool) -> Result<()> {
                     &flatten(path, "vmdk"),
                 ));
             }
+            check_flat(path, line, &target)?;
         }
+    }
+    Ok(())
+}
+
+/// Refuses a flat extent (`RW SECTORS FLAT "NAME" OFFSET`) whose file is shorter: the converter would read zeros there.
+fn check_flat(path: &Path, line: &str, target: &Path) -> Result<()> {
+    let number = |text: Option<&str>| text.and_then(|t| t.parse::<u64>().ok()).unwrap_or(0);
+    let mut words = line.split_whitespace().skip(1);
+    let (sectors, kind) = (number(words.next()), words.next());
+    let offset = number(line.rsplit('"').next().map(str::trim));
+    let want = sectors.saturating_add(offset).saturating_mul(512);
+    // A file that is missing is for the converter to name.
+    let have = std::fs::metadata(target).map_or(want, |m| m.len());
+    if kind == Some("FLAT") && have < want {
+        let cause = format!("cut off: {have} bytes, but {} needs {want} of them", path.display());
+        return Err(Error::file(ErrorKind::Corrupt, target, cause).mend("fetch it again"));
     }
     Ok(())
 }

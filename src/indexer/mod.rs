@@ -79,7 +79,8 @@ pub fn target_of(record: &ImageRecord) -> Target {
 /// Reads and verifies the block map of an image, which must be the map of that very image.
 pub fn read_map(library: &Library, record: &ImageRecord) -> Result<Map<Vec<u8>>> {
     let path = library.map_path(&record.name);
-    let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, "read the block map", e))?;
+    let bytes = std::fs::read(&path)
+        .map_err(|e| Error::io(&path, "read the block map", e).mend("restore it from a copy of the library"))?;
     let map = Map::new(bytes).map_err(|e| e.at(&path))?;
     if map.source() != target_of(record) {
         let cause = format!("it is a map of another image than {}", record.name);

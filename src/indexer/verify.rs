@@ -5,7 +5,7 @@ use super::stats::open_run;
 use super::{Work, read_map, target_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::{Row, scan};
-use crate::library::{ImageRecord, Library, Writer, mtime_ns, open_regular, settle_mtime};
+use crate::library::{ImageRecord, Library, Writer, mtime_ns, settle_mtime};
 use crate::map::{Entry, Map};
 use crate::units::BLOCK_SIZE;
 use std::path::Path;
@@ -62,7 +62,7 @@ pub fn verify(dir: &Path, name: &str, work: &Work) -> Result<Verified> {
 /// Opens an image whatever its modification time says: its bytes are going to be looked at.
 fn open(library: &Library, record: &ImageRecord) -> Result<Side> {
     let path = library.image_path(record);
-    Ok(Side { file: open_regular(&path)?, path, record: record.clone() })
+    Ok(Side { file: library.open_any(record)?, path, record: record.clone() })
 }
 
 /// Hashes everything again and compares with run and digest. Returns the blocks that have data, ascending.

@@ -119,16 +119,22 @@ impl Library {
     /// The size and the time are hints that cost nothing; `vmar image verify` looks at the bytes.
     pub fn open_image(&self, record: &ImageRecord) -> Result<File> {
         let path = self.image_path(record);
-        let file = open_regular(&path).map_err(|err| match err.kind() {
+        let file = self.open_any(record)?;
+        let meta = file.metadata().map_err(|e| Error::io(&path, "look at it", e))?;
+        self.check_identity(record, &meta)?;
+        Ok(file)
+    }
+
+    /// Opens the image's raw file whatever its size and modification time: for whoever looks at its bytes.
+    pub fn open_any(&self, record: &ImageRecord) -> Result<File> {
+        let path = self.image_path(record);
+        open_regular(&path).map_err(|err| match err.kind() {
             ErrorKind::NotFound => {
                 let cause = format!("the raw file of image {} has vanished", record.name);
                 Error::file(ErrorKind::NotFound, &path, cause).mend("put it back where it was")
             }
             _ => err,
-        })?;
-        let meta = file.metadata().map_err(|e| Error::io(&path, "look at it", e))?;
-        self.check_identity(record, &meta)?;
-        Ok(file)
+        })
     }
 
     /// Refuses a file whose size or modification time are not those of the record.
@@ -157,7 +163,7 @@ impl Library {
 pub fn open_regular(path: &Path) -> Result<File> {
     let meta = std::fs::metadata(path).map_err(|e| Error::io(path, "open it", e))?;
     if !meta.is_file() {
-        return Err(Error::file(ErrorKind::Unsupported, path, "not a regular file"));
+        return Err(Error::file(ErrorKind::Unsupported, path, "not a regular file").mend("put the file back"));
     }
     File::open(path).map_err(|e| Error::io(path, "open it", e))
 }

@@ -35,7 +35,10 @@ pub fn create(path: &Path, opts: &CreateOptions<'_>) -> Result<()> {
 }
 
 fn check_options(path: &Path, opts: &CreateOptions<'_>) -> Result<()> {
-    let refuse = |cause: String| Err(Error::file(ErrorKind::Usage, path, cause));
+    let refuse = |cause: String| {
+        let mend = format!("give a multiple of 512 from {} bytes to 16 TiB (--size)", opts.base.size);
+        Err(Error::file(ErrorKind::Usage, path, cause).mend(mend))
+    };
     if !opts.backing.is_absolute() {
         return refuse(format!("the path of the base image, {}, is not absolute", opts.backing.display()));
     }

@@ -110,7 +110,7 @@ pub(super) fn path_of(dir: &Path, session: &Session) -> PathBuf {
 impl LiveFile {
     /// Makes a live bitmap in which every word is 0. It has its final name only after [`publish`](Self::publish).
     pub fn create(dir: &Path, id: &LiveId) -> Result<LiveFile> {
-        DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|e| Error::io(dir, "create", e))?;
+        DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|e| state(dir, e))?;
         let path = path_of(dir, &id.session).with_extension("live.tmp");
         let words = index(id.clusters);
         let len = HEADER_LEN + words * 8;
@@ -120,7 +120,7 @@ impl LiveFile {
             .create_new(true)
             .mode(0o600)
             .open(&path)
-            .map_err(|e| Error::io(&path, "create", e))?;
+            .map_err(|e| state(&path, e))?;
         let made = reserve(&file, len)
             .and_then(|()| file.write_all_at(&id.encode(), 0))
             .and_then(|()| memmap2::MmapOptions::new().len(len).map_raw(&file));
@@ -213,6 +213,15 @@ impl Drop for LiveFile {
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+/// The error for a live bitmap that cannot be made.
+fn state(path: &Path, err: io::Error) -> Error {
+    let mend = match err.kind() {
+        io::ErrorKind::StorageFull => "free some space on that file system and try again",
+        _ => "name a directory on tmpfs that this user can write with --state-dir",
+    };
+    Error::io(path, "create the overlay's live state", err).mend(mend)
 }
 
 /// Allocates all of it, so that a full tmpfs shows here and not as SIGBUS in a write.

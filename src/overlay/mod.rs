@@ -255,7 +255,8 @@ fn open_file(path: &Path, read_only: bool) -> Result<File> {
     let file = File::options().read(true).write(!read_only).open(path).map_err(|e| Error::io(path, "open", e))?;
     let meta = file.metadata().map_err(|e| Error::io(path, "look at", e))?;
     if !meta.is_file() {
-        return Err(Error::file(ErrorKind::Unsupported, path, "is no regular file"));
+        return Err(Error::file(ErrorKind::Unsupported, path, "is no regular file")
+            .mend("name an overlay ('vmar overlay create' makes one)"));
     }
     Ok(file)
 }
@@ -294,7 +295,8 @@ fn check_base(path: &Path, header: &Header, base: Option<BaseIdentity>) -> Resul
 fn stopped(path: &Path, stop: Stop) -> Error {
     match stop {
         Stop::Io(e) => Error::io(path, "read", e),
-        Stop::Fault(Fault::Corrupt(what)) => Error::file(ErrorKind::Corrupt, path, what),
+        Stop::Fault(Fault::Corrupt(what)) => Error::file(ErrorKind::Corrupt, path, what)
+            .mend("restore it from a backup; 'qemu-img check' says what plain QEMU can still read"),
         Stop::Fault(Fault::Layout(what)) => {
             Error::file(ErrorKind::Unsupported, path, format!("is not in vmar's fixed layout ({what})"))
                 .mend("a coming 'vmar overlay relayout' will put it right; plain QEMU can use it as it is")

@@ -149,7 +149,7 @@ impl Loss {
                      since its last flush would be lost",
                     live.display()
                 ),
-                format!("use the original file, {discard}"),
+                format!("use the original file or the vmar that wrote it, {discard}"),
             ),
             Loss::FailedFlush => error(
                 ErrorKind::Io,

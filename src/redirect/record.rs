@@ -6,7 +6,8 @@ use super::trace::{MAGIC, Record, TraceHeader, TraceWriter};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::BLOCK_SIZE;
 use std::fs::File;
-use std::io::{Read, Seek};
+use std::io::{BufWriter, Read, Seek};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -21,7 +22,7 @@ const QUEUE: usize = 1 << 16;
 /// How often what was recorded reaches the file.
 const FLUSH_EVERY: Duration = Duration::from_millis(200);
 
-type Writer = TraceWriter<File>;
+type Writer = TraceWriter<BufWriter<File>>;
 
 /// A trace being written.
 #[derive(Debug)]
@@ -35,25 +36,16 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Starts a trace in a new file; an existing trace is replaced.
-    ///
-    /// # Errors
-    /// Besides those of writing: `Exists` for a file that holds anything else. (A wrong name must not cost an image.)
+    /// Starts a trace in a new file; an existing trace is replaced, and no other file.
     pub fn create(path: &Path, header: &TraceHeader) -> Result<Self> {
         let failed = |e| Error::io(path, "write the trace", e);
         let mut file =
             File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
-        // A device or a pipe has nothing to lose.
+        refuse_other_file(&mut file, path)?;
         if file.metadata().map_err(failed)?.is_file() {
-            let mut head = Vec::new();
-            (&file).take(MAGIC.len() as u64).read_to_end(&mut head).map_err(failed)?;
-            if !MAGIC.starts_with(&head) {
-                let cause = "is there already and is no trace";
-                return Err(Error::file(ErrorKind::Exists, path, cause).mend("name another"));
-            }
-            file.rewind().and_then(|()| file.set_len(0)).map_err(failed)?;
+            file.set_len(0).and_then(|()| file.rewind()).map_err(failed)?;
         }
-        let writer = TraceWriter::new(file, header).map_err(failed)?;
+        let writer = TraceWriter::new(BufWriter::new(file), header).map_err(failed)?;
         let (sender, receiver) = sync_channel(QUEUE);
         let thread = std::thread::Builder::new()
             .name("vmar-trace".into())
@@ -103,6 +95,25 @@ impl Recorder {
     }
 }
 
+/// A wrong name on the command line must not cost anybody an image: only an empty file or a trace is replaced.
+fn refuse_other_file(file: &mut File, path: &Path) -> Result<()> {
+    let failed = |e| Error::io(path, "look at it", e);
+    let meta = file.metadata().map_err(failed)?;
+    if meta.file_type().is_block_device() {
+        return Err(Error::file(ErrorKind::Exists, path, "is a block device").mend("name another file for the trace"));
+    }
+    if !meta.is_file() || meta.len() == 0 {
+        return Ok(());
+    }
+    let mut magic = Vec::new();
+    file.take(MAGIC.len() as u64).read_to_end(&mut magic).map_err(failed)?;
+    if magic == MAGIC {
+        return Ok(());
+    }
+    Err(Error::file(ErrorKind::Exists, path, "is there already and is no trace")
+        .mend("name another file for the trace"))
+}
+
 /// The writing thread: returns the writer when the recorder lets go of its end.
 fn write(mut writer: Writer, records: Receiver<Record>) -> std::io::Result<Writer> {
     use std::sync::mpsc::RecvTimeoutError;
@@ -128,18 +139,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_trace_is_replaced() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("t");
+    fn only_a_trace_or_an_empty_file_is_replaced() {
         let header = TraceHeader { library: [1; 16], image: 0, generation: 1, digest: [2; 32], start_ns: 3 };
-        std::fs::write(&path, b"an image").unwrap();
-        assert_eq!(Recorder::create(&path, &header).unwrap_err().kind(), ErrorKind::Exists);
-        assert_eq!(std::fs::read(&path).unwrap(), b"an image");
-        std::fs::write(&path, b"").unwrap();
-        Recorder::create(Path::new("/dev/null"), &header).unwrap().finish();
-        for _ in 0..2 {
-            Recorder::create(&path, &header).unwrap().finish();
-            assert_eq!(std::fs::metadata(&path).unwrap().len(), 96 + 24);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        let create = || Recorder::create(&path, &header);
+        for precious in [&b"v"[..], b"vmar-tr", b"an image, by a slip of the fingers"] {
+            std::fs::write(&path, precious).unwrap();
+            assert_eq!(create().unwrap_err().kind(), ErrorKind::Exists);
+            assert_eq!(std::fs::read(&path).unwrap(), precious);
         }
+        std::fs::write(&path, b"").unwrap();
+        create().unwrap().finish();
+        let trace = std::fs::read(&path).unwrap();
+        std::fs::write(&path, [&trace[..], b"more"].concat()).unwrap();
+        create().unwrap().finish();
+        assert_eq!(std::fs::read(&path).unwrap(), trace, "an earlier trace goes, with all it had");
+        std::fs::remove_file(&path).unwrap();
+        create().unwrap().finish();
+        assert_eq!(std::fs::read(&path).unwrap(), trace);
+        assert!(Recorder::create(Path::new("/dev/null"), &header).is_ok());
     }
 }

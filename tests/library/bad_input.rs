@@ -43,9 +43,9 @@ fn names_that_cannot_be() {
     place.add(&[("good", &good)]).unwrap();
     refused(&place, 1, &[named("good", &good)], &["good", "already"]);
     refused(&place, 1, &[named("a", &good), named("a", &good)], &["named twice"]);
-    for args in [&["x"][..], &["=f"], &["../x=f"], &["a b=f"], &[]] {
+    for args in [&["x"][..], &["=f"], &["x="], &["../x=f"], &["a b=f"], &["a\nb=f"], &[]] {
         let args: Vec<&str> = ["image", "add"].iter().chain(args).copied().collect();
-        assert_eq!(place.run(&args).status.code(), Some(2), "{args:?}");
+        place.fails(2, &args);
     }
 }
 
@@ -98,4 +98,48 @@ fn a_second_add_at_the_same_time_is_refused() {
     place.ok(&["image", "list"]);
     drop(writer);
     place.ok(&["image", "add", &named("good", &good)]);
+}
+
+#[test]
+fn wrong_usage_is_one_line_that_names_the_help() {
+    let place = Place::new();
+    for (args, help) in [
+        (&["bogus"][..], "'vmar --help'"),
+        (&["image", "remove", "x"], "'vmar image --help'"),
+        (&["image", "list", "--jsno"], "'vmar image list --help'"),
+        (&["serve", "--image", "a", "--blk-file", "b"], "'vmar serve --help'"),
+        (&["map", "explain", "a"], "'vmar map explain --help'"),
+    ] {
+        let output = place.run(args);
+        assert_eq!(String::from_utf8_lossy(&output.stderr).lines().count(), 1, "{args:?}");
+        let line = super::support::one_line(output, 2);
+        assert!(line.contains(help), "{line}");
+    }
+}
+
+#[test]
+fn a_full_standard_output_is_an_error_and_no_panic() {
+    let place = Place::new();
+    for args in [&["image", "list"][..], &["stats", "--json"], &["serve", "--print-capabilities"]] {
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let output = place.vmar().args(args).stdout(full).output().unwrap();
+        let line = super::support::one_line(output, 1);
+        assert!(line.contains("standard output") && line.contains("No space left"), "{line}");
+    }
+}
+
+#[test]
+fn verify_speaks_json() {
+    let place = Place::new();
+    let (a, b) =
+        (place.raw("a", &image_of(&[9], None), |_| false), place.raw("b", &image_of(&[9, 10], None), |_| false));
+    place.add(&[("a", &a), ("b", &b)]).unwrap();
+    let good: serde_json::Value = serde_json::from_str(&place.ok(&["image", "verify", "--json"])).unwrap();
+    assert_eq!((&good[0]["name"], &good[0]["good"], &good[1]["redirects"]), (&"a".into(), &true.into(), &1.into()));
+    fs::remove_file(&b).unwrap();
+    let output = place.run(&["image", "verify", "--json"]);
+    assert_eq!(output.status.code(), Some(1));
+    let bad: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&bad[0]["good"], &bad[1]["good"]), (&true.into(), &false.into()));
+    assert!(bad[1]["error"].as_str().unwrap().contains("vanished"), "{bad}");
 }

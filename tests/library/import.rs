@@ -95,6 +95,40 @@ fn a_broken_image_is_refused_with_what_the_tool_says() {
     assert_eq!(place.snapshot(), before);
 }
 
+/// The converter reads zeros behind the end of a file, and zeros in place of data must not get into a library.
+#[test]
+fn an_image_that_was_cut_off_is_refused() {
+    let place = Place::new();
+    let (raw, _) = disk(&place);
+    let before = place.snapshot();
+    for (name, args, cut) in [
+        ("c.qcow2", &["-O", "qcow2"][..], "c.qcow2"),
+        ("z.qcow2", &["-O", "qcow2", "-c"], "z.qcow2"),
+        ("sparse.vmdk", &["-O", "vmdk"], "sparse.vmdk"),
+        ("split.vmdk", &["-O", "vmdk", "-o", "subformat=twoGbMaxExtentSparse"], "split-s001.vmdk"),
+        ("flat.vmdk", &["-O", "vmdk", "-o", "subformat=monolithicFlat"], "flat-flat.vmdk"),
+        ("flats.vmdk", &["-O", "vmdk", "-o", "subformat=twoGbMaxExtentFlat"], "flats-f001.vmdk"),
+    ] {
+        let source = converted(&place, &raw, name, args);
+        let cut = place.path(cut);
+        let len = fs::metadata(&cut).unwrap().len();
+        fs::File::options().write(true).open(&cut).unwrap().set_len(len - (70 << 10)).unwrap();
+        let line = place.fails(1, &["image", "add", &named("d", &source)]);
+        assert!(line.contains("cut off") && line.contains(name) && line.contains("fetch it again"), "{line}");
+        assert_eq!(place.snapshot(), before);
+    }
+}
+
+#[test]
+fn an_encrypted_image_is_refused() {
+    let place = Place::new();
+    let file = place.path("secret.qcow2");
+    let args = "create -q -f qcow2 --object secret,id=s,data=abc -o encrypt.format=luks,encrypt.key-secret=s";
+    let args: Vec<&OsStr> = args.split(' ').map(OsStr::new).chain([file.as_os_str(), OsStr::new("1M")]).collect();
+    qemu_img(&args);
+    assert!(place.fails(1, &["image", "add", &named("s", &file)]).contains("encrypted"));
+}
+
 #[test]
 fn a_missing_converter_is_named() {
     let place = Place::new();
