@@ -146,8 +146,12 @@ fn start_up_errors_are_one_line_and_quick() {
     assert!(fails(&["serve", "--image", "x", "--read-only", "--socket-path", socket]).contains("VMAR_LIBRARY"));
     assert!(fails(&["serve", "--blk-file", file, "--socket-path", &"x".repeat(120)]).contains("107"));
     let server = bench.serve(&["--blk-file", file]);
+    assert!(fails(&["serve", "--blk-file", file, "--socket-path", socket]).contains("another vmar serves this file"));
+    drop(server);
+    let server = bench.serve(&["--blk-file", file, "--read-only"]);
     let taken = text(&server.socket);
-    assert!(fails(&["serve", "--blk-file", file, "--socket-path", taken]).contains("another server"));
+    let both = ["serve", "--blk-file", file, "--read-only", "--socket-path", taken];
+    assert!(fails(&both).contains("another server"));
     assert!(start.elapsed() < Duration::from_secs(8), "each within 5 s");
     assert_eq!(run(&["serve", "--blk-file", file, "--socket-path", "a", "--fd", "3"]).status.code(), Some(2));
     assert_eq!(run(&["serve", "--socket-path", "a"]).status.code(), Some(2));

@@ -2,14 +2,20 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use rustix::fs::{FlockOperation, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// The longest path of a unix socket: `sun_path` less the terminating zero byte (unix(7)).
 const PATH_MAX: usize = 107;
+
+/// How long to wait for the lock on the socket's directory, and how often to try.
+const LOCK_TIME: Duration = Duration::from_secs(3);
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// A listening socket, and the file to remove when we are done.
 #[derive(Debug)]
@@ -54,7 +60,7 @@ impl Listening {
         let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
         let dirfd = rustix::fs::open(dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|e| Error::io(dir, "open the socket's directory", e.into()))?;
-        rustix::fs::flock(&dirfd, FlockOperation::LockExclusive).map_err(|e| Error::io(dir, "lock", e.into()))?;
+        lock_directory(dir, &dirfd)?;
         refuse_if_live(path)?;
 
         // Through /proc the temporary path is short whatever the directory is called.
@@ -138,12 +144,41 @@ fn refuse_if_live(path: &Path) -> Result<()> {
         return Err(Error::file(ErrorKind::Exists, path, "is there already and is no socket")
             .mend("choose another socket path"));
     }
-    match UnixStream::connect(path) {
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(e) => Err(Error::io(path, "find out whether the socket is in use", e)),
-        Ok(_) => Err(Error::file(ErrorKind::Busy, path, "another server is listening on this socket")
-            .mend("stop that server or choose another socket path")),
+    match probe(path) {
+        Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(()),
+        // AGAIN: somebody listens and is too busy to accept.
+        Ok(()) | Err(Errno::AGAIN) => {
+            Err(Error::file(ErrorKind::Busy, path, "another server is listening on this socket")
+                .mend("stop that server or choose another socket path"))
+        }
+        Err(Errno::PROTOTYPE) => {
+            Err(Error::file(ErrorKind::Exists, path, "is a socket of another kind").mend("choose another socket path"))
+        }
+        Err(e) => Err(Error::io(path, "find out whether the socket is in use", e.into())),
+    }
+}
+
+/// Connects without waiting: a listener whose backlog is full must not hold up our start.
+fn probe(path: &Path) -> std::result::Result<(), Errno> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)
+}
+
+/// Keeps two starting servers apart. Somebody else may hold a lock on the directory for reasons of his own.
+fn lock_directory(dir: &Path, fd: &OwnedFd) -> Result<()> {
+    let deadline = Instant::now() + LOCK_TIME;
+    loop {
+        match rustix::fs::flock(fd, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline => std::thread::sleep(LOCK_PAUSE),
+            Err(Errno::WOULDBLOCK) => {
+                return Err(Error::file(ErrorKind::Busy, dir, "another process keeps this directory locked (flock)")
+                    .mend("wait for it or choose a socket path in another directory"));
+            }
+            Err(e) => return Err(Error::io(dir, "lock", e.into())),
+        }
     }
 }
 
@@ -167,6 +202,29 @@ mod tests {
         UnixStream::connect(&path).unwrap();
         drop(again);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_listener_too_busy_to_accept_is_live_and_holds_nobody_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        // SAFETY: listen on an open socket; only its backlog changes.
+        assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 0) }, 0);
+        let waiting: Vec<_> = std::iter::from_fn(|| probe(&path).ok()).take(100).collect();
+        assert!(waiting.len() < 100, "the backlog fills up");
+        assert_eq!(Listening::bind(&path).unwrap_err().kind(), ErrorKind::Busy);
+    }
+
+    #[test]
+    fn a_directory_that_stays_locked_is_told_in_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = std::fs::File::open(dir.path()).unwrap();
+        rustix::fs::flock(&lock, FlockOperation::LockExclusive).unwrap();
+        let start = Instant::now();
+        let err = Listening::bind(&dir.path().join("s")).unwrap_err();
+        assert!(err.to_string().contains("flock"), "{err}");
+        assert!(start.elapsed() < Duration::from_secs(5));
     }
 
     #[test]

@@ -20,6 +20,7 @@ use crate::library::Library;
 use crate::map::Map;
 use crate::units::{IMAGE_SIZE_MAX, ImageId, SECTOR_SIZE};
 use plan::{Layout, Piece};
+use rustix::fs::FlockOperation;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -91,6 +92,13 @@ impl Base {
             .mend("serve it with --read-only, or through --image and --overlay"));
         }
         let file = File::options().read(true).write(writable).open(path).map_err(failed)?;
+        // One writer, or any number of readers. (Only vmar looks at this lock; QEMU's are another kind.)
+        let lock =
+            if writable { FlockOperation::NonBlockingLockExclusive } else { FlockOperation::NonBlockingLockShared };
+        if rustix::fs::flock(&file, lock) == Err(rustix::io::Errno::WOULDBLOCK) {
+            return Err(Error::file(ErrorKind::Busy, path, "another vmar serves this file")
+                .mend("stop that server, or serve it with --read-only in both"));
+        }
         let size = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|e| failed(e.into()))?;
         if size % SECTOR_SIZE != 0 || size == 0 || size > IMAGE_SIZE_MAX {
             let cause = format!("has {size} bytes; a disk has a multiple of {SECTOR_SIZE}, up to 16 TiB");
