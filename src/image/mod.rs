@@ -8,8 +8,12 @@ mod safety;
 pub use convert::{Conversion, convert, virtual_size};
 pub use probe::{Probe, probe};
 
+use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 /// Formats that vmar takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,4 +35,11 @@ impl fmt::Display for Format {
             Format::Vmdk => "vmdk",
         })
     }
+}
+
+/// `len` bytes of the file from `offset` on; fewer is an error.
+fn bytes_at(file: &File, path: &Path, offset: u64, len: u64) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+    file.read_exact_at(&mut bytes, offset).map_err(|e| Error::io(path, "read", e))?;
+    Ok(bytes)
 }

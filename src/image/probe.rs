@@ -1,11 +1,10 @@
 //! Looks at a file before anything is done with it.
 
 use super::magic::{HEAD_BYTES, Kind, TAIL_BYTES, classify};
-use super::{Format, safety};
+use super::{Format, bytes_at, safety};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{IMAGE_SIZE_MAX, SECTOR_SIZE};
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// A file that vmar can take.
@@ -68,12 +67,6 @@ pub(super) fn check_size(path: &Path, size: u64) -> Result<()> {
         return refuse(format!("{size} bytes, more than the 16 TiB that a block map can hold"), "split the disk");
     }
     Ok(())
-}
-
-pub(super) fn bytes_at(file: &File, path: &Path, offset: u64, len: u64) -> Result<Vec<u8>> {
-    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-    file.read_exact_at(&mut bytes, offset).map_err(|e| Error::io(path, "read", e))?;
-    Ok(bytes)
 }
 
 fn refuse(path: &Path, kind: Kind) -> Error {

@@ -1,7 +1,7 @@
 //! qcow2 and VMDK files may name other files, and the converter would read whatever they name: `/etc/shadow`, another
 //! tenant's disk. An image may therefore refer to nothing but itself; a VMDK descriptor to files beside it.
 
-use super::probe::bytes_at;
+use super::bytes_at;
 use crate::codec::Cursor;
 use crate::error::{Error, ErrorKind, Result};
 use std::fs::File;
