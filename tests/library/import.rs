@@ -125,7 +125,15 @@ fn an_encrypted_image_is_refused() {
     let file = place.path("secret.qcow2");
     let args = "create -q -f qcow2 --object secret,id=s,data=abc -o encrypt.format=luks,encrypt.key-secret=s";
     let args: Vec<&OsStr> = args.split(' ').map(OsStr::new).chain([file.as_os_str(), OsStr::new("1M")]).collect();
-    qemu_img(&args);
+    // qemu-img tunes the key derivation by the CPU time it gets, and gives up where that is too uneven to tell: a busy
+    // machine, and no fault of anybody's.
+    let made = (0..50).any(|_| {
+        let output = std::process::Command::new("qemu-img").args(&args).output().expect("qemu-img is missing");
+        let why = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() || why.contains("accurate CPU usage"), "{why}");
+        output.status.success()
+    });
+    assert!(made, "qemu-img makes no encrypted image here");
     assert!(place.fails(1, &["image", "add", &named("s", &file)]).contains("encrypted"));
 }
 
