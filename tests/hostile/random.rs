@@ -97,7 +97,8 @@ fn nearly_right(rng: &mut Rng, f: &Frontend, table: u64, first: u16) {
 }
 
 /// Fills the tables and offers heads until the time is up; each head that exists comes back as often as it was offered.
-fn throw(rng: &mut Rng, f: &mut Frontend) {
+/// Returns how many heads at the end do not exist: nothing tells whether the server has passed over those by now.
+fn throw(rng: &mut Rng, f: &mut Frontend) -> u16 {
     let ring = f.rings[0].desc();
     for first in (0..SIZE - 3).step_by(3) {
         match rng.below(3) {
@@ -127,6 +128,7 @@ fn throw(rng: &mut Rng, f: &mut Frontend) {
     got.sort_unstable();
     want.sort_unstable();
     assert_eq!(got, want);
+    heads.iter().rev().take_while(|h| **h >= SIZE).count() as u16
 }
 
 #[test]
@@ -142,8 +144,9 @@ fn random_rings() {
     while Instant::now() < end {
         let features = rng.one_of(&[FEATURES, FEATURES | F_EVENT_IDX, FEATURES & !F_FLUSH]);
         let mut f = target.connect(features, 1, SIZE);
+        let mut untold = 0;
         for _ in 0..1 + rng.below(100) {
-            throw(&mut rng, &mut f);
+            untold = throw(&mut rng, &mut f);
             rounds += 1;
             if Instant::now() > end {
                 break;
@@ -160,7 +163,7 @@ fn random_rings() {
             }
             2 => {
                 let base = f.stop_ring(0);
-                assert_eq!(base, f.rings[0].avail);
+                assert!(f.rings[0].avail.wrapping_sub(base) <= untold, "{base} of {}", f.rings[0].avail);
                 assert_eq!(base.wrapping_sub(f.used_idx(0)), base.wrapping_sub(f.rings[0].seen));
             }
             _ => {}
