@@ -3,6 +3,7 @@
 use super::config::Geometry;
 use super::request::SERIAL_SIZE;
 use crate::io::buf::{IoBuf, slice_into};
+use crate::io::fault::FileRef;
 use crate::io::file;
 use crate::overlay::{BaseRead, Overlay, State};
 use crate::redirect::plan::{Layer, Piece, Source, push};
@@ -93,11 +94,11 @@ impl Disk {
     }
 
     /// The file that holds a source, and the offset in it; `None` for zeros.
-    pub fn file_of(&self, source: &Source) -> Option<(&File, u64)> {
+    pub fn file_of(&self, source: &Source) -> Option<(FileRef<'_>, u64)> {
         match *source {
             Source::Zero => None,
             Source::Overlay { offset } => self.overlay().map(|o| (o.file(), offset)),
-            Source::Image { target, offset } => Some((self.base.file(target), offset)),
+            Source::Image { target, offset } => Some((self.base.file(target).into(), offset)),
         }
     }
 
@@ -181,7 +182,7 @@ impl BaseRead for Disk {
             let mut part = Vec::new();
             slice_into(&whole, piece.at, piece.len, &mut part);
             match self.file_of(&piece.source) {
-                Some((file, offset)) => file::read_exact_at(file, &part, offset)?,
+                Some((file, offset)) => file.read_exact(&part, offset)?,
                 None => crate::io::buf::fill_zero(&part),
             }
         }

@@ -22,9 +22,16 @@ pub(super) fn preadv2(file: &File, bufs: &[IoBuf], offset: u64, flags: libc::c_i
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
+/// One `pwritev` at `offset`; the kernel may transfer less than asked.
+pub(super) fn pwritev(file: &File, bufs: &[IoBuf], offset: u64) -> io::Result<usize> {
+    // SAFETY: as in `preadv2`.
+    let n = unsafe { libc::pwritev(file.as_raw_fd(), bufs.as_ptr().cast(), count(bufs), offset as libc::off_t) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
 /// Repeats `once` until the whole list is transferred. Most transfers are whole at the first call, so the list is copied
 /// only when one was short.
-fn whole(
+pub(super) fn whole(
     bufs: &[IoBuf],
     offset: u64,
     at_end: io::ErrorKind,
@@ -56,11 +63,7 @@ pub fn read_exact_at(file: &File, bufs: &[IoBuf], offset: u64) -> io::Result<()>
 
 /// Writes the whole list at `offset`.
 pub fn write_all_at(file: &File, bufs: &[IoBuf], offset: u64) -> io::Result<()> {
-    whole(bufs, offset, io::ErrorKind::WriteZero, |bufs, offset| {
-        // SAFETY: as in `preadv2`.
-        let n = unsafe { libc::pwritev(file.as_raw_fd(), bufs.as_ptr().cast(), count(bufs), offset as libc::off_t) };
-        usize::try_from(n).map_err(|_| io::Error::last_os_error())
-    })
+    whole(bufs, offset, io::ErrorKind::WriteZero, |bufs, offset| pwritev(file, bufs, offset))
 }
 
 /// Switches the kernel's own readahead off for this open file: reads fetch exactly the pages asked for. Readahead would

@@ -1,16 +1,15 @@
 //! The engine for what the page cache holds: never sleeps.
 
 use super::buf::IoBuf;
-use super::file::preadv2;
-use std::fs::File;
+use super::fault::FileRef;
 use std::io;
 
 /// Reads what is in the page cache from `offset` on and returns how many bytes that was: 0 when the first page is
 /// missing, fewer than asked when a later one is. The caller sends the rest to an engine that may wait.
 ///
 /// End of file also shows as fewer bytes; the waiting engine then tells it apart.
-pub fn read_cached(file: &File, bufs: &[IoBuf], offset: u64) -> io::Result<usize> {
-    match preadv2(file, bufs, offset, libc::RWF_NOWAIT) {
+pub fn read_cached(file: FileRef<'_>, bufs: &[IoBuf], offset: u64) -> io::Result<usize> {
+    match file.read_cached(bufs, offset) {
         Ok(n) => Ok(n),
         Err(e) => match e.raw_os_error() {
             // EOPNOTSUPP: the file system has no such read (an old FUSE, some network ones): every read is a miss.

@@ -4,13 +4,14 @@
 //! task work, so hundreds of misses can be in flight without a thread each. Guest memory is never registered as fixed
 //! buffers: ballooning punches the memfd, and pinned pages would live on silently beside the guest's.
 
-use super::buf::{IoBuf, advance};
+use super::buf::{IoBuf, advance, total_len};
+use super::fault::{Fate, Faults, FileRef, first};
 use crate::units::to_usize;
 use io_uring::{IoUring, opcode, squeue, types};
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Entries of the submission queue; the completion queue has twice as many.
@@ -49,6 +50,8 @@ struct Op {
     fd: RawFd,
     offset: u64,
     bufs: Vec<IoBuf>,
+    /// Only in tests.
+    hook: Option<Box<Hook>>,
 }
 
 /// Waiting reads on an io_uring. Must stay on the thread that made it.
@@ -84,8 +87,10 @@ impl Uring {
     /// handed to the kernel before [`Uring::submit`].
     ///
     /// The caller keeps `file` open and the memory behind `bufs` mapped until then (a request holds both).
-    pub fn read(&mut self, token: u64, file: &File, offset: u64, bufs: Vec<IoBuf>) {
-        let op = Op { token, fd: file.as_raw_fd(), offset, bufs };
+    pub fn read<'f>(&mut self, token: u64, file: impl Into<FileRef<'f>>, offset: u64, bufs: Vec<IoBuf>) {
+        let file = file.into();
+        let hook = file.faults().map(|faults| Box::new(Hook::new(Arc::clone(faults))));
+        let op = Op { token, fd: file.file().as_raw_fd(), offset, bufs, hook };
         let index = match self.free.pop() {
             Some(index) => {
                 self.ops[index] = Some(op);
@@ -104,10 +109,14 @@ impl Uring {
         while self.in_kernel < IN_KERNEL_MAX
             && let Some(&index) = self.waiting.front()
         {
-            let Some(op) = &self.ops[index] else { unreachable!("a waiting operation has a slot") };
-            let entry = entry_of(op).user_data(index as u64);
-            // SAFETY: the iovecs live in `self.ops[index]`, whose heap buffer does not move, until the completion is
-            // reaped; the memory and the file behind them are kept by the caller of `read`.
+            let Some(op) = &mut self.ops[index] else { unreachable!("a waiting operation has a slot") };
+            let entry = match op.hook.is_some() {
+                false => entry_of(op.fd, &op.bufs, op.offset),
+                true => hooked_entry(op),
+            };
+            let entry = entry.user_data(index as u64);
+            // SAFETY: the iovecs (and a hook's timeout) live in heap buffers of `self.ops[index]`, which do not move, until
+            // the completion is reaped; the memory and the file behind them are kept by the caller of `read`.
             match unsafe { self.ring.submission().push(&entry) } {
                 Ok(()) => {
                     self.waiting.pop_front();
@@ -185,6 +194,10 @@ impl Uring {
     /// Takes one completion into account: `None` when the operation has to go on.
     fn step(&mut self, index: usize, result: i32) -> Option<io::Result<()>> {
         let Some(Some(op)) = self.ops.get_mut(index) else { unreachable!("a completion names a slot") };
+        let result = match &mut op.hook {
+            None => result,
+            Some(hook) => hook.result(result)?,
+        };
         match result {
             0 => Some(Err(io::ErrorKind::UnexpectedEof.into())),
             n if n > 0 => {
@@ -199,9 +212,62 @@ impl Uring {
 }
 
 /// The submission entry of a read.
-fn entry_of(op: &Op) -> squeue::Entry {
-    let count = u32::try_from(op.bufs.len()).map_or(IOV_MAX, |n| n.min(IOV_MAX));
-    opcode::Readv::new(types::Fd(op.fd), op.bufs.as_ptr().cast(), count).offset(op.offset).build()
+fn entry_of(fd: RawFd, bufs: &[IoBuf], offset: u64) -> squeue::Entry {
+    let count = u32::try_from(bufs.len()).map_or(IOV_MAX, |n| n.min(IOV_MAX));
+    opcode::Readv::new(types::Fd(fd), bufs.as_ptr().cast(), count).offset(offset).build()
+}
+
+/// The faults of one read in flight. What has to be delayed, or to fail, is a timeout of the ring: its end comes the way
+/// that every completion comes, with the event raised.
+#[derive(Debug)]
+struct Hook {
+    faults: Arc<dyn Faults>,
+    /// What becomes of the part in hand. `None`: not decided yet.
+    fate: Option<Fate>,
+    /// The pieces of a short read.
+    short: Vec<IoBuf>,
+    /// A timeout runs or waits to be submitted; when it ends, this is the result of the read.
+    after_timeout: Option<i32>,
+    timeout: types::Timespec,
+}
+
+impl Hook {
+    fn new(faults: Arc<dyn Faults>) -> Hook {
+        Hook { faults, fate: None, short: Vec::new(), after_timeout: None, timeout: types::Timespec::new() }
+    }
+
+    /// Takes a completion: the result that it stands for, or `None` if the end of the read is not to be told yet.
+    fn result(&mut self, result: i32) -> Option<i32> {
+        let told = match (self.after_timeout.take(), self.fate) {
+            (Some(held), _) => held,
+            (None, Some(Fate::Late(time))) => {
+                self.after_timeout = Some(result);
+                self.timeout = time.into();
+                return None;
+            }
+            (None, _) => result,
+        };
+        self.fate = None;
+        Some(told)
+    }
+}
+
+/// The submission entry of a read that has faults. Called again for the same part if the queue was full.
+fn hooked_entry(op: &mut Op) -> squeue::Entry {
+    let Op { fd, offset, bufs, hook: Some(hook), .. } = op else { unreachable!("the operation has a hook") };
+    let fate = *hook.fate.get_or_insert_with(|| hook.faults.waiting_read(*offset, total_len(bufs)));
+    if let Fate::Fail(errno) = fate {
+        hook.after_timeout = Some(-errno);
+        hook.timeout = types::Timespec::new();
+    }
+    match fate {
+        _ if hook.after_timeout.is_some() => opcode::Timeout::new(&raw const hook.timeout).build(),
+        Fate::Short(max) => {
+            hook.short = first(bufs, max.max(1));
+            entry_of(*fd, &hook.short, *offset)
+        }
+        _ => entry_of(*fd, bufs, *offset),
+    }
 }
 
 impl Drop for Uring {
@@ -227,6 +293,7 @@ mod tests {
     use rustix::event::{EventfdFlags, eventfd};
     use std::os::fd::AsFd;
     use std::os::unix::fs::FileExt;
+    use std::sync::Mutex;
 
     fn wait_all(ring: &mut Uring) -> Vec<Finished> {
         let mut out = Vec::new();
@@ -305,5 +372,55 @@ mod tests {
         let done = wait_all(&mut ring);
         assert_eq!(done.len(), 1);
         assert_eq!(done[0].result.as_ref().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+    /// Gives reads the fates of a list, one after the other, and then none.
+    #[derive(Debug)]
+    struct Fates(Mutex<Vec<Fate>>);
+
+    impl Faults for Fates {
+        fn run(
+            &self,
+            _: &super::super::fault::Op<'_>,
+            go: &mut dyn FnMut(usize) -> io::Result<usize>,
+        ) -> io::Result<usize> {
+            go(usize::MAX)
+        }
+
+        fn waiting_read(&self, _: u64, _: usize) -> Fate {
+            self.0.lock().unwrap().pop().unwrap_or(Fate::Go)
+        }
+    }
+
+    #[test]
+    fn faults_reorder_shorten_retry_and_fail() {
+        let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let data: Vec<u8> = (0..6 * 4096u32).map(|i| (i / 7) as u8).collect();
+        file.write_all_at(&data, 0).unwrap();
+        let late = |ms| Fate::Late(Duration::from_millis(ms));
+        // Taken from the end: the fates of the six reads, then those of what is tried again.
+        let mut fates = vec![late(400), Fate::Short(700), Fate::Fail(libc::EIO), late(200), Fate::Fail(libc::EAGAIN)];
+        fates.extend([Fate::Short(1)]);
+        fates.reverse();
+        let faults: Arc<dyn Faults> = Arc::new(Fates(Mutex::new(fates)));
+        let mut mem = vec![0u8; data.len()];
+        let mut ring = Uring::new(event.as_fd()).unwrap();
+        for i in 0..6usize {
+            // SAFETY: `mem` outlives the ring's work, which is waited for below.
+            let buf = unsafe { IoBuf::from_raw(mem.as_mut_ptr().wrapping_add(i * 4096), 4096) };
+            ring.read(i as u64, FileRef::new(&file, Some(&faults)), i as u64 * 4096, vec![buf]);
+        }
+        ring.submit().unwrap();
+        let done = wait_all(&mut ring);
+        let place = |token| done.iter().position(|f| f.token == token);
+        assert!(place(3) < place(0), "the later one comes first: {done:?}");
+        for f in done {
+            let at = f.token as usize * 4096;
+            match f.result {
+                Ok(()) => assert!(mem[at..at + 4096] == data[at..at + 4096]),
+                Err(e) => assert_eq!((f.token, e.raw_os_error()), (2, Some(libc::EIO))),
+            }
+        }
+        assert!(mem[2 * 4096..3 * 4096].iter().all(|b| *b == 0));
     }
 }

@@ -1,5 +1,6 @@
 //! Looking at an overlay from outside: changes nothing and takes no lock, so it works while a VM runs on it.
 
+use super::disk::Disk;
 use super::layout::index;
 use super::scan::{self, Fault};
 use super::session::{self, Ending};
@@ -64,7 +65,7 @@ pub fn inspect(path: &Path, state_dir: &Path) -> Result<Info> {
     let file = open_file(path, true)?;
     let meta = file.metadata().map_err(|e| Error::io(path, "look at", e))?;
     let in_use = in_use(path)?;
-    let (disk, header, layout) = read_metadata(path, file)?;
+    let (disk, header, layout) = read_metadata(path, Disk::new(file, None))?;
     let ending = session::ending(&disk, path, &header, &layout, state_dir)?;
     let (session, live) = match ending {
         Ending::Closed => (SessionInfo::Closed, None),
@@ -106,7 +107,7 @@ const FAULTS_MAX: usize = 20;
 
 /// Checks header, layout, bitmaps and refcounts of the file. Returns the faults, a line each; none is a clean overlay.
 pub fn check(path: &Path) -> Result<Vec<String>> {
-    let (disk, _, layout) = read_metadata(path, open_file(path, true)?)?;
+    let (disk, _, layout) = read_metadata(path, Disk::new(open_file(path, true)?, None))?;
     let mut faults = Vec::new();
     let mut more = 0u64;
     let note = |fault| {

@@ -44,6 +44,7 @@ pub use check::{Info, SessionInfo, check, inspect};
 pub use create::create;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::fault::{Faults, FileRef};
 use crate::units::SECTOR_SIZE;
 use bits::Dirty;
 use disk::Disk;
@@ -56,10 +57,9 @@ use scan::{Fault, Stop};
 use session::Ending;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Which base image an overlay was made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,9 +160,15 @@ impl Overlay {
     ///
     /// Everything is checked first: whatever is not as vmar writes it is refused with the reason, and nothing is changed.
     pub fn open(path: &Path, opts: &OpenOptions<'_>) -> Result<Overlay> {
+        Overlay::open_with_faults(path, opts, None)
+    }
+
+    /// Opens an overlay of which every read, write, punch and sync of the file passes `faults`: for tests, which see what
+    /// is done in which order and make any of it fail. The same as [`open`](Overlay::open) in all else.
+    pub fn open_with_faults(path: &Path, opts: &OpenOptions<'_>, faults: Option<Arc<dyn Faults>>) -> Result<Overlay> {
         let file = open_file(path, opts.read_only)?;
         session::lock(&file, path, opts.read_only)?;
-        let (disk, mut header, layout) = read_metadata(path, file)?;
+        let (disk, mut header, layout) = read_metadata(path, Disk::new(file, faults))?;
         check_base(path, &header, opts.base)?;
         let dirty = Dirty::new(if opts.read_only { 0 } else { index(layout.clusters) });
 
@@ -227,7 +233,7 @@ impl Overlay {
 
     /// The overlay file; data of guest offset `o` is at `data_start() + o`. For reading only: whoever wrote through it
     /// would go behind the bitmap's back.
-    pub fn file(&self) -> &File {
+    pub fn file(&self) -> FileRef<'_> {
         self.disk.file()
     }
 
@@ -270,11 +276,10 @@ fn open_file(path: &Path, read_only: bool) -> Result<File> {
 }
 
 /// Header and layout of a file that is an overlay of vmar as far as those tell.
-fn read_metadata(path: &Path, file: File) -> Result<(Disk, Header, Layout)> {
-    let disk = Disk::new(file);
-    let len = disk.file().metadata().map_err(|e| Error::io(path, "look at", e))?.len();
+fn read_metadata(path: &Path, disk: Disk) -> Result<(Disk, Header, Layout)> {
+    let len = disk.bare().metadata().map_err(|e| Error::io(path, "look at", e))?.len();
     let mut bytes = vec![0; index(len.min(CLUSTER))];
-    disk.file().read_exact_at(&mut bytes, 0).map_err(|e| Error::io(path, "read", e))?;
+    disk.read(&mut bytes, 0).map_err(|e| Error::io(path, "read", e))?;
     let header = Header::parse(path, &bytes)?;
     let layout = Layout::new(header.size, header.extension.capacity);
     layout.agrees_with(&header).map_err(|what| stopped(path, Stop::Fault(Fault::Layout(what))))?;
@@ -336,7 +341,7 @@ fn take_up(path: &Path, disk: &Disk, layout: &Layout, live: LiveFile, dirty: &Di
 /// Begins a session: the live bitmap first, then the header that names it, so that a session that is open always had one.
 fn begin(path: &Path, disk: &Disk, layout: &Layout, header: &mut Header, state_dir: &Path) -> Result<Words> {
     let session = session::begin(session::boot_id()?)?;
-    let id = LiveId::of(disk.file(), session, layout.clusters).map_err(|e| Error::io(path, "look at", e))?;
+    let id = LiveId::of(disk.bare(), session, layout.clusters).map_err(|e| Error::io(path, "look at", e))?;
     let mut live = LiveFile::create(state_dir, &id)?;
     load(path, disk, layout, live.words())?;
     live.publish()?;

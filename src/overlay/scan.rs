@@ -62,7 +62,7 @@ pub(super) fn all(
     l2(disk, layout, &mut fault, word)?;
     refcounts(disk, layout, &mut fault)?;
     // The length comes last: of a disk that QEMU has made larger, the cluster that is missing says more.
-    match disk.file().metadata()?.len() {
+    match disk.bare().metadata()?.len() {
         len if len < layout.file_len() => fault(cut_off(len, layout)).map_err(Stop::Fault),
         _ => Ok(()),
     }

@@ -99,7 +99,7 @@ pub(super) fn ending(disk: &Disk, path: &Path, header: &Header, layout: &Layout,
     if session.boot != boot_id()? {
         return Ok(Ending::OtherBoot);
     }
-    let id = LiveId::of(disk.file(), session, layout.clusters).map_err(|e| Error::io(path, "look at", e))?;
+    let id = LiveId::of(disk.bare(), session, layout.clusters).map_err(|e| Error::io(path, "look at", e))?;
     Ok(match LiveFile::open(state_dir, &id)? {
         Found::Missing => Ending::Lost(Loss::Missing),
         Found::Foreign(why) => Ending::Lost(Loss::Foreign(why)),

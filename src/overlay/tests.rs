@@ -1,9 +1,85 @@
 //! What only the inside can see: the order of writes and syncs, and what happens when one of them fails.
 
-use super::disk::Event;
 use super::*;
 use crate::io::IoBuf;
+use crate::io::buf::total_len;
+use crate::io::fault::Op;
 use std::fs;
+
+/// What changes the file or makes it durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Event {
+    Write { at: u64, len: usize },
+    SyncData,
+    SyncAll,
+    Punch { at: u64, len: u64 },
+}
+
+/// Records events and fails the one it is told to.
+#[derive(Debug, Default)]
+struct Probe {
+    events: Mutex<Vec<Event>>,
+    /// Fail the event that comes after this many others, with this errno.
+    fail: Mutex<Option<(usize, i32)>>,
+}
+
+impl Faults for Probe {
+    fn run(&self, op: &Op<'_>, go: &mut dyn FnMut(usize) -> io::Result<usize>) -> io::Result<usize> {
+        self.events.lock().unwrap().push(match *op {
+            Op::Write { at, bufs } => Event::Write { at, len: total_len(bufs) },
+            Op::Punch { at, len } => Event::Punch { at, len },
+            Op::SyncData => Event::SyncData,
+            Op::SyncAll => Event::SyncAll,
+            Op::Read { .. } | Op::ReadCached { .. } => return go(usize::MAX),
+        });
+        let mut fail = self.fail.lock().unwrap();
+        match &mut *fail {
+            Some((0, errno)) => {
+                let err = io::Error::from_raw_os_error(*errno);
+                *fail = None;
+                return Err(err);
+            }
+            Some((n, _)) => *n -= 1,
+            None => {}
+        }
+        drop(fail);
+        go(usize::MAX)
+    }
+}
+
+impl Probe {
+    /// The events since the last call.
+    fn take(&self) -> Vec<Event> {
+        std::mem::take(&mut self.events.lock().unwrap())
+    }
+
+    /// Makes the event after the next `skip` ones fail.
+    fn fail_after(&self, skip: usize, errno: i32) {
+        *self.fail.lock().unwrap() = Some((skip, errno));
+    }
+}
+
+/// An overlay and the probe in it.
+#[derive(Debug)]
+struct Probed {
+    overlay: Overlay,
+    probe: Arc<Probe>,
+}
+
+impl std::ops::Deref for Probed {
+    type Target = Overlay;
+
+    fn deref(&self) -> &Overlay {
+        &self.overlay
+    }
+}
+
+fn open_probed(path: &Path, opts: &OpenOptions<'_>) -> Result<Probed> {
+    let probe = Arc::new(Probe::default());
+    let overlay = Overlay::open_with_faults(path, opts, Some(Arc::clone(&probe) as Arc<dyn Faults>))?;
+    probe.take();
+    Ok(Probed { overlay, probe })
+}
 
 struct Base;
 
@@ -32,12 +108,10 @@ impl Fx {
         self.dir.path().join("o")
     }
 
-    fn open(&self, discard_unflushed: bool) -> Result<Overlay> {
+    fn open(&self, discard_unflushed: bool) -> Result<Probed> {
         let state_dir = self.dir.path().join("state");
         let opts = OpenOptions { read_only: false, state_dir: &state_dir, base: None, discard_unflushed };
-        let o = Overlay::open(&self.path(), &opts)?;
-        o.disk.probe.take();
-        Ok(o)
+        open_probed(&self.path(), &opts)
     }
 }
 
@@ -68,15 +142,15 @@ fn a_flush_writes_the_bits_between_two_syncs() {
     o.flush().unwrap();
     let bits = Event::Write { at: o.layout.l2 + 2 * 16 + 8, len: 8 };
     assert_eq!(
-        o.disk.probe.take(),
+        o.probe.take(),
         [Event::Write { at: data + 2 * CLUSTER, len: 4096 }, Event::SyncData, bits, Event::SyncData]
     );
     o.flush().unwrap();
-    assert_eq!(o.disk.probe.take(), [Event::SyncData], "nothing changed: one sync, for the data");
+    assert_eq!(o.probe.take(), [Event::SyncData], "nothing changed: one sync, for the data");
     write(&o, 2 * CLUSTER, 512).unwrap();
     o.flush().unwrap();
     let overwrite = Event::Write { at: data + 2 * CLUSTER, len: 512 };
-    assert_eq!(o.disk.probe.take(), [overwrite, Event::SyncData], "no bit changed");
+    assert_eq!(o.probe.take(), [overwrite, Event::SyncData], "no bit changed");
 }
 
 #[test]
@@ -85,11 +159,11 @@ fn neighbouring_words_go_in_one_write() {
     let o = fx.open(false).unwrap();
     write(&o, 3 * CLUSTER, index(3 * CLUSTER)).unwrap();
     write(&o, 9 * CLUSTER, 2048).unwrap();
-    o.disk.probe.take();
+    o.probe.take();
     o.flush().unwrap();
     let l2 = o.layout.l2;
     assert_eq!(
-        o.disk.probe.take(),
+        o.probe.take(),
         [
             Event::SyncData,
             Event::Write { at: l2 + 3 * 16 + 8, len: 16 * 2 + 8 },
@@ -106,11 +180,11 @@ fn a_partial_subcluster_is_filled_in_the_same_write() {
     let fx = Fx::new();
     let o = fx.open(false).unwrap();
     write(&o, 2048 + 512, 4096).unwrap();
-    assert_eq!(o.disk.probe.take(), [Event::Write { at: o.data_start() + 2048, len: 6144 }]);
+    assert_eq!(o.probe.take(), [Event::Write { at: o.data_start() + 2048, len: 6144 }]);
     assert_eq!([2048, 2560, 6144, 6656, 7680].map(|at| sector(&o, at)), [0xba, 7, 7, 0xba, 0xba]);
     // Head in data, tail in base: only the tail is filled.
     write(&o, 7680, 1024).unwrap();
-    assert_eq!(o.disk.probe.take(), [Event::Write { at: o.data_start() + 7680, len: 512 + 2048 }]);
+    assert_eq!(o.probe.take(), [Event::Write { at: o.data_start() + 7680, len: 512 + 2048 }]);
     assert_eq!([7168, 7680, 8192, 8704, 9728].map(|at| sector(&o, at)), [0xba, 7, 7, 0xba, 0xba]);
 }
 
@@ -118,13 +192,13 @@ fn a_partial_subcluster_is_filled_in_the_same_write() {
 fn a_full_disk_changes_nothing_but_the_answer() {
     let fx = Fx::new();
     let o = fx.open(false).unwrap();
-    o.disk.probe.fail_after(0, libc::ENOSPC);
+    o.probe.fail_after(0, libc::ENOSPC);
     assert_eq!(write(&o, 512, 512).unwrap_err().raw_os_error(), Some(libc::ENOSPC));
     assert_eq!(o.runs(0, SIZE).map(|r| r.state).collect::<Vec<_>>(), [State::Base]);
     assert_eq!(sector(&o, 512), 0xba);
-    o.disk.probe.take();
+    o.probe.take();
     o.flush().unwrap();
-    assert_eq!(o.disk.probe.take(), [Event::SyncData], "no word is marked");
+    assert_eq!(o.probe.take(), [Event::SyncData], "no word is marked");
     write(&o, 512, 512).unwrap();
     assert_eq!(sector(&o, 512), 7);
 }
@@ -144,7 +218,7 @@ fn the_base_failing_fails_the_write_and_nothing_else() {
     let buf = unsafe { IoBuf::from_raw(mem.as_mut_ptr(), 512) };
     assert_eq!(o.write(0, &[buf], &Broken).unwrap_err().raw_os_error(), Some(libc::EIO));
     assert!(o.write_zeroes(1024, 4096, true, &Broken).is_err());
-    assert_eq!(o.disk.probe.take(), []);
+    assert_eq!(o.probe.take(), []);
     assert_eq!(o.runs(0, SIZE).map(|r| r.state).collect::<Vec<_>>(), [State::Base]);
     // The lock was given back.
     write(&o, 0, 512).unwrap();
@@ -155,10 +229,10 @@ fn a_hole_that_cannot_be_punched_reads_zeros_all_the_same() {
     let fx = Fx::new();
     let o = fx.open(false).unwrap();
     write(&o, 0, 8192).unwrap();
-    o.disk.probe.take();
-    o.disk.probe.fail_after(0, libc::EOPNOTSUPP);
+    o.probe.take();
+    o.probe.fail_after(0, libc::EOPNOTSUPP);
     o.write_zeroes(2048, 4096, true, &Base).unwrap();
-    assert_eq!(o.disk.probe.take(), [Event::Punch { at: o.data_start() + 2048, len: 4096 }]);
+    assert_eq!(o.probe.take(), [Event::Punch { at: o.data_start() + 2048, len: 4096 }]);
     assert_eq!([0, 2048, 4096, 6144].map(|at| sector(&o, at)), [7, 0, 0, 7]);
     // A part of it is written again: the rest is zeros, not what the file still holds.
     write(&o, 2560, 512).unwrap();
@@ -174,7 +248,7 @@ fn a_failed_sync_is_final_also_for_the_next_process() {
         o.flush().unwrap();
         write(&o, 0, 2048).unwrap();
         // The sync before the bits, or the one after them.
-        o.disk.probe.fail_after(syncs_before, libc::EIO);
+        o.probe.fail_after(syncs_before, libc::EIO);
         assert_eq!(o.flush().unwrap_err().raw_os_error(), Some(libc::EIO));
         for _ in 0..2 {
             let err = o.flush().unwrap_err().to_string();
@@ -205,12 +279,12 @@ fn words_that_could_not_be_written_wait_for_the_next_flush() {
     let o = fx.open(false).unwrap();
     write(&o, 0, 2048).unwrap();
     write(&o, 5 * CLUSTER, 2048).unwrap();
-    o.disk.probe.fail_after(1, libc::ENOSPC);
+    o.probe.fail_after(1, libc::ENOSPC);
     assert_eq!(o.flush().unwrap_err().raw_os_error(), Some(libc::ENOSPC));
-    o.disk.probe.take();
+    o.probe.take();
     o.flush().unwrap();
     let bits = |cluster| Event::Write { at: o.layout.bitmap_at(cluster), len: 8 };
-    assert_eq!(o.disk.probe.take(), [Event::SyncData, bits(0), bits(5), Event::SyncData]);
+    assert_eq!(o.probe.take(), [Event::SyncData, bits(0), bits(5), Event::SyncData]);
 }
 
 #[test]
@@ -224,7 +298,7 @@ fn what_a_killed_process_left_unflushed_is_marked_again() {
     let o = fx.open(false).unwrap();
     o.flush().unwrap();
     let bits = Event::Write { at: o.layout.bitmap_at(7), len: 8 };
-    assert_eq!(o.disk.probe.take(), [Event::SyncData, bits, Event::SyncData]);
+    assert_eq!(o.probe.take(), [Event::SyncData, bits, Event::SyncData]);
 }
 
 #[test]
@@ -236,13 +310,13 @@ fn more_changed_words_than_one_batch() {
     let size = 20 << 30;
     create(&path, &CreateOptions { backing: Path::new("/base"), base, size, capacity: size }).unwrap();
     let opts = OpenOptions { read_only: false, state_dir: &dir.path().join("s"), base: None, discard_unflushed: false };
-    let o = Overlay::open(&path, &opts).unwrap();
+    let o = open_probed(&path, &opts).unwrap();
     for cluster in (0..size / CLUSTER).step_by(2) {
         o.write_zeroes(cluster * CLUSTER, 2048, false, &Base).unwrap();
     }
-    o.disk.probe.take();
+    o.probe.take();
     o.flush().unwrap();
-    let events = o.disk.probe.take();
+    let events = o.probe.take();
     assert_eq!(events.iter().filter(|e| matches!(e, Event::Write { .. })).count(), 163_840);
     assert_eq!(events.iter().filter(|e| **e == Event::SyncData).count(), 4, "3 batches and the end");
     o.close().unwrap();
@@ -263,12 +337,12 @@ fn a_flush_that_waited_for_one_begun_later_does_nothing() {
             });
         }
     });
-    o.disk.probe.take();
+    o.probe.take();
     drop(o);
     // All 200 returned: everything is in the file.
     let o = fx.open(false).unwrap();
     o.flush().unwrap();
-    assert_eq!(o.disk.probe.take(), [Event::SyncData]);
+    assert_eq!(o.probe.take(), [Event::SyncData]);
 }
 
 #[test]

@@ -6,9 +6,9 @@
 use super::plan::{Piece, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::buf::{IoBuf, advance, fill_zero, slice_into};
+use crate::io::fault::FileRef;
 use crate::io::{nowait, uring::Uring};
 use crate::units::to_usize;
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -59,7 +59,7 @@ impl Reader {
         token: u64,
         pieces: &[Piece],
         bufs: &[IoBuf],
-        file_of: impl Fn(&Source) -> Option<(&'f File, u64)>,
+        file_of: impl Fn(&Source) -> Option<(FileRef<'f>, u64)>,
     ) -> Option<io::Result<()>> {
         let mut slot = None;
         let mut error = None;
