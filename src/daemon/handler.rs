@@ -5,6 +5,7 @@
 
 use super::worker::{self, Worker};
 use super::{GuestMap, GuestMemory, Vring};
+use crate::device::config::WRITEBACK_AT;
 use crate::device::{Disk, Geometry, Jobs};
 use std::fs::File;
 use std::io;
@@ -49,7 +50,7 @@ struct Ring {
 pub struct Handler {
     disk: Arc<Disk>,
     jobs: Arc<Jobs>,
-    geometry: Geometry,
+    num_queues: u16,
     memory: GuestMemory,
     mappings: Vec<Mapping>,
     rings: Vec<Ring>,
@@ -65,8 +66,7 @@ impl Handler {
             Ok(Ring { vring, worker: None, running: false })
         };
         let rings = (0..num_queues).map(|_| ring()).collect::<io::Result<_>>()?;
-        let geometry = disk.geometry(num_queues);
-        Ok(Handler { disk, jobs, geometry, memory, mappings: Vec::new(), rings, features: 0 })
+        Ok(Handler { disk, jobs, num_queues, memory, mappings: Vec::new(), rings, features: 0 })
     }
 
     /// Finishes what is in flight and ends the queue threads.
@@ -78,8 +78,12 @@ impl Handler {
         }
     }
 
+    fn geometry(&self) -> Geometry {
+        self.disk.geometry(self.num_queues)
+    }
+
     fn offered(&self) -> u64 {
-        self.geometry.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+        self.geometry().features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
     fn ring(&mut self, index: u32) -> Result<&mut Ring> {
@@ -135,7 +139,7 @@ impl Handler {
     /// Looks at every ring that runs again. One that was out of reach while the frontend took its memory away and gave it
     /// back (it does so to change the size of a region) goes on.
     fn look_again(&mut self) -> Result<()> {
-        for index in 0..u32::from(self.geometry.num_queues) {
+        for index in 0..u32::from(self.num_queues) {
             if self.ring(index)?.running {
                 self.update(index)?;
             }
@@ -226,7 +230,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         }
         // Without protocol features there is no SET_VRING_ENABLE, and rings start enabled.
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
-            for index in 0..u32::from(self.geometry.num_queues) {
+            for index in 0..u32::from(self.num_queues) {
                 self.ring(index)?.vring.set_enabled(true);
                 self.update(index)?;
             }
@@ -398,11 +402,19 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        Ok(self.geometry.config(offset as usize, size as usize))
+        Ok(self.geometry().config(offset as usize, size as usize))
     }
 
-    fn set_config(&mut self, _offset: u32, _buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
-        Err(Error::InvalidOperation("no field of the config space can be written"))
+    /// Only the cache mode can be written. Whatever is refused changes nothing, so the connection goes on.
+    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        let write_cache = match buf {
+            [byte @ (0 | 1)] if offset as usize == WRITEBACK_AT && !self.geometry().read_only => *byte == 1,
+            _ => return Err(Error::InvalidOperation("only the cache mode of a writable disk can be set, to 0 or 1")),
+        };
+        self.disk.set_write_cache(write_cache).map_err(|e| {
+            log::error!("cannot switch the write cache: {e}");
+            Error::InvalidOperation("the cache mode cannot be switched")
+        })
     }
 
     fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {

@@ -12,7 +12,8 @@ use crate::units::{SECTOR_SIZE, to_usize};
 use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{Mutex, PoisonError};
 
 /// Where writes go.
 #[derive(Debug)]
@@ -35,6 +36,10 @@ pub struct Disk {
     recorder: Option<Recorder>,
     /// A flush of the base file failed (`--blk-file`).
     flush_failed: AtomicBool,
+    /// Each write is durable before it completes.
+    write_through: AtomicBool,
+    /// Held while the cache mode changes.
+    changing: Mutex<()>,
 }
 
 impl Disk {
@@ -44,13 +49,23 @@ impl Disk {
             Store::Overlay(o) | Store::ReadOnly(Some(o)) => o.size(),
             Store::ReadOnly(None) | Store::InPlace => base.size(),
         };
-        Disk { base, store, size, serial, recorder, flush_failed: AtomicBool::new(false) }
+        Disk {
+            base,
+            store,
+            size,
+            serial,
+            recorder,
+            flush_failed: AtomicBool::new(false),
+            write_through: AtomicBool::new(false),
+            changing: Mutex::new(()),
+        }
     }
 
     /// What the guest may know of it.
     pub fn geometry(&self, num_queues: u16) -> Geometry {
         // A trailing half sector cannot be addressed; image sizes are multiples of 512 and have none.
-        Geometry { size: self.size - self.size % SECTOR_SIZE, read_only: self.read_only(), num_queues }
+        let size = self.size - self.size % SECTOR_SIZE;
+        Geometry { size, read_only: self.read_only(), write_cache: !self.write_through(), num_queues }
     }
 
     /// True when writes are refused.
@@ -149,6 +164,31 @@ impl Disk {
         }
     }
 
+    /// True when a write must be durable before it completes, as the guest has asked (CONFIG_WCE).
+    ///
+    /// Asked *after* the data was written: either this sees that the cache was switched off, or the flush that
+    /// [`Disk::set_write_cache`] does after switching it off sees the write. The fences of the two make it so.
+    pub fn write_through(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.write_through.load(Ordering::Relaxed)
+    }
+
+    /// Switches the write cache for all queues at once. When it goes off, all that has completed is durable on return.
+    /// On an error the mode is as it was.
+    pub fn set_write_cache(&self, on: bool) -> io::Result<()> {
+        let _one = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.read_only() {
+            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+        }
+        let before = self.write_through.swap(!on, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        if !on && let Err(e) = self.flush() {
+            self.write_through.store(before, Ordering::Relaxed);
+            return Err(e);
+        }
+        Ok(())
+    }
+
     /// Ends the disk's life in order: flush, close the overlay's session, end the trace.
     pub fn close(&self) -> crate::Result<()> {
         if let Some(recorder) = &self.recorder {
@@ -205,7 +245,8 @@ fn zero_in_place(file: &File, offset: u64, len: u64, unmap: bool) -> io::Result<
     // The signal that is to end us must not fail a request.
     match rustix::io::retry_on_intr(|| rustix::fs::fallocate(file, mode, offset, len)) {
         Ok(()) => Ok(()),
-        Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(file, offset, len),
+        // INVAL: a block device whose blocks are larger than the range.
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::INVAL) => write_zeros(file, offset, len),
         Err(e) => Err(e.into()),
     }
 }

@@ -32,8 +32,8 @@ const BYTES_MAX: usize = 256 << 20;
 struct InFlight<G> {
     head: u16,
     request: Request,
-    /// A write of a driver without a flush command: durable before it completes.
-    then_flush: bool,
+    /// Flushed: a write of a write-through disk is durable before it completes.
+    flushed: bool,
     _memory: G,
 }
 
@@ -153,7 +153,7 @@ impl<G> Executor<G> {
                 Some(Completion { head, len: request.finish(status_of(&result, "read", &mut self.failures)) })
             }
             None => {
-                self.keep(token, InFlight { head, request, then_flush: false, _memory: memory });
+                self.keep(token, InFlight { head, request, flushed: false, _memory: memory });
                 None
             }
         }
@@ -164,7 +164,7 @@ impl<G> Executor<G> {
             return Some(Completion { head, len: request.finish(Status::IoErr) });
         }
         match self.disk.try_write(offset, &request.data) {
-            Ok(true) if self.write_through => self.post(head, request, memory, Work::Flush),
+            Ok(true) if self.writes_through() => self.post(head, request, memory, Work::Flush),
             Ok(false) => {
                 let work = Work::Write { offset, bufs: request.data.clone() };
                 self.post(head, request, memory, work)
@@ -173,11 +173,16 @@ impl<G> Executor<G> {
         }
     }
 
+    /// True when a write that was just done must be flushed before it completes.
+    fn writes_through(&self) -> bool {
+        self.write_through || self.disk.write_through()
+    }
+
     /// Gives work to a thread that may wait.
     fn post(&mut self, head: u16, request: Request, memory: G, work: Work) -> Option<Completion> {
         let token = self.allot();
-        let then_flush = self.write_through && !matches!(work, Work::Flush);
-        self.keep(token, InFlight { head, request, then_flush, _memory: memory });
+        let flushed = matches!(work, Work::Flush);
+        self.keep(token, InFlight { head, request, flushed, _memory: memory });
         self.jobs.post(Job::new(work, token as u64, self.mailbox.clone()));
         None
     }
@@ -185,10 +190,12 @@ impl<G> Executor<G> {
     /// Takes a result into account; `Some` when the request has ended by it.
     fn end(&mut self, token: u64, result: io::Result<()>) -> Option<Completion> {
         let token = to_usize(token);
+        let writes_through = self.writes_through();
         let slot = self.slots[token].as_mut();
         let Some(flight) = slot else { unreachable!("a result names a request in flight") };
-        if flight.then_flush && result.is_ok() {
-            flight.then_flush = false;
+        let writes = matches!(flight.request.kind, Ok(Kind::Write { .. } | Kind::WriteZeroes(_)));
+        if writes && writes_through && !flight.flushed && result.is_ok() {
+            flight.flushed = true;
             self.jobs.post(Job::new(Work::Flush, token as u64, self.mailbox.clone()));
             return None;
         }
