@@ -24,8 +24,8 @@ private_apt_setup() {
         done
     } | sort -u >"$folder/sources.list"
     # What is installed, but no part of QEMU and no firmware: those shall come whole, whatever the machine has.
-    awk 'BEGIN { RS = ""; ORS = "\n\n" } !/^Package: (qemu|seabios|ipxe-qemu)/ { print }' /var/lib/dpkg/status \
-        >"$folder/status"
+    # Nothing is installed here, so that a download has every dependency and no package of the machine is in the way.
+    : >"$folder/status"
     apt_options=(-qq
         -o "Dir::Etc::sourcelist=$folder/sources.list" -o "Dir::Etc::sourceparts=$folder/empty"
         -o "Dir::State=$folder" -o "Dir::State::lists=$folder/lists/" -o "Dir::State::status=$folder/status"

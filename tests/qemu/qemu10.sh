@@ -33,6 +33,22 @@ starts() {
         <<<quit >"$dir/start.log" 2>&1
 }
 
+# needed FILE: not what the machine has itself, and never its C library: that belongs to the machine's dynamic linker.
+needed() {
+    local name version installed
+    name=$(dpkg-deb -f "$1" Package)
+    version=$(dpkg-deb -f "$1" Version)
+    case $name in
+        qemu* | seabios | ipxe-qemu) return 0 ;;
+        libc6) return 1 ;;
+    esac
+    installed=$(dpkg-query -W -f '${db:Status-Abbrev}${Version}' "$name" 2>/dev/null) || return 0
+    case $installed in
+        "ii "*) ! dpkg --compare-versions "${installed#ii }" ge "$version" ;;
+        *) return 0 ;;
+    esac
+}
+
 ! complete "$dir/bin" || exit 0
 
 mkdir -p "$dir"
@@ -53,7 +69,7 @@ apt-get "${apt_options[@]}" -t bookworm-backports --no-install-recommends --down
 rm -rf "${dir:?}"/{root,bin,bin.new}
 mkdir -p "$dir"/{root,bin.new}
 for package in "$dir"/apt/cache/archives/*.deb; do
-    dpkg -x "$package" "$dir/root"
+    ! needed "$package" || dpkg -x "$package" "$dir/root"
 done
 rm -rf "$dir/apt"
 
