@@ -5,3 +5,4 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../qemu-scripts/common.sh"
 need cc:build-essential git:git jq:jq shellcheck:shellcheck fincore:util-linux mke2fs:e2fsprogs
 need_qemu
+"$repo/tests/qemu/qemu10.sh"
