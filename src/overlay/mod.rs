@@ -18,9 +18,10 @@
 //! | `create` | writes a new file |
 //! | `bits` | words of subcluster states, runs, dirty marks |
 //! | `live` | the live bitmap file |
-//! | `session` | file lock, boot ID, which bitmap is the truth |
+//! | `seal` | tells whether the file was written anew under a session |
+//! | `session` | boot ID, which bitmap is the truth |
 //! | `lock` | range locks of writers |
-//! | `write`, `flush` | the two things that change an overlay |
+//! | `write`, `flush`, `resize` | the three things that change an overlay |
 //! | `disk` | the only place from which the file is written and synced |
 //! | `check` | what `vmar overlay info` and `check` show |
 
@@ -33,7 +34,9 @@ mod header;
 mod layout;
 mod live;
 mod lock;
+mod resize;
 mod scan;
+mod seal;
 mod session;
 #[cfg(test)]
 mod tests;
@@ -45,6 +48,7 @@ pub use create::create;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::fault::{Faults, FileRef};
+use crate::io::lock::{Access, WAIT};
 use crate::units::SECTOR_SIZE;
 use bits::Dirty;
 use disk::Disk;
@@ -89,7 +93,7 @@ pub struct CreateOptions<'a> {
 /// How to open an overlay.
 #[derive(Clone, Copy, Debug)]
 pub struct OpenOptions<'a> {
-    /// Nothing is written, not even the header; other readers may have it open too.
+    /// Nothing is written, not even the header; other readers (vmar or QEMU) may have it open too.
     pub read_only: bool,
     /// Where live bitmaps are: a directory on tmpfs, made if it is not there.
     pub state_dir: &'a Path,
@@ -121,9 +125,28 @@ impl Words {
         }
     }
 
+    fn live(&self) -> Option<&LiveFile> {
+        match self {
+            Words::Live(live) => Some(live),
+            Words::Private(_) => None,
+        }
+    }
+
     fn set_failed(&self) {
-        if let Words::Live(live) = self {
+        if let Some(live) = self.live() {
             live.set_failed();
+        }
+    }
+
+    fn begin_counting(&self, flushes: u64) {
+        if let Some(live) = self.live() {
+            live.begin_counting(flushes);
+        }
+    }
+
+    fn end_counting(&self, flushes: u64) {
+        if let Some(live) = self.live() {
+            live.end_counting(flushes);
         }
     }
 
@@ -144,6 +167,9 @@ pub struct Overlay {
     path: PathBuf,
     disk: Disk,
     layout: Layout,
+    /// Bytes of the disk. Grows, and only in `resize`.
+    size: AtomicU64,
+    resizing: Mutex<()>,
     header: Mutex<Header>,
     words: Words,
     dirty: Dirty,
@@ -167,7 +193,8 @@ impl Overlay {
     /// is done in which order and make any of it fail. The same as [`open`](Overlay::open) in all else.
     pub fn open_with_faults(path: &Path, opts: &OpenOptions<'_>, faults: Option<Arc<dyn Faults>>) -> Result<Overlay> {
         let file = open_file(path, opts.read_only)?;
-        session::lock(&file, path, opts.read_only)?;
+        let access = if opts.read_only { Access::Read } else { Access::Write };
+        crate::io::lock::lock(&file, path, access, WAIT)?;
         let (disk, mut header, layout) = read_metadata(path, Disk::new(file, faults))?;
         check_base(path, &header, opts.base)?;
         let dirty = Dirty::new(if opts.read_only { 0 } else { index(layout.clusters) });
@@ -187,7 +214,13 @@ impl Overlay {
             Ending::Lost(loss) => return Err(loss.refusal(path, &header, opts.state_dir)),
         };
         let words = match live {
-            Some(live) => take_up(path, &disk, &layout, live, &dirty, opts.read_only)?,
+            Some(live) => {
+                let words = take_up(path, &disk, &layout, live, &dirty, opts.read_only)?;
+                if !opts.read_only {
+                    go_on(path, &disk, &mut header, &words)?;
+                }
+                words
+            }
             None if opts.read_only => {
                 let words: Box<[AtomicU64]> = (0..layout.clusters).map(|_| AtomicU64::new(0)).collect();
                 load(path, &disk, &layout, &words)?;
@@ -199,6 +232,8 @@ impl Overlay {
             path: path.to_path_buf(),
             disk,
             layout,
+            size: AtomicU64::new(header.size),
+            resizing: Mutex::new(()),
             words,
             dirty,
             locks: RangeLocks::default(),
@@ -211,9 +246,9 @@ impl Overlay {
         })
     }
 
-    /// Bytes of the disk.
+    /// Bytes of the disk, now.
     pub fn size(&self) -> u64 {
-        self.layout.size
+        self.size.load(Ordering::Acquire)
     }
 
     /// Bytes that the disk can grow to.
@@ -246,12 +281,26 @@ impl Overlay {
     /// bitmap: no allocation, no lock, no system call. What is behind the end of the disk is not covered.
     pub fn runs(&self, offset: u64, len: u64) -> Runs<'_> {
         debug_assert!(offset.is_multiple_of(SECTOR_SIZE) && len.is_multiple_of(SECTOR_SIZE), "{offset}+{len}");
-        let end = offset.saturating_add(len).min(self.layout.size);
+        let end = offset.saturating_add(len).min(self.size());
         Runs::new(self.words.get(), offset..end)
     }
 
-    /// Stops cleanly: flushes, closes the session in the file, removes the live bitmap. Waits for writes in flight; later
-    /// ones fail. If it fails, the session stays as it is, for the next open to take up.
+    /// False while the guest has its disk's write cache switched off (CONFIG_WCE): every write then has to be followed by a
+    /// [`flush`](Self::flush), which is the caller's business.
+    pub fn write_cache(&self) -> bool {
+        !self.words.live().is_some_and(LiveFile::write_through)
+    }
+
+    /// Remembers what the guest chose, also for the process that comes after this one is killed: QEMU does not tell it
+    /// again after a reconnect. A session begins with the cache on. Does nothing on an overlay that is only read.
+    pub fn set_write_cache(&self, on: bool) {
+        if let Some(live) = self.words.live() {
+            live.set_write_through(!on);
+        }
+    }
+
+    /// Stops cleanly: flushes, closes the session in the file, removes the live bitmap, lets go of the file's locks. Waits
+    /// for writes in flight; later ones fail, and reads must not come later (another process may write then). If it fails, the session stays as it is, for the next open to take up.
     pub fn close(&self) -> Result<()> {
         let _all = self.locks.lock(0..u64::MAX);
         if self.read_only || self.closed.load(Ordering::Acquire) {
@@ -261,7 +310,9 @@ impl Overlay {
         self.closed.store(true, Ordering::Release);
         let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
         write_header(&self.disk, &mut header, Session::CLOSED).map_err(|e| Error::io(&self.path, "close", e))?;
-        self.words.remove()
+        self.words.remove()?;
+        // Whoever waits for it need not wait until the last reader has dropped it.
+        crate::io::lock::unlock(self.disk.bare()).map_err(|e| Error::io(&self.path, "unlock", e))
     }
 }
 
@@ -338,12 +389,24 @@ fn take_up(path: &Path, disk: &Disk, layout: &Layout, live: LiveFile, dirty: &Di
     Ok(Words::Private(words.iter().map(|w| AtomicU64::new(w.load(Ordering::Acquire))).collect()))
 }
 
+/// What a session that is taken up needs besides its words.
+fn go_on(path: &Path, disk: &Disk, header: &mut Header, words: &Words) -> Result<()> {
+    words.end_counting(header.extension.flushes);
+    if header.has_foreign_autoclear() {
+        let session = header.extension.session;
+        write_header(disk, header, session).map_err(|e| Error::io(path, "go on with the session in", e))?;
+    }
+    Ok(())
+}
+
 /// Begins a session: the live bitmap first, then the header that names it, so that a session that is open always had one.
 fn begin(path: &Path, disk: &Disk, layout: &Layout, header: &mut Header, state_dir: &Path) -> Result<Words> {
     let session = session::begin(session::boot_id()?)?;
     let id = LiveId::of(disk.bare(), session, layout.clusters).map_err(|e| Error::io(path, "look at", e))?;
     let mut live = LiveFile::create(state_dir, &id)?;
     load(path, disk, layout, live.words())?;
+    live.end_counting(header.extension.flushes);
+    live.set_seal(seal::set(disk.bare()));
     live.publish()?;
     // If this fails half-way, the new bitmap stays: the header may name it by now, and if it does not, `remove_stale` of
     // the next open takes it away.
