@@ -125,9 +125,10 @@ fn print_info(info: &Info) {
         ("session", session_text(info).to_string()),
         ("written", amount(info.data_subclusters)),
         ("zeroed", amount(info.zero_subclusters)),
+        ("freed", format!("{} clusters that QEMU has freed or added; opening takes them back", info.freed_clusters)),
         ("on disk", human_bytes(info.disk_bytes)),
     ];
-    for (name, value) in rows {
+    for (name, value) in rows.into_iter().filter(|(name, _)| *name != "freed" || info.freed_clusters > 0) {
         println!("{name:<8} {value}");
     }
 }
@@ -146,18 +147,32 @@ fn info_json(info: &Info) -> serde_json::Value {
         "subcluster_size": SUBCLUSTER,
         "data_subclusters": info.data_subclusters,
         "zero_subclusters": info.zero_subclusters,
+        "freed_clusters": info.freed_clusters,
         "disk_bytes": info.disk_bytes,
         "data_start": info.data_start,
     })
 }
 
 fn check(common: &Common, file: &Path) -> Result<()> {
-    let faults = overlay::check(file)?;
+    let report = overlay::examine(file)?;
+    let faults = &report.faults;
     if common.json {
-        print_json(&serde_json::json!({ "clean": faults.is_empty(), "faults": faults }))?;
+        print_json(&serde_json::json!({
+            "clean": faults.is_empty(),
+            "faults": faults,
+            "freed_clusters": report.freed_clusters,
+            "relayout": report.relayout,
+        }))?;
     } else {
         faults.iter().for_each(|fault| println!("{fault}"));
+        if report.freed_clusters > 0 {
+            println!("note: {} clusters that QEMU has freed or added; opening takes them back", report.freed_clusters);
+        }
     }
+    let mend = match report.relayout {
+        true => format!("rewrite it with 'vmar overlay relayout {}'", file.display()),
+        false => "plain QEMU may still be able to use it; see 'qemu-img check'".to_string(),
+    };
     match faults.first() {
         None => {
             if !common.json {
@@ -165,8 +180,9 @@ fn check(common: &Common, file: &Path) -> Result<()> {
             }
             Ok(())
         }
-        Some(first) => Err(Error::file(ErrorKind::Corrupt, file, format!("is not as vmar writes it: {first}"))
-            .mend("plain QEMU may still be able to use it; see 'qemu-img check'")),
+        Some(first) => {
+            Err(Error::file(ErrorKind::Corrupt, file, format!("is not as vmar writes it: {first}")).mend(mend))
+        }
     }
 }
 

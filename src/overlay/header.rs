@@ -21,6 +21,9 @@ const INCOMPATIBLE_DATA_FILE: u64 = 1 << 2;
 const INCOMPATIBLE_COMPRESSION: u64 = 1 << 3;
 const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
 
+/// QEMU's autoclear feature bit for persistent dirty bitmaps: those in the file are valid.
+pub(super) const AUTOCLEAR_BITMAPS: u64 = 1;
+
 /// Our autoclear feature bit: "the last one to open this file for writing was vmar". QEMU clears every autoclear bit
 /// that it does not know when it opens the file for writing; 63 is as far from the bits that qcow2 hands out
 /// (counted from 0) as can be.

@@ -114,6 +114,11 @@ impl Layout {
         self.l2 + cluster * L2_ENTRY + 8
     }
 
+    /// Host offset of the refcount of data cluster `cluster`: the blocks are one array.
+    pub fn refcount_at(&self, cluster: u64) -> u64 {
+        self.refcount_blocks + ((self.data >> CLUSTER_BITS) + cluster) * 2
+    }
+
     /// Compares with what a header says; the text names the first difference.
     pub fn agrees_with(&self, header: &Header) -> Result<(), String> {
         let fields = [

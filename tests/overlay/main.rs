@@ -4,6 +4,7 @@
 
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used)]
 
+mod adopt;
 mod cli;
 mod common;
 mod crash;
