@@ -24,7 +24,7 @@ impl Fx {
     fn new() -> Fx {
         let fx = Fx { dir: tempfile::tempdir().unwrap() };
         let base = BaseIdentity { digest: [1; 32], generation: 0, size: SIZE };
-        create(&fx.path(), &CreateOptions { backing: Path::new("/base"), base, size: SIZE }).unwrap();
+        create(&fx.path(), &CreateOptions { backing: Path::new("/base"), base, size: SIZE, capacity: SIZE }).unwrap();
         fx
     }
 
@@ -234,7 +234,7 @@ fn more_changed_words_than_one_batch() {
     let path = dir.path().join("o");
     let base = BaseIdentity { digest: [1; 32], generation: 0, size: 0 };
     let size = 20 << 30;
-    create(&path, &CreateOptions { backing: Path::new("/base"), base, size }).unwrap();
+    create(&path, &CreateOptions { backing: Path::new("/base"), base, size, capacity: size }).unwrap();
     let opts = OpenOptions { read_only: false, state_dir: &dir.path().join("s"), base: None, discard_unflushed: false };
     let o = Overlay::open(&path, &opts).unwrap();
     for cluster in (0..size / CLUSTER).step_by(2) {
@@ -292,4 +292,22 @@ fn a_header_of_any_bytes_is_an_error_and_no_panic() {
     let reread = Header::parse(Path::new("o"), &open).unwrap();
     assert!(reread.untouched() && reread.extension.session == session);
     assert_eq!(header.with_session(Session::CLOSED), &good);
+}
+
+#[test]
+fn a_header_of_version_1_is_only_read_to_be_rewritten() {
+    let fx = Fx::new();
+    let mut old = fs::read(fx.path()).unwrap()[..512].to_vec();
+    // 104 bytes of extension, and everything behind it 16 bytes earlier.
+    old.drain(136 + 104..136 + 120);
+    old[132..136].copy_from_slice(&104u32.to_be_bytes());
+    old[136..140].copy_from_slice(&1u32.to_be_bytes());
+    let backing_at = u64::from_be_bytes(old[8..16].try_into().unwrap()) - 16;
+    old[8..16].copy_from_slice(&backing_at.to_be_bytes());
+    let path = Path::new("o");
+    let err = Header::parse(path, &old).unwrap_err();
+    assert!(err.to_string().contains("'vmar overlay relayout o'"), "{err}");
+    let header = Header::parse_also_old(path, &old).unwrap();
+    assert_eq!((header.backing.as_path(), header.extension.capacity), (Path::new("/base"), SIZE));
+    assert_eq!(Layout::new(SIZE, SIZE).agrees_with(&header), Ok(()));
 }

@@ -56,8 +56,12 @@ fn the_header_is_golden() {
     let fx = Fixture::with_sizes(MIB, 3 << 30);
     let path = fx.dir.path().join("golden.qcow2");
     let base = BaseIdentity { digest: [0xd1; 32], generation: 7, size: MIB };
-    overlay::create(&path, &CreateOptions { backing: Path::new("/images/web.raw"), base, size: 3 << 30 }).unwrap();
-    let mut bytes = vec![0; 384];
+    overlay::create(
+        &path,
+        &CreateOptions { backing: Path::new("/images/web.raw"), base, size: 3 << 30, capacity: 5 << 30 },
+    )
+    .unwrap();
+    let mut bytes = vec![0; 400];
     File::open(&path).unwrap().read_exact_at(&mut bytes, 0).unwrap();
     let dump: Vec<String> = bytes.chunks(16).map(vmar::codec::hex).collect();
     assert_eq!(dump.join("\n"), include_str!("header.hex").trim_end());
@@ -87,6 +91,9 @@ fn create_never_overwrites_and_leaves_nothing_behind() {
         (CreateOptions { size: 1000, ..opts }, "multiple of 512"),
         (CreateOptions { size: (16 << 40) + 512, ..opts }, "larger than 16 TiB"),
         (CreateOptions { size: 512, ..opts }, "smaller than its base"),
+        (CreateOptions { capacity: opts.size - 512, ..opts }, "cannot have a capacity of"),
+        (CreateOptions { capacity: opts.size + 100, ..opts }, "cannot have a capacity of"),
+        (CreateOptions { capacity: (16 << 40) + 512, ..opts }, "cannot have a capacity of"),
         (CreateOptions { backing: Path::new("base.raw"), ..opts }, "not absolute"),
         (CreateOptions { backing: Path::new(&format!("/{}", "x".repeat(1023))), ..opts }, "qcow2 takes 1023"),
     ] {
@@ -361,4 +368,31 @@ fn a_commit_to_a_copy_of_the_base_gives_the_disk() {
     drop(o);
     qemu(&["qemu-img", "commit", "-q", "-f", "qcow2", path_str(&fx.overlay)]);
     assert!(fs::read(&fx.base_path).unwrap() == want);
+}
+
+#[test]
+fn room_to_grow_does_not_disturb_qemu() {
+    // The disk ends in the middle of a subcluster, and several L2 tables before its capacity.
+    let fx = Fixture::with_capacity(MIB, 5 * MIB + 512, 1 << 30);
+    qemu_check(&fx.overlay);
+    qemu_io(&fx, &["write -P 7 0 512", "write -P 8 5m 512", "write -z 1m 64k"]);
+    qemu_check(&fx.overlay);
+    assert_eq!(overlay::check(&fx.overlay).unwrap(), Vec::<String>::new());
+    let mut want = fx.base.clone();
+    want.resize(fx.size() as usize, 0);
+    want[..512].fill(7);
+    want[5 * MIB as usize..].fill(8);
+    let o = fx.open();
+    assert_eq!((o.size(), o.capacity()), (fx.size(), 1 << 30));
+    assert!(read_all(&o, &fx) == want);
+    o.close().unwrap();
+    drop(o);
+    assert!(convert(&fx) == want);
+    // QEMU's own growth moves nothing as long as there is room.
+    qemu(&["qemu-img", "resize", "-q", "-f", "qcow2", path_str(&fx.overlay), "6M"]);
+    qemu_check(&fx.overlay);
+    want.resize(6 * MIB as usize, 0);
+    let o = fx.open();
+    assert!(read_all(&o, &fx) == want);
+    o.close().unwrap();
 }
