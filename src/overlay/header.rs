@@ -42,6 +42,8 @@ const EXT_LEN: usize = 120;
 const EXT_LEN_1: usize = 104;
 /// Where session and boot ID stand in our extension.
 const EXT_SESSION_AT: usize = 72;
+/// Where size and autoclear bits stand in the header.
+const SIZE_AT: usize = 24;
 const AUTOCLEAR_AT: usize = 88;
 
 /// Our header extension.
@@ -292,6 +294,18 @@ impl Header {
         self.bytes[at..at + 16].copy_from_slice(&session.id);
         self.bytes[at + 16..at + 32].copy_from_slice(&session.boot);
         &self.bytes
+    }
+
+    /// The bytes of another virtual size, and where they go: one aligned word, which no power cut tears.
+    pub fn with_size(&mut self, size: u64) -> ([u8; 8], u64) {
+        self.size = size;
+        self.patch(SIZE_AT, size)
+    }
+
+    fn patch(&mut self, at: usize, value: u64) -> ([u8; 8], u64) {
+        let word = value.to_be_bytes();
+        self.bytes[at..at + 8].copy_from_slice(&word);
+        (word, at as u64)
     }
 }
 

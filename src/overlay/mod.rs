@@ -21,7 +21,7 @@
 //! | `live` | the live bitmap file |
 //! | `session` | file lock, boot ID, which bitmap is the truth |
 //! | `lock` | range locks of writers |
-//! | `write`, `flush` | the two things that change an overlay |
+//! | `write`, `flush`, `resize` | the three things that change an overlay |
 //! | `disk` | the only place from which the file is written and synced |
 //! | `check` | what `vmar overlay info` and `check` show |
 
@@ -35,6 +35,7 @@ mod header;
 mod layout;
 mod live;
 mod lock;
+mod resize;
 mod scan;
 mod session;
 #[cfg(test)]
@@ -147,6 +148,9 @@ pub struct Overlay {
     path: PathBuf,
     disk: Disk,
     layout: Layout,
+    /// Bytes of the disk. Grows, and only in `resize`.
+    size: AtomicU64,
+    resizing: Mutex<()>,
     header: Mutex<Header>,
     words: Words,
     dirty: Dirty,
@@ -196,6 +200,8 @@ impl Overlay {
             path: path.to_path_buf(),
             disk,
             layout,
+            size: AtomicU64::new(header.size),
+            resizing: Mutex::new(()),
             words,
             dirty,
             locks: RangeLocks::default(),
@@ -208,9 +214,9 @@ impl Overlay {
         })
     }
 
-    /// Bytes of the disk.
+    /// Bytes of the disk, now.
     pub fn size(&self) -> u64 {
-        self.layout.size
+        self.size.load(Ordering::Acquire)
     }
 
     /// Bytes that the disk can grow to.
@@ -243,7 +249,7 @@ impl Overlay {
     /// bitmap: no allocation, no lock, no system call. What is behind the end of the disk is not covered.
     pub fn runs(&self, offset: u64, len: u64) -> Runs<'_> {
         debug_assert!(offset.is_multiple_of(SECTOR_SIZE) && len.is_multiple_of(SECTOR_SIZE), "{offset}+{len}");
-        let end = offset.saturating_add(len).min(self.layout.size);
+        let end = offset.saturating_add(len).min(self.size());
         Runs::new(self.words.get(), offset..end)
     }
 

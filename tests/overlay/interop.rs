@@ -388,6 +388,17 @@ fn room_to_grow_does_not_disturb_qemu() {
     o.close().unwrap();
     drop(o);
     assert!(convert(&fx) == want);
+    // vmar's growth, with the session open.
+    let o = fx.open();
+    o.resize(5 * MIB + 1024).unwrap();
+    qemu_check(&fx.overlay);
+    drop(o);
+    want.resize(5 * MIB as usize + 1024, 0);
+    assert!(convert(&fx) == want);
+    let o = fx.open();
+    assert!(read_all(&o, &fx) == want);
+    o.close().unwrap();
+    drop(o);
     // QEMU's own growth moves nothing as long as there is room.
     qemu(&["qemu-img", "resize", "-q", "-f", "qcow2", path_str(&fx.overlay), "6M"]);
     qemu_check(&fx.overlay);
@@ -395,4 +406,59 @@ fn room_to_grow_does_not_disturb_qemu() {
     let o = fx.open();
     assert!(read_all(&o, &fx) == want);
     o.close().unwrap();
+}
+
+#[test]
+fn what_qemu_cut_off_does_not_come_back_when_the_disk_grows() {
+    let fx = Fixture::with_capacity(MIB, 2 * MIB, 3 * MIB);
+    let mut want = fx.base.clone();
+    want.resize(3 * MIB as usize, 0);
+    let o = fx.open();
+    let end = 2 * MIB as usize;
+    write(&o, &fx, 2 * MIB - 16384, &[9; 16384]);
+    want[end - 16384..end].fill(9);
+    o.close().unwrap();
+    drop(o);
+    // Inside the last cluster and in the middle of a subcluster: QEMU keeps the data behind the new end, and its bits.
+    let cut = 2 * MIB - 8192 + 512;
+    qemu(&["qemu-img", "resize", "-q", "--shrink", "-f", "qcow2", path_str(&fx.overlay), &cut.to_string()]);
+    want[cut as usize..end].fill(0);
+    let o = fx.open();
+    assert_eq!(o.size(), cut);
+    o.resize(cut + 1024).unwrap();
+    assert!(read_all(&o, &fx) == want[..cut as usize + 1024]);
+    // Killed: the live bitmap and the file tell the same story.
+    drop(o);
+    let o = fx.open();
+    o.resize(3 * MIB).unwrap();
+    assert!(read_all(&o, &fx) == want);
+    o.close().unwrap();
+    drop(o);
+    qemu_check(&fx.overlay);
+    assert!(convert(&fx) == want);
+}
+
+#[test]
+fn sizes_that_the_disk_cannot_have() {
+    let fx = Fixture::with_capacity(MIB, 2 * MIB, 3 * MIB);
+    let o = fx.open();
+    for (size, why) in [
+        (2 * MIB - 512, "cannot shrink"),
+        (0, "cannot shrink"),
+        (2 * MIB + 100, "must be a multiple of 512"),
+        (3 * MIB + 512, "more than its capacity of 3145728 bytes"),
+        (u64::MAX - 511, "more than its capacity"),
+    ] {
+        let err = o.resize(size).unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::Usage);
+        assert!(err.to_string().contains(why) && err.to_string().contains("; "), "{err}");
+        assert_eq!(o.size(), 2 * MIB);
+    }
+    o.resize(2 * MIB).unwrap();
+    o.close().unwrap();
+    assert!(o.resize(3 * MIB).unwrap_err().to_string().contains("closed"));
+    drop(o);
+    let reader = fx.open_read_only().unwrap();
+    assert!(reader.resize(3 * MIB).unwrap_err().to_string().contains("reading only"));
+    assert_eq!(reader.size(), 2 * MIB);
 }
