@@ -17,6 +17,21 @@ const ENTRIES_MAX: u64 = 1 << 16;
 /// Refcounts that are rewritten at once (64 KiB of them).
 const COUNTS_MAX: u64 = 1 << 15;
 
+/// The layout that a header speaks of. Of a disk that QEMU has made larger than its capacity, it is that of the new size if
+/// only the data area is longer in it; the header then has that as its capacity.
+pub(super) fn layout_of(header: &mut Header) -> Layout {
+    let layout = Layout::new(header.size, header.extension.capacity);
+    if header.size <= layout.capacity {
+        return layout;
+    }
+    let grown = Layout::new(header.size, header.size);
+    if !grown.has_tables_of(&layout) {
+        return layout;
+    }
+    header.set_capacity(grown.capacity);
+    grown
+}
+
 /// The clusters of an overlay that have no place, in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Unseated {
@@ -132,7 +147,9 @@ fn each_piece(range: &Range<u64>, max: u64, mut f: impl FnMut(Range<u64>) -> io:
 
 #[cfg(test)]
 mod tests {
-    use super::super::{BaseIdentity, CreateOptions, OpenOptions, Overlay, check, create, examine, read_metadata, scan};
+    use super::super::{
+        BaseIdentity, CreateOptions, OpenOptions, Overlay, check, create, examine, read_metadata, scan,
+    };
     use super::*;
     use std::fs::{self, File};
     use std::os::unix::fs::FileExt;
@@ -143,7 +160,7 @@ mod tests {
     fn new_overlay(dir: &Path) -> PathBuf {
         let path = dir.join("o.qcow2");
         let base = BaseIdentity { digest: [1; 32], generation: 0, size: 512 };
-        create(&path, &CreateOptions { backing: Path::new("/base"), base, size: SIZE }).unwrap();
+        create(&path, &CreateOptions { backing: Path::new("/base"), base, size: SIZE, capacity: SIZE }).unwrap();
         path
     }
 
@@ -193,7 +210,10 @@ mod tests {
             }
             assert_eq!(check(&path).unwrap(), Vec::<String>::new(), "step {step}");
             let state_dir = &dir.path().join("state");
-            let o = Overlay::open(&path, &OpenOptions { read_only: false, state_dir, base: None, discard_unflushed: false });
+            let o = Overlay::open(
+                &path,
+                &OpenOptions { read_only: false, state_dir, base: None, discard_unflushed: false },
+            );
             let o = o.unwrap();
             let words: Vec<u64> = o.words.get().iter().map(|w| w.load(std::sync::atomic::Ordering::Relaxed)).collect();
             o.close().unwrap();

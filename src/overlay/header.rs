@@ -44,6 +44,7 @@ const EXT_LEN_1: usize = 104;
 const EXT_SESSION_AT: usize = 72;
 /// Where size and autoclear bits stand in the header.
 const SIZE_AT: usize = 24;
+const EXT_CAPACITY_AT: usize = 104;
 const AUTOCLEAR_AT: usize = 88;
 
 /// Our header extension.
@@ -228,7 +229,6 @@ impl Header {
 
     /// The same, for rewriting a file: one with version 1 of our extension is taken as if its capacity were its size. Such a
     /// header must not be written back.
-    #[allow(dead_code)] // for `relayout`
     pub fn parse_also_old(path: &Path, bytes: &[u8]) -> Result<Header> {
         Header::parse_versions(path, bytes, true)
     }
@@ -275,6 +275,13 @@ impl Header {
             extension_at,
             bytes: whole,
         })
+    }
+
+    /// Another capacity for what is written next.
+    pub fn set_capacity(&mut self, capacity: u64) {
+        self.extension.capacity = capacity;
+        let at = self.extension_at + EXT_CAPACITY_AT;
+        self.bytes[at..at + 8].copy_from_slice(&capacity.to_be_bytes());
     }
 
     /// True if nobody but vmar has opened the file for writing since the session was opened.

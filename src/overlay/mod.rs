@@ -23,28 +23,40 @@
 //! | `lock` | range locks of writers |
 //! | `write`, `flush`, `resize` | the three things that change an overlay |
 //! | `disk` | the only place from which the file is written and synced |
+//! | `relayout`, `source` | rewrites a file that QEMU has rearranged, or for a larger disk |
+//! | `commit`, `import` | overlay and base to a raw file; an overlay of plain QEMU to one of vmar |
+//! | `copy` | copies data, sparsely |
 //! | `check` | what `vmar overlay info` and `check` show |
 
 mod adopt;
 mod bits;
 mod check;
+mod commit;
+mod copy;
 mod create;
 mod disk;
 mod flush;
 mod header;
+mod import;
 mod layout;
 mod live;
 mod lock;
+mod relayout;
 mod resize;
 mod scan;
 mod session;
+mod source;
 #[cfg(test)]
 mod tests;
 mod write;
 
 pub use bits::{Run, Runs, State};
 pub use check::{Info, Report, SessionInfo, check, examine, inspect};
+pub use commit::commit;
+pub use copy::Work;
 pub use create::create;
+pub use import::create_from;
+pub use relayout::{RelayoutOptions, grow, relayout};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::SECTOR_SIZE;
@@ -169,6 +181,7 @@ impl Overlay {
     pub fn open(path: &Path, opts: &OpenOptions<'_>) -> Result<Overlay> {
         let file = open_file(path, opts.read_only)?;
         session::lock(&file, path, opts.read_only)?;
+        relayout::check_named(&file, path)?;
         let (disk, mut header, layout) = read_metadata(path, file)?;
         check_base(path, &header, opts.base)?;
         let dirty = Dirty::new(if opts.read_only { 0 } else { index(layout.clusters) });
@@ -284,8 +297,8 @@ fn read_metadata(path: &Path, file: File) -> Result<(Disk, Header, Layout)> {
     let len = disk.file().metadata().map_err(|e| Error::io(path, "look at", e))?.len();
     let mut bytes = vec![0; index(len.min(CLUSTER))];
     disk.file().read_exact_at(&mut bytes, 0).map_err(|e| Error::io(path, "read", e))?;
-    let header = Header::parse(path, &bytes)?;
-    let layout = Layout::new(header.size, header.extension.capacity);
+    let mut header = Header::parse(path, &bytes)?;
+    let layout = adopt::layout_of(&mut header);
     layout.agrees_with(&header).map_err(|what| stopped(path, Stop::Fault(Fault::Layout(what))))?;
     if len < layout.data {
         return Err(stopped(path, Stop::Fault(scan::cut_off(len, &layout))));

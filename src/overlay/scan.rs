@@ -151,7 +151,8 @@ fn refcounts(
     each::<2>(disk, layout.refcount_blocks, layout.file_clusters() * 2, |cluster, bytes| {
         let count = u16::from_be_bytes(*bytes);
         let at = cluster << CLUSTER_BITS;
-        let freed = count <= 1 && at >= layout.data && unseated.take_count((at - layout.data) >> CLUSTER_BITS, count == 1);
+        let freed =
+            count <= 1 && at >= layout.data && unseated.take_count((at - layout.data) >> CLUSTER_BITS, count == 1);
         if count == 1 || freed {
             return Ok(());
         }
