@@ -127,7 +127,9 @@ mod tests {
         b.set_len(8 << 20).unwrap();
         let stop = AtomicBool::new(false);
         let done = std::sync::atomic::AtomicU64::new(0);
-        let advance = |n| drop(done.fetch_add(n, Ordering::Relaxed));
+        let advance = |n| {
+            done.fetch_add(n, Ordering::Relaxed);
+        };
         let work = Work { stop: &stop, begin: &|_, _| {}, advance: &advance };
         let name = Path::new("x");
         let named = |file| Named { file, path: name };

@@ -11,4 +11,6 @@ mod crash;
 mod interop;
 mod model;
 mod refusals;
+mod rounds;
 mod threads;
+mod tools;
