@@ -18,18 +18,14 @@ const ENTRIES_MAX: u64 = 1 << 16;
 const COUNTS_MAX: u64 = 1 << 15;
 
 /// The layout that a header speaks of. Of a disk that QEMU has made larger than its capacity, it is that of the new size if
-/// only the data area is longer in it; the header then has that as its capacity.
-pub(super) fn layout_of(header: &mut Header) -> Layout {
+/// only the data area is longer in it. The header keeps its capacity until a session is begun.
+pub(super) fn layout_of(header: &Header) -> Layout {
     let layout = Layout::new(header.size, header.extension.capacity);
     if header.size <= layout.capacity {
         return layout;
     }
     let grown = Layout::new(header.size, header.size);
-    if !grown.has_tables_of(&layout) {
-        return layout;
-    }
-    header.set_capacity(grown.capacity);
-    grown
+    if grown.has_tables_of(&layout) { grown } else { layout }
 }
 
 /// The clusters of an overlay that have no place, in order.

@@ -4,6 +4,7 @@ use super::copy::{Copier, Named, Work};
 use super::create::{NewFile, exists};
 use super::{Overlay, State};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::lock::{Access, WAIT, lock};
 use std::fs::{self, File};
 use std::path::Path;
 
@@ -16,6 +17,7 @@ pub fn commit(overlay: &Overlay, base: &Path, to: &Path, work: &Work<'_>) -> Res
         return Err(exists(to));
     }
     let base_file = File::open(base).map_err(|e| Error::io(base, "open", e))?;
+    lock(&base_file, base, Access::Read, WAIT)?;
     let base_len = base_file.metadata().map_err(|e| Error::io(base, "look at", e))?.len();
     if base_len != overlay.base().size {
         let cause = format!("has {base_len} bytes, and the overlay was made for {}", overlay.base().size);

@@ -20,7 +20,7 @@
 //! | `bits` | words of subcluster states, runs, dirty marks |
 //! | `live` | the live bitmap file |
 //! | `seal` | tells whether the file was written anew under a session |
-//! | `session` | file lock, boot ID, which bitmap is the truth |
+//! | `session` | boot ID, which bitmap is the truth |
 //! | `lock` | range locks of writers |
 //! | `write`, `flush`, `resize` | the three things that change an overlay |
 //! | `disk` | the only place from which the file is written and synced |
@@ -61,6 +61,7 @@ pub use import::create_from;
 pub use relayout::{RelayoutOptions, grow, relayout};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::lock::{Access, WAIT};
 use crate::units::SECTOR_SIZE;
 use adopt::Unseated;
 use bits::Dirty;
@@ -107,7 +108,7 @@ pub struct CreateOptions<'a> {
 /// How to open an overlay.
 #[derive(Clone, Copy, Debug)]
 pub struct OpenOptions<'a> {
-    /// Nothing is written, not even the header; other readers may have it open too.
+    /// Nothing is written, not even the header; other readers (vmar or QEMU) may have it open too.
     pub read_only: bool,
     /// Where live bitmaps are: a directory on tmpfs, made if it is not there.
     pub state_dir: &'a Path,
@@ -201,7 +202,8 @@ impl Overlay {
     /// Everything is checked first: whatever is not as vmar writes it is refused with the reason, and nothing is changed.
     pub fn open(path: &Path, opts: &OpenOptions<'_>) -> Result<Overlay> {
         let file = open_file(path, opts.read_only)?;
-        session::lock(&file, path, opts.read_only)?;
+        let access = if opts.read_only { Access::Read } else { Access::Write };
+        crate::io::lock::lock(&file, path, access, WAIT)?;
         relayout::check_named(&file, path)?;
         let (disk, mut header, layout) = read_metadata(path, file)?;
         check_base(path, &header, opts.base)?;
@@ -307,8 +309,8 @@ impl Overlay {
         }
     }
 
-    /// Stops cleanly: flushes, closes the session in the file, removes the live bitmap. Waits for writes in flight; later
-    /// ones fail. If it fails, the session stays as it is, for the next open to take up.
+    /// Stops cleanly: flushes, closes the session in the file, removes the live bitmap, lets go of the file's locks. Waits
+    /// for writes in flight; later ones fail, and reads must not come later (another process may write then). If it fails, the session stays as it is, for the next open to take up.
     pub fn close(&self) -> Result<()> {
         let _all = self.locks.lock(0..u64::MAX);
         if self.read_only || self.closed.load(Ordering::Acquire) {
@@ -318,7 +320,9 @@ impl Overlay {
         self.closed.store(true, Ordering::Release);
         let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
         write_header(&self.disk, &mut header, Session::CLOSED).map_err(|e| Error::io(&self.path, "close", e))?;
-        self.words.remove()
+        self.words.remove()?;
+        // Whoever waits for it need not wait until the last reader has dropped it.
+        crate::io::lock::unlock(self.disk.file()).map_err(|e| Error::io(&self.path, "unlock", e))
     }
 }
 
@@ -338,8 +342,8 @@ fn read_metadata(path: &Path, file: File) -> Result<(Disk, Header, Layout)> {
     let len = disk.file().metadata().map_err(|e| Error::io(path, "look at", e))?.len();
     let mut bytes = vec![0; index(len.min(CLUSTER))];
     disk.file().read_exact_at(&mut bytes, 0).map_err(|e| Error::io(path, "read", e))?;
-    let mut header = Header::parse(path, &bytes)?;
-    let layout = adopt::layout_of(&mut header);
+    let header = Header::parse(path, &bytes)?;
+    let layout = adopt::layout_of(&header);
     layout.agrees_with(&header).map_err(|what| stopped(path, Stop::Fault(Fault::Layout(what))))?;
     if len < layout.data {
         return Err(stopped(path, Stop::Fault(scan::cut_off(len, &layout))));
@@ -443,6 +447,7 @@ fn begin(path: &Path, disk: &Disk, layout: &Layout, header: &mut Header, state_d
     let mut live = LiveFile::create(state_dir, &id)?;
     let unseated = load(path, disk, header, layout, live.words())?;
     seat(path, disk, layout, &unseated)?;
+    header.set_capacity(layout.capacity);
     live.end_counting(header.extension.flushes);
     live.set_seal(seal::set(disk.file()));
     live.publish()?;

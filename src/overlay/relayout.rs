@@ -9,6 +9,7 @@ use super::live::{self, LiveId};
 use super::source::Source;
 use super::{CreateOptions, OpenOptions, Overlay, session};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::lock::{Access, WAIT, lock};
 use crate::units::{IMAGE_SIZE_MAX, SECTOR_SIZE};
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
@@ -43,7 +44,7 @@ pub fn relayout(path: &Path, opts: &RelayoutOptions<'_>, work: &Work<'_>) -> Res
     }
     settle(path, opts)?;
     let mut source = Source::open(path)?;
-    session::lock(&source.file, path, false)?;
+    lock(&source.file, path, Access::Write, WAIT)?;
     check_named(&source.file, path)?;
     // Only now is it sure that nobody changes it.
     source = Source::of(path, source.file)?;

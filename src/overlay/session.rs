@@ -2,48 +2,15 @@
 
 use super::disk::Disk;
 use super::header::{Header, Session};
-use super::layout::{Layout, index};
+use super::layout::{CLUSTER, Layout, index};
 use super::live::{Found, LiveFile, LiveId, path_of};
 use super::{scan, seal};
 use crate::codec::unhex;
 use crate::error::{Error, ErrorKind, Result};
-use rustix::fs::FlockOperation;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
-
-/// How long to try for a lock: the kernel may hold the file of a killed process for a while (io_uring). A little under the
-/// 5 s after which `vmar serve` must have said why it cannot start.
-const LOCK_WAIT: Duration = Duration::from_millis(4500);
-const LOCK_PAUSE: Duration = Duration::from_millis(50);
-
-/// Locks the file against every other vmar that would write it (or, for reading, that would write it).
-pub(super) fn lock(file: &File, path: &Path, read_only: bool) -> Result<()> {
-    let deadline = Instant::now() + LOCK_WAIT;
-    loop {
-        match try_lock(file, read_only) {
-            Ok(true) => return Ok(()),
-            Ok(false) if Instant::now() < deadline => std::thread::sleep(LOCK_PAUSE),
-            Ok(false) => {
-                return Err(Error::file(ErrorKind::Busy, path, "is in use by another vmar").mend("stop that one first"));
-            }
-            Err(e) => return Err(Error::io(path, "lock", e)),
-        }
-    }
-}
-
-/// One try. The lock goes with the open file.
-pub(super) fn try_lock(file: &File, read_only: bool) -> io::Result<bool> {
-    let operation =
-        if read_only { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
-    match rustix::fs::flock(file, operation) {
-        Ok(()) => Ok(true),
-        Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => Ok(false),
-        Err(e) => Err(e.into()),
-    }
-}
 
 /// The boot ID of the host: changes with every start of it, and live bitmaps do not outlive one.
 pub(super) fn boot_id() -> Result<[u8; 16]> {
@@ -101,11 +68,16 @@ pub(super) fn ending(disk: &Disk, path: &Path, header: &Header, layout: &Layout,
     if session.boot != boot_id()? {
         return Ok(Ending::OtherBoot);
     }
-    let id = LiveId::of(disk.file(), session, layout.clusters).map_err(|e| Error::io(path, "look at", e))?;
+    // Of the session, not of a disk that QEMU has made larger since.
+    let clusters = header.extension.capacity.div_ceil(CLUSTER);
+    let id = LiveId::of(disk.file(), session, clusters).map_err(|e| Error::io(path, "look at", e))?;
     Ok(match LiveFile::open(state_dir, &id)? {
         Found::Missing => Ending::Lost(Loss::Missing),
         Found::Foreign(why) => Ending::Lost(Loss::Foreign(why)),
         Found::Matching(live) if live.has_failed() => Ending::Lost(Loss::FailedFlush),
+        Found::Matching(_) if header.untouched() && clusters != layout.clusters => {
+            Ending::Lost(Loss::Foreign("the disk has another size than it had".into()))
+        }
         Found::Matching(live) if header.untouched() => {
             let own = is_own_content(disk, header, &live).map_err(|e| Error::io(path, "read", e))?;
             if own { Ending::Killed(live) } else { Ending::Lost(Loss::Overwritten) }
@@ -141,7 +113,7 @@ fn is_own_content(disk: &Disk, header: &Header, live: &LiveFile) -> io::Result<b
 fn unflushed(disk: &Disk, path: &Path, layout: &Layout, live: &LiveFile) -> Result<u64> {
     let mut count = 0;
     let add = |cluster, durable: u64| {
-        let live = live.words()[index(cluster)].load(Ordering::Acquire);
+        let live = live.words().get(index(cluster)).map_or(0, |word| word.load(Ordering::Acquire));
         let written = live | live >> 32;
         let differs = (live ^ durable) | (live ^ durable) >> 32;
         count += u64::from((written & differs & 0xffff_ffff).count_ones());

@@ -72,6 +72,53 @@ fn a_discard_by_qemu_of_what_a_killed_vmar_had_written_is_not_guessed_at() {
 }
 
 #[test]
+fn a_disk_that_qemu_img_made_larger_is_taken_back_with_its_new_room() {
+    for killed in [false, true] {
+        let fx = Fixture::with_sizes(4 << 20, (4 << 20) + 512);
+        let mut want = fx.base.clone();
+        want.resize(6 << 20, 0);
+        let o = fx.open();
+        write(&o, &fx, 4 << 20, &[7; 512]);
+        want[4 << 20..(4 << 20) + 512].fill(7);
+        o.flush().unwrap();
+        if !killed {
+            o.close().unwrap();
+        }
+        drop(o);
+        qemu(&["qemu-img", "resize", "-q", "-f", "qcow2", path_str(&fx.overlay), "6M"]);
+        qemu_io(&fx, &["write -P 3 5M 3k"]);
+        want[5 << 20..(5 << 20) + 3072].fill(3);
+        // The first cluster behind the old end is where QEMU writes first, and that is not the place of this one.
+        let err = fx.try_open().unwrap_err().to_string();
+        assert!(err.contains("cluster 80 is elsewhere"), "{err}");
+
+        let fx = Fixture::with_sizes(4 << 20, (4 << 20) + 512);
+        let o = fx.open();
+        write(&o, &fx, 4 << 20, &[7; 512]);
+        o.flush().unwrap();
+        if !killed {
+            o.close().unwrap();
+        }
+        drop(o);
+        qemu(&["qemu-img", "resize", "-q", "-f", "qcow2", path_str(&fx.overlay), "6M"]);
+        want[5 << 20..(5 << 20) + 3072].fill(0);
+        assert!(read_all(&fx.open_read_only().unwrap(), &fx) == want);
+        let o = fx.open();
+        assert_eq!((o.size(), o.capacity()), (6 << 20, 6 << 20));
+        assert!(read_all(&o, &fx) == want);
+        write(&o, &fx, (6 << 20) - 1024, &[4; 1024]);
+        want[(6 << 20) - 1024..].fill(4);
+        drop(o);
+        let o = fx.open();
+        assert!(read_all(&o, &fx) == want, "taken up after a kill, with the new room");
+        o.close().unwrap();
+        qemu_check(&fx.overlay);
+        assert!(convert(&fx) == want);
+        assert_eq!(overlay::examine(&fx.overlay).unwrap(), overlay::Report::default());
+    }
+}
+
+#[test]
 fn shrinking_and_growing_by_qemu_img_is_taken_back() {
     let fx = Fixture::new();
     let o = fx.open();
