@@ -61,7 +61,7 @@ fn parse_new_image(text: &str) -> Result<NewImage> {
 }
 
 /// A flag that Ctrl-C and SIGTERM set. A second Ctrl-C ends the process at once (the next writer cleans up).
-fn stop_on_signals() -> Result<Arc<AtomicBool>> {
+pub(super) fn stop_on_signals() -> Result<Arc<AtomicBool>> {
     crate::io::file::raise_open_files();
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM, SIGHUP] {

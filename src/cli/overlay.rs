@@ -1,11 +1,15 @@
 //! `vmar overlay`: make overlays and look at them.
 
 use super::Common;
-use super::output::print_json;
+use super::image::stop_on_signals;
+use super::output::{Progress, print_json};
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
+use crate::indexer::Observer;
 use crate::library::Library;
-use crate::overlay::{self, BaseIdentity, CreateOptions, Info, SessionInfo};
+use crate::overlay::{
+    self, BaseIdentity, CreateOptions, Info, OpenOptions, Overlay, RelayoutOptions, SessionInfo, Work,
+};
 use crate::units::human_bytes;
 use std::path::{Path, PathBuf};
 
@@ -25,6 +29,12 @@ pub enum Verb {
         /// Size of the disk, if it is to be larger than the image
         #[arg(long, value_name = "N[K|M|G|T]", value_parser = parse_size)]
         size: Option<u64>,
+        /// Size that the disk can grow to while a VM runs on it; each GiB of it costs 288 KiB in the file
+        #[arg(long, value_name = "N[K|M|G|T]", value_parser = parse_size)]
+        max_size: Option<u64>,
+        /// Take the content from this overlay of plain QEMU (a qcow2 whose backing file is the image, or with none)
+        #[arg(long, value_name = "OTHER.qcow2")]
+        from: Option<PathBuf>,
     },
     /// Say what an overlay is and holds; also while a VM runs on it
     Info {
@@ -39,6 +49,45 @@ pub enum Verb {
         /// The overlay
         file: PathBuf,
     },
+    /// Rewrite an overlay that QEMU has rearranged (or an older vmar made) into vmar's layout; no VM may run on it
+    Relayout {
+        /// The overlay; replaced by one rename when the new file is complete
+        file: PathBuf,
+        /// Write a new file and leave the overlay as it is
+        #[arg(long, value_name = "NEW")]
+        out: Option<PathBuf>,
+        /// Size that the disk can grow to while a VM runs on it
+        #[arg(long, value_name = "N[K|M|G|T]", value_parser = parse_size)]
+        max_size: Option<u64>,
+        /// How to open it
+        #[command(flatten)]
+        state: OpenArgs,
+    },
+    /// Write overlay and image together to a new sparse raw file; the image is never written
+    Commit {
+        /// The overlay; no VM may run on it
+        file: PathBuf,
+        /// The file to make; never overwritten
+        #[arg(long, value_name = "NEW.raw")]
+        to: PathBuf,
+        /// How to open it
+        #[command(flatten)]
+        state: OpenArgs,
+    },
+    /// Make the disk in an overlay larger while no VM runs on it; what is added reads as zeros
+    Resize {
+        /// The overlay; rewritten if it was not made for such a size
+        file: PathBuf,
+        /// Size of the disk
+        #[arg(value_name = "N[K|M|G|T]", value_parser = parse_size)]
+        size: u64,
+        /// Size that the disk can grow to later, while a VM runs on it
+        #[arg(long, value_name = "N[K|M|G|T]", value_parser = parse_size)]
+        max_size: Option<u64>,
+        /// How to open it
+        #[command(flatten)]
+        state: OpenArgs,
+    },
 }
 
 /// Where live bitmaps are.
@@ -49,13 +98,31 @@ pub struct StateDir {
     state_dir: Option<PathBuf>,
 }
 
+/// How to open an overlay.
+#[derive(Debug, clap::Args)]
+pub struct OpenArgs {
+    /// Where its live state is
+    #[command(flatten)]
+    state: StateDir,
+    /// Go on with the state of the last flush if a killed vmar wrote later and its live state is gone
+    #[arg(long)]
+    discard_unflushed: bool,
+}
+
+impl StateDir {
+    fn path(&self) -> PathBuf {
+        self.state_dir.clone().unwrap_or_else(default_state_dir)
+    }
+}
+
 /// Runs the verb.
 pub fn run(common: &Common, verb: Verb) -> Result<()> {
     match verb {
-        Verb::Create { file, image, size } => create(common, &file, &image, size),
+        Verb::Create { file, image, size, max_size, from } => {
+            create(common, &file, &image, (size, max_size), from.as_deref())
+        }
         Verb::Info { file, state } => {
-            let state_dir = state.state_dir.unwrap_or_else(default_state_dir);
-            let info = overlay::inspect(&file, &state_dir)?;
+            let info = overlay::inspect(&file, &state.path())?;
             if common.json {
                 println!("{}", info_json(&info))
             } else {
@@ -64,18 +131,94 @@ pub fn run(common: &Common, verb: Verb) -> Result<()> {
             Ok(())
         }
         Verb::Check { file } => check(common, &file),
+        Verb::Relayout { file, out, max_size, state } => relayout(&file, out.as_deref(), max_size, &state),
+        Verb::Commit { file, to, state } => commit(common, &file, &to, &state),
+        Verb::Resize { file, size, max_size, state } => {
+            let state_dir = state.state.path();
+            let opts = rewriting(None, max_size, &state_dir, &state);
+            long_work(|work| overlay::grow(&file, size, &opts, work))?;
+            println!("{}: a disk of {}", file.display(), human_bytes(size));
+            Ok(())
+        }
     }
 }
 
-fn create(common: &Common, file: &Path, image: &str, size: Option<u64>) -> Result<()> {
+fn rewriting<'a>(
+    out: Option<&'a Path>,
+    capacity: Option<u64>,
+    state_dir: &'a Path,
+    args: &OpenArgs,
+) -> RelayoutOptions<'a> {
+    RelayoutOptions { out, size: None, capacity, state_dir, discard_unflushed: args.discard_unflushed }
+}
+
+/// Runs something that takes its time, with progress on stderr, until it is done or the operator stops it.
+fn long_work<T>(run: impl FnOnce(&Work<'_>) -> Result<T>) -> Result<T> {
+    let stop = stop_on_signals()?;
+    let progress = Progress::new();
+    let begin = |what: &str, total| progress.begin(what, total);
+    let advance = |bytes| progress.advance(bytes);
+    let done = run(&Work { stop: &stop, begin: &begin, advance: &advance })?;
+    progress.end();
+    Ok(done)
+}
+
+fn relayout(file: &Path, out: Option<&Path>, max_size: Option<u64>, args: &OpenArgs) -> Result<()> {
+    let state_dir = args.state.path();
+    long_work(|work| overlay::relayout(file, &rewriting(out, max_size, &state_dir, args), work))?;
+    let new = out.unwrap_or(file);
+    let info = overlay::inspect(new, &state_dir)?;
+    println!("{}: a disk of {}, {} on disk", new.display(), human_bytes(info.size), human_bytes(info.disk_bytes));
+    Ok(())
+}
+
+/// The image comes from the library, if one is named and has it, and is checked there; otherwise it is the backing file.
+fn commit(common: &Common, file: &Path, to: &Path, args: &OpenArgs) -> Result<()> {
+    let state_dir = &args.state.path();
+    let opts = OpenOptions { read_only: true, state_dir, base: None, discard_unflushed: args.discard_unflushed };
+    let overlay = Overlay::open(file, &opts)?;
+    let mut base = overlay.backing().to_path_buf();
+    if common.library.is_some() {
+        let library = Library::open(common.library()?)?;
+        let found = library.images().iter().find(|r| r.digest == overlay.base().digest);
+        let record = found.ok_or_else(|| {
+            let cause = "was made for an image that this library does not have";
+            Error::file(ErrorKind::Changed, file, cause).mend("name the library of its image, or none")
+        })?;
+        library.open_image(record)?;
+        base = library.image_path(record);
+    }
+    long_work(|work| overlay::commit(&overlay, &base, to, work))?;
+    println!("{}: a disk of {}", to.display(), human_bytes(overlay.size()));
+    Ok(())
+}
+
+fn create(
+    common: &Common,
+    file: &Path,
+    image: &str,
+    (size, max_size): (Option<u64>, Option<u64>),
+    from: Option<&Path>,
+) -> Result<()> {
     let library = Library::open(common.library()?)?;
     let record = library.image(image)?;
     library.open_image(record)?;
     let raw = library.image_path(record);
     let backing = std::path::absolute(&raw).map_err(|e| Error::io(&raw, "find", e))?;
-    let size = size.unwrap_or(record.size);
     let base = BaseIdentity { digest: record.digest, generation: record.generation, size: record.size };
-    overlay::create(file, &CreateOptions { backing: &backing, base, size, capacity: size })?;
+    let size = match from {
+        Some(other) => {
+            let (size, capacity) = (size.unwrap_or(0), max_size.unwrap_or(0));
+            let opts = CreateOptions { backing: &backing, base, size, capacity };
+            long_work(|work| overlay::create_from(file, other, &opts, work))?
+        }
+        None => {
+            let size = size.unwrap_or(record.size);
+            let capacity = max_size.unwrap_or(size);
+            overlay::create(file, &CreateOptions { backing: &backing, base, size, capacity })?;
+            size
+        }
+    };
     println!("{}: a disk of {} on image {image}", file.display(), human_bytes(size));
     Ok(())
 }
@@ -119,15 +262,17 @@ fn print_info(info: &Info) {
     let amount = |subclusters: u64| format!("{} ({subclusters} subclusters)", human_bytes(subclusters * SUBCLUSTER));
     let rows = [
         ("disk", format!("{} ({} bytes)", human_bytes(info.size), info.size)),
+        ("capacity", human_bytes(info.capacity)),
         ("base", info.backing.display().to_string()),
         ("", format!("digest {}", hex(&base.digest))),
         ("", format!("generation {}, {} bytes", base.generation, base.size)),
         ("session", session_text(info).to_string()),
         ("written", amount(info.data_subclusters)),
         ("zeroed", amount(info.zero_subclusters)),
+        ("freed", format!("{} clusters that QEMU has freed or added; opening takes them back", info.freed_clusters)),
         ("on disk", human_bytes(info.disk_bytes)),
     ];
-    for (name, value) in rows {
+    for (name, value) in rows.into_iter().filter(|(name, _)| *name != "freed" || info.freed_clusters > 0) {
         println!("{name:<8} {value}");
     }
 }
@@ -147,18 +292,32 @@ fn info_json(info: &Info) -> serde_json::Value {
         "subcluster_size": SUBCLUSTER,
         "data_subclusters": info.data_subclusters,
         "zero_subclusters": info.zero_subclusters,
+        "freed_clusters": info.freed_clusters,
         "disk_bytes": info.disk_bytes,
         "data_start": info.data_start,
     })
 }
 
 fn check(common: &Common, file: &Path) -> Result<()> {
-    let faults = overlay::check(file)?;
+    let report = overlay::examine(file)?;
+    let faults = &report.faults;
     if common.json {
-        print_json(&serde_json::json!({ "clean": faults.is_empty(), "faults": faults }))?;
+        print_json(&serde_json::json!({
+            "clean": faults.is_empty(),
+            "faults": faults,
+            "freed_clusters": report.freed_clusters,
+            "relayout": report.relayout,
+        }))?;
     } else {
         faults.iter().for_each(|fault| println!("{fault}"));
+        if report.freed_clusters > 0 {
+            println!("note: {} clusters that QEMU has freed or added; opening takes them back", report.freed_clusters);
+        }
     }
+    let mend = match report.relayout {
+        true => format!("rewrite it with 'vmar overlay relayout {}'", file.display()),
+        false => "plain QEMU may still be able to use it; see 'qemu-img check'".to_string(),
+    };
     match faults.first() {
         None => {
             if !common.json {
@@ -166,8 +325,9 @@ fn check(common: &Common, file: &Path) -> Result<()> {
             }
             Ok(())
         }
-        Some(first) => Err(Error::file(ErrorKind::Corrupt, file, format!("is not as vmar writes it: {first}"))
-            .mend("plain QEMU may still be able to use it; see 'qemu-img check'")),
+        Some(first) => {
+            Err(Error::file(ErrorKind::Corrupt, file, format!("is not as vmar writes it: {first}")).mend(mend))
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use std::thread;
 use std::time::Duration;
 
 /// The tool that reads the formats. (It writes sparse files, and it is where the formats are maintained.)
-const TOOL: &str = "qemu-img";
+pub(super) const TOOL: &str = "qemu-img";
 /// How often a running conversion is looked at.
 const POLL: Duration = Duration::from_millis(20);
 
@@ -77,7 +77,7 @@ pub fn convert(job: &Conversion) -> Result<u64> {
 }
 
 /// Refuses a file that was cut off or whose tables are damaged: the converter would read zeros where data are missing.
-fn check_whole(job: &Conversion) -> Result<()> {
+pub(super) fn check_whole(job: &Conversion) -> Result<()> {
     let path = &job.from.path;
     let mut command = tool();
     command.args(["check", "-f", &job.from.format.to_string()]).arg(path);
@@ -100,7 +100,7 @@ fn check_whole(job: &Conversion) -> Result<()> {
 }
 
 /// Runs the tool to its end: how it ended, and what it said.
-fn run(job: &Conversion, mut command: Command) -> Result<(ExitStatus, Vec<u8>)> {
+pub(super) fn run(job: &Conversion, mut command: Command) -> Result<(ExitStatus, Vec<u8>)> {
     die_with_parent(&mut command);
     let mut child = command.spawn().map_err(missing)?;
     let outcome = attend(job, &mut child);
@@ -110,7 +110,7 @@ fn run(job: &Conversion, mut command: Command) -> Result<(ExitStatus, Vec<u8>)> 
     outcome
 }
 
-fn tool() -> Command {
+pub(super) fn tool() -> Command {
     let mut command = Command::new(TOOL);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).env("LC_ALL", "C");
     command
@@ -188,13 +188,13 @@ fn last_progress(text: &[u8]) -> Option<u64> {
     before.rsplit_once('(')?.1.replace('.', "").parse().ok()
 }
 
-fn missing(e: std::io::Error) -> Error {
+pub(super) fn missing(e: std::io::Error) -> Error {
     let cause = if e.kind() == IoKind::NotFound { "not installed".to_string() } else { format!("cannot run it: {e}") };
     Error::new(ErrorKind::NotFound, TOOL, cause).mend("install it with 'apt install qemu-utils', or add raw images")
 }
 
 /// What the tool said, as one error line about the image.
-fn failed(path: &Path, stderr: &[u8]) -> Error {
+pub(super) fn failed(path: &Path, stderr: &[u8]) -> Error {
     let text = String::from_utf8_lossy(stderr);
     let said: Vec<&str> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
     let err = Error::file(ErrorKind::Io, path, format!("{TOOL} failed: {}", said.join(", ")));

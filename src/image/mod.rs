@@ -2,10 +2,12 @@
 
 mod convert;
 mod magic;
+mod over;
 mod probe;
 mod safety;
 
 pub use convert::{Conversion, convert, virtual_size};
+pub use over::{Found, convert_over, look_at};
 pub use probe::{Probe, probe};
 
 use crate::error::{Error, Result};

@@ -4,7 +4,7 @@ use super::disk::Disk;
 use super::layout::index;
 use super::scan::{self, Fault};
 use super::session::{self, Ending};
-use super::{BaseIdentity, open_file, read_metadata, stopped};
+use super::{BaseIdentity, open_file, read_metadata, scan_all, stopped};
 use crate::error::{Error, Result};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -29,6 +29,8 @@ pub struct Info {
     pub data_subclusters: u64,
     /// Subclusters that read as zeros.
     pub zero_subclusters: u64,
+    /// Clusters (64 KiB) that QEMU has freed or added; opening for writing takes them back.
+    pub freed_clusters: u64,
     /// Bytes that the file takes on disk.
     pub disk_bytes: u64,
     /// Host offset of guest byte 0.
@@ -80,7 +82,7 @@ pub fn inspect(path: &Path, state_dir: &Path) -> Result<Info> {
         data += u64::from((word & 0xffff_ffff).count_ones());
         zero += u64::from((word >> 32).count_ones());
     };
-    scan::all(&disk, &layout, Err, count).map_err(|stop| stopped(path, stop))?;
+    let unseated = scan_all(path, &disk, &header, &layout, count)?;
     Ok(Info {
         size: header.size,
         capacity: layout.capacity,
@@ -90,6 +92,7 @@ pub fn inspect(path: &Path, state_dir: &Path) -> Result<Info> {
         in_use,
         data_subclusters: data,
         zero_subclusters: zero,
+        freed_clusters: unseated.len(),
         disk_bytes: meta.blocks() * 512,
         data_start: layout.data,
     })
@@ -98,12 +101,30 @@ pub fn inspect(path: &Path, state_dir: &Path) -> Result<Info> {
 /// How many faults are told one by one.
 const FAULTS_MAX: usize = 20;
 
+/// What [`examine`] finds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// What is wrong, a line each; none is a clean overlay.
+    pub faults: Vec<String>,
+    /// Clusters (64 KiB) that QEMU has freed or added; opening for writing takes them back. No fault.
+    pub freed_clusters: u64,
+    /// All that is wrong is where clusters are: 'vmar overlay relayout' puts it right.
+    pub relayout: bool,
+}
+
 /// Checks header, layout, bitmaps and refcounts of the file. Returns the faults, a line each; none is a clean overlay.
 pub fn check(path: &Path) -> Result<Vec<String>> {
-    let (disk, _, layout) = read_metadata(path, Disk::new(open_file(path, true)?, None))?;
+    Ok(examine(path)?.faults)
+}
+
+/// The same, and what else there is to say.
+pub fn examine(path: &Path) -> Result<Report> {
+    let (disk, header, layout) = read_metadata(path, Disk::new(open_file(path, true)?, None))?;
+    let mut corrupt = false;
     let mut faults = Vec::new();
     let mut more = 0u64;
-    let note = |fault| {
+    let mut note = |fault| {
+        corrupt |= matches!(fault, Fault::Corrupt(_));
         let (Fault::Layout(what) | Fault::Corrupt(what)) = fault;
         if faults.len() < FAULTS_MAX {
             faults.push(what);
@@ -112,9 +133,14 @@ pub fn check(path: &Path) -> Result<Vec<String>> {
         }
         Ok(())
     };
-    scan::all(&disk, &layout, note, |_, _| {}).map_err(|stop| stopped(path, stop))?;
+    let unseated = scan::all(&disk, &layout, &mut note, |_, _| {}).map_err(|stop| stopped(path, stop))?;
+    if let Err(fault) = unseated.check_bitmaps(&header) {
+        // Collected like the others.
+        let _: std::result::Result<(), Fault> = note(fault);
+    }
     if more > 0 {
         faults.push(format!("and {more} more"));
     }
-    Ok(faults)
+    let relayout = !faults.is_empty() && !corrupt;
+    Ok(Report { faults, freed_clusters: unseated.len(), relayout })
 }

@@ -20,6 +20,14 @@ pub fn create(path: &Path, opts: &CreateOptions<'_>) -> Result<()> {
     if fs::symlink_metadata(path).is_ok() {
         return Err(exists(path));
     }
+    let (layout, header) = plan(path, opts)?;
+    let new = NewFile::create(path)?;
+    write_metadata(&new.file, path, &layout, &header, |_| Ok(0))?;
+    new.publish(path)
+}
+
+/// Layout and header of the overlay that `opts` ask for.
+pub(super) fn plan(path: &Path, opts: &CreateOptions<'_>) -> Result<(Layout, Vec<u8>)> {
     let layout = Layout::new(opts.size, opts.capacity);
     let extension = Extension {
         base: opts.base,
@@ -30,17 +38,18 @@ pub fn create(path: &Path, opts: &CreateOptions<'_>) -> Result<()> {
         flushes: 0,
     };
     let header = header::encode(path, &layout, opts.backing, &extension)?;
-    let dir = match path.parent() {
-        Some(dir) if !dir.as_os_str().is_empty() => dir,
-        _ => Path::new("."),
-    };
-    let new = NewFile::create(dir, path)?;
-    write_all(&new.file, &layout, &header).map_err(|e| Error::io(path, "write", e))?;
-    new.publish(path)?;
-    sync_dir(dir)
+    Ok((layout, header))
 }
 
-fn check_options(path: &Path, opts: &CreateOptions<'_>) -> Result<()> {
+/// The directory that a file is or will be in.
+fn dir_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    }
+}
+
+pub(super) fn check_options(path: &Path, opts: &CreateOptions<'_>) -> Result<()> {
     let refuse = |cause: String| {
         let mend = format!("give a multiple of 512 from {} bytes to 16 TiB (--size)", opts.base.size);
         Err(Error::file(ErrorKind::Usage, path, cause).mend(mend))
@@ -56,7 +65,7 @@ fn check_options(path: &Path, opts: &CreateOptions<'_>) -> Result<()> {
     }
     if opts.capacity < opts.size || !opts.capacity.is_multiple_of(SECTOR_SIZE) || opts.capacity > IMAGE_SIZE_MAX {
         let cause = format!("a disk of {} bytes cannot have a capacity of {}", opts.size, opts.capacity);
-        let mend = format!("give a multiple of 512 from {} bytes to 16 TiB (--capacity)", opts.size);
+        let mend = format!("give a multiple of 512 from {} bytes to 16 TiB (--max-size)", opts.size);
         return Err(Error::file(ErrorKind::Usage, path, cause).mend(mend));
     }
     if opts.size < opts.base.size {
@@ -65,36 +74,53 @@ fn check_options(path: &Path, opts: &CreateOptions<'_>) -> Result<()> {
     Ok(())
 }
 
-fn exists(path: &Path) -> Error {
+pub(super) fn exists(path: &Path) -> Error {
     Error::file(ErrorKind::Exists, path, "exists already").mend("choose another name or remove it")
 }
 
 /// A file without its name yet. Where the file system can, it has no name at all, so that not even a kill leaves it.
-struct NewFile {
-    file: File,
+pub(super) struct NewFile {
+    pub file: File,
     temporary: Option<PathBuf>,
 }
 
 impl NewFile {
-    fn create(dir: &Path, path: &Path) -> Result<NewFile> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).mode(0o600);
-        match options.clone().custom_flags(libc::O_TMPFILE).open(dir) {
-            Ok(file) => return Ok(NewFile { file, temporary: None }),
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => {}
-            Err(e) => return Err(Error::io(path, "create", e)),
+    /// A file that will be `path`.
+    pub fn create(path: &Path) -> Result<NewFile> {
+        match options().custom_flags(libc::O_TMPFILE).open(dir_of(path)) {
+            Ok(file) => Ok(NewFile { file, temporary: None }),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => {
+                NewFile::create_named(path)
+            }
+            Err(e) => Err(Error::io(path, "create", e)),
         }
+    }
+
+    /// The same with a temporary name from the start, for what is done by another program or is to replace `path`.
+    pub fn create_named(path: &Path) -> Result<NewFile> {
         let name = path.file_name().ok_or_else(|| Error::file(ErrorKind::Usage, path, "is no file name"))?;
         let mut hidden = std::ffi::OsString::from(".");
         hidden.push(name);
         hidden.push(format!(".{}.tmp", std::process::id()));
-        let temporary = dir.join(hidden);
-        let file = options.create_new(true).open(&temporary).map_err(|e| Error::io(path, "create", e))?;
+        let temporary = dir_of(path).join(hidden);
+        let file = options().create_new(true).open(&temporary).map_err(|e| Error::io(path, "create", e))?;
         Ok(NewFile { file, temporary: Some(temporary) })
     }
 
-    /// Gives it its name, unless somebody else has taken that meanwhile.
-    fn publish(&self, path: &Path) -> Result<()> {
+    /// Its temporary name, if it has one.
+    pub fn name(&self) -> Option<&Path> {
+        self.temporary.as_deref()
+    }
+
+    /// Gives it its name in place of the file that has it. Both are durable afterwards, one of them before.
+    pub fn replace(&self, path: &Path) -> Result<()> {
+        let temporary = self.temporary.as_deref().unwrap_or(path);
+        fs::rename(temporary, path).map_err(|e| Error::io(path, "replace", e))?;
+        sync_dir(dir_of(path))
+    }
+
+    /// Gives it its name, durably, unless somebody else has taken that meanwhile.
+    pub fn publish(&self, path: &Path) -> Result<()> {
         use rustix::fs::{AtFlags, CWD, RenameFlags, linkat, renameat_with};
         let done = match &self.temporary {
             None => {
@@ -107,7 +133,8 @@ impl NewFile {
         done.map_err(|e| match e {
             rustix::io::Errno::EXIST => exists(path),
             e => Error::io(path, "create", e.into()),
-        })
+        })?;
+        sync_dir(dir_of(path))
     }
 }
 
@@ -120,7 +147,38 @@ impl Drop for NewFile {
     }
 }
 
-fn write_all(file: &File, layout: &Layout, header: &[u8]) -> io::Result<()> {
+fn options() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600);
+    options
+}
+
+/// Writes everything but the data, with the bitmap that `word` gives for each cluster, and makes the file durable.
+pub(super) fn write_metadata(
+    file: &File,
+    path: &Path,
+    layout: &Layout,
+    header: &[u8],
+    mut word: impl FnMut(u64) -> Result<u64>,
+) -> Result<()> {
+    let failed = |e| Error::io(path, "write", e);
+    write_tables(file, layout, header).map_err(failed)?;
+    let mut out = Writer::new(file, layout.l2);
+    for cluster in 0..layout.clusters {
+        let word = word(cluster)?;
+        out.put(&layout.descriptor(cluster).to_be_bytes())
+            .and_then(|()| out.put(&word.to_be_bytes()))
+            .map_err(failed)?;
+    }
+    let mut end = || {
+        out.flush()?;
+        file.set_len(layout.file_len())?;
+        file.sync_all()
+    };
+    end().map_err(failed)
+}
+
+fn write_tables(file: &File, layout: &Layout, header: &[u8]) -> io::Result<()> {
     file.write_all_at(header, 0)?;
     let mut out = Writer::new(file, layout.refcount_table);
     for block in 0..layout.refcount_block_count {
@@ -137,14 +195,7 @@ fn write_all(file: &File, layout: &Layout, header: &[u8]) -> io::Result<()> {
     for table in 0..layout.l2_tables {
         out.put(&layout.l1_entry(table).to_be_bytes())?;
     }
-    out.move_to(layout.l2)?;
-    for cluster in 0..layout.clusters {
-        out.put(&layout.descriptor(cluster).to_be_bytes())?;
-        out.put(&[0; 8])?;
-    }
-    out.flush()?;
-    file.set_len(layout.file_len())?;
-    file.sync_all()
+    out.flush()
 }
 
 /// Collects small pieces into large writes.

@@ -21,6 +21,9 @@ const INCOMPATIBLE_DATA_FILE: u64 = 1 << 2;
 const INCOMPATIBLE_COMPRESSION: u64 = 1 << 3;
 const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
 
+/// QEMU's autoclear feature bit for persistent dirty bitmaps: those in the file are valid.
+pub(super) const AUTOCLEAR_BITMAPS: u64 = 1;
+
 /// Our autoclear feature bit: "the last one to open this file for writing was vmar". QEMU clears every autoclear bit
 /// that it does not know when it opens the file for writing; 63 is as far from the bits that qcow2 hands out
 /// (counted from 0) as can be.
@@ -42,6 +45,7 @@ const EXT_SESSION_AT: usize = 72;
 const EXT_FLUSHES_AT: usize = 112;
 /// Where size and autoclear bits stand in the header.
 const SIZE_AT: usize = 24;
+const EXT_CAPACITY_AT: usize = 104;
 const AUTOCLEAR_AT: usize = 88;
 
 /// Our header extension.
@@ -226,7 +230,6 @@ impl Header {
 
     /// The same, for rewriting a file: one with version 1 of our extension is taken as if its capacity were its size. Such a
     /// header must not be written back.
-    #[allow(dead_code)] // for `relayout`
     pub fn parse_also_old(path: &Path, bytes: &[u8]) -> Result<Header> {
         Header::parse_versions(path, bytes, true)
     }
@@ -273,6 +276,13 @@ impl Header {
             extension_at,
             bytes: whole,
         })
+    }
+
+    /// Another capacity for what is written next.
+    pub fn set_capacity(&mut self, capacity: u64) {
+        self.extension.capacity = capacity;
+        let at = self.extension_at + EXT_CAPACITY_AT;
+        self.bytes[at..at + 8].copy_from_slice(&capacity.to_be_bytes());
     }
 
     /// True if nobody but vmar has opened the file for writing since the session was opened.

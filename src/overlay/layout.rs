@@ -95,6 +95,14 @@ impl Layout {
         }
     }
 
+    /// True if all tables are where `other` has them, and as many.
+    pub fn has_tables_of(&self, other: &Layout) -> bool {
+        let tables = |l: &Layout| {
+            (l.refcount_table, l.refcount_table_clusters, l.refcount_blocks, l.refcount_block_count, l.l1, l.l2, l.data)
+        };
+        tables(self) == tables(other) && self.l2_tables == other.l2_tables
+    }
+
     /// Clusters of the file, metadata included.
     pub fn file_clusters(&self) -> u64 {
         self.file_len() >> CLUSTER_BITS
@@ -118,6 +126,11 @@ impl Layout {
     /// Host offset of the bitmap of data cluster `cluster`.
     pub fn bitmap_at(&self, cluster: u64) -> u64 {
         self.l2 + cluster * L2_ENTRY + 8
+    }
+
+    /// Host offset of the refcount of data cluster `cluster`: the blocks are one array.
+    pub fn refcount_at(&self, cluster: u64) -> u64 {
+        self.refcount_blocks + ((self.data >> CLUSTER_BITS) + cluster) * 2
     }
 
     /// Compares with what a header says; the text names the first difference.

@@ -15,6 +15,7 @@
 //! | `layout` | where everything is: arithmetic |
 //! | `header` | the qcow2 header and vmar's extension: bytes ↔ values |
 //! | `scan` | compares the metadata of a file with the layout |
+//! | `adopt` | clusters that QEMU has freed: seated again |
 //! | `create` | writes a new file |
 //! | `bits` | words of subcluster states, runs, dirty marks |
 //! | `live` | the live bitmap file |
@@ -23,33 +24,47 @@
 //! | `lock` | range locks of writers |
 //! | `write`, `flush`, `resize` | the three things that change an overlay |
 //! | `disk` | the only place from which the file is written and synced |
+//! | `relayout`, `source` | rewrites a file that QEMU has rearranged, or for a larger disk |
+//! | `commit`, `import` | overlay and base to a raw file; an overlay of plain QEMU to one of vmar |
+//! | `copy` | copies data, sparsely |
 //! | `check` | what `vmar overlay info` and `check` show |
 
+mod adopt;
 mod bits;
 mod check;
+mod commit;
+mod copy;
 mod create;
 mod disk;
 mod flush;
 mod header;
+mod import;
 mod layout;
 mod live;
 mod lock;
+mod relayout;
 mod resize;
 mod scan;
 mod seal;
 mod session;
+mod source;
 #[cfg(test)]
 mod tests;
 mod write;
 
 pub use bits::{Run, Runs, State};
-pub use check::{Info, SessionInfo, check, inspect};
+pub use check::{Info, Report, SessionInfo, check, examine, inspect};
+pub use commit::commit;
+pub use copy::Work;
 pub use create::create;
+pub use import::create_from;
+pub use relayout::{RelayoutOptions, grow, relayout};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::fault::{Faults, FileRef};
 use crate::io::lock::{Access, WAIT};
 use crate::units::SECTOR_SIZE;
+use adopt::Unseated;
 use bits::Dirty;
 use disk::Disk;
 use flush::Flusher;
@@ -195,6 +210,7 @@ impl Overlay {
         let file = open_file(path, opts.read_only)?;
         let access = if opts.read_only { Access::Read } else { Access::Write };
         crate::io::lock::lock(&file, path, access, WAIT)?;
+        relayout::check_named(&file, path)?;
         let (disk, mut header, layout) = read_metadata(path, Disk::new(file, faults))?;
         check_base(path, &header, opts.base)?;
         let dirty = Dirty::new(if opts.read_only { 0 } else { index(layout.clusters) });
@@ -215,7 +231,7 @@ impl Overlay {
         };
         let words = match live {
             Some(live) => {
-                let words = take_up(path, &disk, &layout, live, &dirty, opts.read_only)?;
+                let words = take_up(path, &disk, &header, &layout, live, &dirty, opts.read_only)?;
                 if !opts.read_only {
                     go_on(path, &disk, &mut header, &words)?;
                 }
@@ -223,7 +239,7 @@ impl Overlay {
             }
             None if opts.read_only => {
                 let words: Box<[AtomicU64]> = (0..layout.clusters).map(|_| AtomicU64::new(0)).collect();
-                load(path, &disk, &layout, &words)?;
+                load(path, &disk, &header, &layout, &words)?;
                 Words::Private(words)
             }
             None => begin(path, &disk, &layout, &mut header, opts.state_dir)?,
@@ -332,7 +348,7 @@ fn read_metadata(path: &Path, disk: Disk) -> Result<(Disk, Header, Layout)> {
     let mut bytes = vec![0; index(len.min(CLUSTER))];
     disk.read(&mut bytes, 0).map_err(|e| Error::io(path, "read", e))?;
     let header = Header::parse(path, &bytes)?;
-    let layout = Layout::new(header.size, header.extension.capacity);
+    let layout = adopt::layout_of(&header);
     layout.agrees_with(&header).map_err(|what| stopped(path, Stop::Fault(Fault::Layout(what))))?;
     if len < layout.data {
         return Err(stopped(path, Stop::Fault(scan::cut_off(len, &layout))));
@@ -363,27 +379,57 @@ fn stopped(path: &Path, stop: Stop) -> Error {
             .mend("restore it from a backup; 'qemu-img check' says what plain QEMU can still read"),
         Stop::Fault(Fault::Layout(what)) => {
             Error::file(ErrorKind::Unsupported, path, format!("is not in vmar's fixed layout ({what})"))
-                .mend("a coming 'vmar overlay relayout' will put it right; plain QEMU can use it as it is")
+                .mend(format!("rewrite it with 'vmar overlay relayout {}'", path.display()))
         }
     }
 }
 
 /// Fills `words` from the L2 tables, and checks all there is to check on the way.
-fn load(path: &Path, disk: &Disk, layout: &Layout, words: &[AtomicU64]) -> Result<()> {
+fn load(path: &Path, disk: &Disk, header: &Header, layout: &Layout, words: &[AtomicU64]) -> Result<Unseated> {
     let store = |cluster, word| words[index(cluster)].store(word, Ordering::Relaxed);
-    scan::all(disk, layout, Err, store).map_err(|stop| stopped(path, stop))
+    scan_all(path, disk, header, layout, store)
+}
+
+/// `scan::all` for a file that must be without fault.
+fn scan_all(
+    path: &Path,
+    disk: &Disk,
+    header: &Header,
+    layout: &Layout,
+    word: impl FnMut(u64, u64),
+) -> Result<Unseated> {
+    let unseated = scan::all(disk, layout, Err, word).map_err(|stop| stopped(path, stop))?;
+    unseated.check_bitmaps(header).map_err(|fault| stopped(path, Stop::Fault(fault)))?;
+    Ok(unseated)
+}
+
+/// Seats what QEMU has freed, before anything is written to it.
+fn seat(path: &Path, disk: &Disk, layout: &Layout, unseated: &Unseated) -> Result<()> {
+    if unseated.len() > 0 {
+        log::info!("{}: takes {} clusters back that QEMU has freed or added", path.display(), unseated.len());
+    }
+    adopt::seat(disk, layout, unseated).map_err(|e| Error::io(path, "take back clusters that QEMU has freed in", e))
 }
 
 /// Goes on with the live bitmap of a process that was killed: what differs from the file was not flushed.
-fn take_up(path: &Path, disk: &Disk, layout: &Layout, live: LiveFile, dirty: &Dirty, read_only: bool) -> Result<Words> {
+fn take_up(
+    path: &Path,
+    disk: &Disk,
+    header: &Header,
+    layout: &Layout,
+    live: LiveFile,
+    dirty: &Dirty,
+    read_only: bool,
+) -> Result<Words> {
     let words = live.words();
     let compare = |cluster, durable| {
         if !read_only && words[index(cluster)].load(Ordering::Acquire) != durable {
             dirty.mark(index(cluster));
         }
     };
-    scan::all(disk, layout, Err, compare).map_err(|stop| stopped(path, stop))?;
+    let unseated = scan_all(path, disk, header, layout, compare)?;
     if !read_only {
+        seat(path, disk, layout, &unseated)?;
         return Ok(Words::Live(live));
     }
     Ok(Words::Private(words.iter().map(|w| AtomicU64::new(w.load(Ordering::Acquire))).collect()))
@@ -404,7 +450,9 @@ fn begin(path: &Path, disk: &Disk, layout: &Layout, header: &mut Header, state_d
     let session = session::begin(session::boot_id()?)?;
     let id = LiveId::of(disk.bare(), session, layout.clusters).map_err(|e| Error::io(path, "look at", e))?;
     let mut live = LiveFile::create(state_dir, &id)?;
-    load(path, disk, layout, live.words())?;
+    let unseated = load(path, disk, header, layout, live.words())?;
+    seat(path, disk, layout, &unseated)?;
+    header.set_capacity(layout.capacity);
     live.end_counting(header.extension.flushes);
     live.set_seal(seal::set(disk.bare()));
     live.publish()?;

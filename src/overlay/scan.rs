@@ -1,5 +1,6 @@
 //! Reads the metadata of an overlay and compares it with the one layout it may have.
 
+use super::adopt::Unseated;
 use super::bits::is_valid;
 use super::disk::Disk;
 use super::layout::{CLUSTER, CLUSTER_BITS, COPIED, L2_ENTRY, Layout, index};
@@ -51,21 +52,22 @@ fn each<const N: usize>(
 }
 
 /// Everything but the header. `fault` gets what is wrong and may stop it, `word` the number and the bitmap of each cluster
-/// that is at home.
+/// that is at home or that QEMU has freed. Gives the latter, which `adopt::seat` puts right.
 pub(super) fn all(
     disk: &Disk,
     layout: &Layout,
     mut fault: impl FnMut(Fault) -> Result<(), Fault>,
     word: impl FnMut(u64, u64),
-) -> Result<(), Stop> {
+) -> Result<Unseated, Stop> {
     l1(disk, layout, &mut fault)?;
-    l2(disk, layout, &mut fault, word)?;
-    refcounts(disk, layout, &mut fault)?;
+    let mut unseated = l2(disk, layout, &mut fault, word)?;
+    refcounts(disk, layout, &mut unseated, &mut fault)?;
     // The length comes last: of a disk that QEMU has made larger, the cluster that is missing says more.
-    match disk.bare().metadata()?.len() {
-        len if len < layout.file_len() => fault(cut_off(len, layout)).map_err(Stop::Fault),
-        _ => Ok(()),
+    let len = disk.bare().metadata()?.len();
+    if len < layout.file_len() && !unseated.cover_the_end(len, layout) {
+        fault(cut_off(len, layout)).map_err(Stop::Fault)?;
     }
+    Ok(unseated)
 }
 
 /// The file is shorter than it must be.
@@ -81,13 +83,15 @@ fn l1(disk: &Disk, layout: &Layout, mut fault: impl FnMut(Fault) -> Result<(), F
     })
 }
 
-/// L2: each descriptor points at its own cluster; `word` gets the number and the bitmap of each cluster.
+/// L2: each descriptor points at its own cluster or, if QEMU has freed that, at none; `word` gets the number and the bitmap
+/// of each cluster.
 pub(super) fn l2(
     disk: &Disk,
     layout: &Layout,
     mut fault: impl FnMut(Fault) -> Result<(), Fault>,
     mut word: impl FnMut(u64, u64),
-) -> Result<(), Stop> {
+) -> Result<Unseated, Stop> {
+    let mut unseated = Unseated::default();
     each::<16>(disk, layout.l2, layout.l2_tables * CLUSTER, |cluster, bytes| {
         let (descriptor, bitmap) = split_entry(bytes);
         if cluster >= layout.clusters {
@@ -95,15 +99,21 @@ pub(super) fn l2(
             let what = format!("L2 entry {cluster}, behind the end of the disk, is used");
             return if empty { Ok(()) } else { fault(Fault::Layout(what)) };
         }
-        if descriptor != layout.descriptor(cluster) {
-            return fault(Fault::Layout(place("cluster", cluster, descriptor)));
-        }
         if !is_valid(bitmap) {
             return fault(Fault::Corrupt(format!("cluster {cluster} has subclusters that are both data and zero")));
         }
+        if descriptor == 0 {
+            if bitmap & 0xffff_ffff != 0 {
+                return fault(Fault::Corrupt(format!("cluster {cluster} is unallocated and has data all the same")));
+            }
+            unseated.push(cluster);
+        } else if descriptor != layout.descriptor(cluster) {
+            return fault(Fault::Layout(place("cluster", cluster, descriptor)));
+        }
         word(cluster, bitmap);
         Ok(())
-    })
+    })?;
+    Ok(unseated)
 }
 
 fn split_entry(bytes: &[u8; 16]) -> (u64, u64) {
@@ -125,8 +135,14 @@ fn place(what: &str, number: u64, entry: u64) -> String {
     }
 }
 
-/// Refcounts: the table points at the blocks in order, and every cluster of the file is counted once.
-fn refcounts(disk: &Disk, layout: &Layout, mut fault: impl FnMut(Fault) -> Result<(), Fault>) -> Result<(), Stop> {
+/// Refcounts: the table points at the blocks in order, and every cluster of the file is counted once. One that QEMU has freed
+/// is counted not at all, or once if `adopt::seat` was interrupted: no other entry of the fixed layout can refer to it.
+fn refcounts(
+    disk: &Disk,
+    layout: &Layout,
+    unseated: &mut Unseated,
+    mut fault: impl FnMut(Fault) -> Result<(), Fault>,
+) -> Result<(), Stop> {
     each::<8>(disk, layout.refcount_table, layout.refcount_block_count * 8, |block, bytes| {
         let entry = u64::from_be_bytes(*bytes);
         let at_home = entry == layout.refcount_blocks + block * CLUSTER;
@@ -134,10 +150,12 @@ fn refcounts(disk: &Disk, layout: &Layout, mut fault: impl FnMut(Fault) -> Resul
     })?;
     each::<2>(disk, layout.refcount_blocks, layout.file_clusters() * 2, |cluster, bytes| {
         let count = u16::from_be_bytes(*bytes);
-        if count == 1 {
+        let at = cluster << CLUSTER_BITS;
+        let freed =
+            count <= 1 && at >= layout.data && unseated.take_count((at - layout.data) >> CLUSTER_BITS, count == 1);
+        if count == 1 || freed {
             return Ok(());
         }
-        let at = cluster << CLUSTER_BITS;
         fault(Fault::Layout(if at < layout.data {
             format!("the metadata cluster at byte {at} has refcount {count}")
         } else {

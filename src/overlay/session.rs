@@ -2,7 +2,7 @@
 
 use super::disk::Disk;
 use super::header::{Header, Session};
-use super::layout::{Layout, index};
+use super::layout::{CLUSTER, Layout, index};
 use super::live::{Found, LiveFile, LiveId, path_of};
 use super::{scan, seal};
 use crate::codec::unhex;
@@ -68,11 +68,16 @@ pub(super) fn ending(disk: &Disk, path: &Path, header: &Header, layout: &Layout,
     if session.boot != boot_id()? {
         return Ok(Ending::OtherBoot);
     }
-    let id = LiveId::of(disk.bare(), session, layout.clusters).map_err(|e| Error::io(path, "look at", e))?;
+    // Of the session, not of a disk that QEMU has made larger since.
+    let clusters = header.extension.capacity.div_ceil(CLUSTER);
+    let id = LiveId::of(disk.bare(), session, clusters).map_err(|e| Error::io(path, "look at", e))?;
     Ok(match LiveFile::open(state_dir, &id)? {
         Found::Missing => Ending::Lost(Loss::Missing),
         Found::Foreign(why) => Ending::Lost(Loss::Foreign(why)),
         Found::Matching(live) if live.has_failed() => Ending::Lost(Loss::FailedFlush),
+        Found::Matching(_) if header.untouched() && clusters != layout.clusters => {
+            Ending::Lost(Loss::Foreign("the disk has another size than it had".into()))
+        }
         Found::Matching(live) if header.untouched() => {
             let own = is_own_content(disk, header, &live).map_err(|e| Error::io(path, "read", e))?;
             if own { Ending::Killed(live) } else { Ending::Lost(Loss::Overwritten) }
@@ -108,7 +113,7 @@ fn is_own_content(disk: &Disk, header: &Header, live: &LiveFile) -> io::Result<b
 fn unflushed(disk: &Disk, path: &Path, layout: &Layout, live: &LiveFile) -> Result<u64> {
     let mut count = 0;
     let add = |cluster, durable: u64| {
-        let live = live.words()[index(cluster)].load(Ordering::Acquire);
+        let live = live.words().get(index(cluster)).map_or(0, |word| word.load(Ordering::Acquire));
         let written = live | live >> 32;
         let differs = (live ^ durable) | (live ^ durable) >> 32;
         count += u64::from((written & differs & 0xffff_ffff).count_ones());

@@ -8,7 +8,7 @@ use std::fs;
 
 /// What changes the file or makes it durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Event {
+pub(super) enum Event {
     Write { at: u64, len: usize },
     SyncData,
     SyncAll,
@@ -17,7 +17,7 @@ enum Event {
 
 /// Records events and fails the one it is told to.
 #[derive(Debug, Default)]
-struct Probe {
+pub(super) struct Probe {
     events: Mutex<Vec<Event>>,
     /// Fail the event that comes after this many others, with this errno.
     fail: Mutex<Option<(usize, i32)>>,
@@ -49,12 +49,12 @@ impl Faults for Probe {
 
 impl Probe {
     /// The events since the last call.
-    fn take(&self) -> Vec<Event> {
+    pub fn take(&self) -> Vec<Event> {
         std::mem::take(&mut self.events.lock().unwrap())
     }
 
     /// Makes the event after the next `skip` ones fail.
-    fn fail_after(&self, skip: usize, errno: i32) {
+    pub fn fail_after(&self, skip: usize, errno: i32) {
         *self.fail.lock().unwrap() = Some((skip, errno));
     }
 }
@@ -408,10 +408,7 @@ fn growth_is_durable_before_it_is_told_and_clears_what_is_behind_the_end_first()
     o.resize(SIZE - CLUSTER + 1536).unwrap();
     let zeros = Event::Write { at: o.data_start() + SIZE - CLUSTER + 1024, len: 1024 };
     let bits = Event::Write { at: o.layout.bitmap_at(15), len: 8 };
-    assert_eq!(
-        o.probe.take(),
-        [zeros, Event::SyncData, bits, counted(&o), Event::SyncData, size, Event::SyncData]
-    );
+    assert_eq!(o.probe.take(), [zeros, Event::SyncData, bits, counted(&o), Event::SyncData, size, Event::SyncData]);
     // Any of them failing leaves the size as it was; a failed sync is as final as in a flush.
     for (skip, errno) in [(0, libc::ENOSPC), (1, libc::EIO)] {
         let before = o.size();

@@ -60,9 +60,15 @@ fn check_prints_the_faults_and_fails_with_one_line() {
     let fx = Fixture::new();
     patch(&fx.overlay, 0x40000 + 3 * 16, &[0; 16]);
     let out = vmar(&["overlay", "check", path_str(&fx.overlay)]);
+    assert_eq!(out.status, 0, "{}", out.stderr);
+    assert!(out.stdout.contains("note: 1 clusters that QEMU has freed or added"), "{}", out.stdout);
+    assert_eq!(json(&["overlay", "check", path_str(&fx.overlay)])["freed_clusters"], 1);
+    patch(&fx.overlay, 0x40000 + 3 * 16 + 5, &[9]);
+    let out = vmar(&["overlay", "check", path_str(&fx.overlay)]);
     assert_eq!(out.status, 1);
-    assert_eq!(out.stdout, "cluster 3 is unallocated\n");
+    assert_eq!(out.stdout, "cluster 3 may be shared\n");
     assert_eq!(out.stderr.lines().count(), 1, "{}", out.stderr);
+    assert!(out.stderr.contains("'vmar overlay relayout"), "{}", out.stderr);
     let out = vmar(&["overlay", "check", path_str(&fx.base_path)]);
     assert_eq!((out.status, out.stdout.as_str()), (1, ""));
     assert!(out.stderr.contains("is no qcow2 file"), "{}", out.stderr);

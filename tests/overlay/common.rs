@@ -179,3 +179,14 @@ pub fn qemu_io(fx: &Fixture, commands: &[&str]) {
     let text = qemu(&line);
     assert!(!text.contains("failed"), "{text}");
 }
+
+/// The same with discards that free clusters.
+pub fn qemu_io_unmap(fx: &Fixture, commands: &[&str]) {
+    let mut line = vec!["qemu-io", "-f", "qcow2", "-d", "unmap"];
+    for command in commands {
+        line.extend(["-c", command]);
+    }
+    line.push(path_str(&fx.overlay));
+    let text = qemu(&line);
+    assert!(!text.contains("failed"), "{text}");
+}

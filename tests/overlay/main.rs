@@ -4,6 +4,7 @@
 
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used)]
 
+mod adopt;
 mod cli;
 mod common;
 mod crash;
@@ -11,4 +12,6 @@ mod interop;
 mod locks;
 mod model;
 mod refusals;
+mod rounds;
 mod threads;
+mod tools;
