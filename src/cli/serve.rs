@@ -3,9 +3,9 @@
 use super::Common;
 use super::overlay::default_state_dir;
 use crate::daemon::socket::{Inherited, Listening, inherit};
-use crate::daemon::{QUEUES_MAX, StopSignal, serve};
+use crate::daemon::{Options, QUEUES_MAX, StopSignal, serve};
 use crate::device::request::SERIAL_SIZE;
-use crate::device::{Disk, Store};
+use crate::device::{Disk, OnError, Store};
 use crate::error::{Error, ErrorKind, Result};
 use crate::library::{ImageRecord, Library};
 use crate::overlay::{BaseIdentity, OpenOptions, Overlay};
@@ -13,6 +13,7 @@ use crate::redirect::trace::TraceHeader;
 use crate::redirect::{Base, Recorder};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// What QEMU's conventions for backend programs ask for (docs/interop/vhost-user.rst).
 const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
@@ -53,6 +54,14 @@ pub struct Args {
     /// Directory on tmpfs for the overlay's live state [default: /run/vmar, or below XDG_RUNTIME_DIR]
     #[arg(long, value_name = "DIR", env = "VMAR_STATE_DIR")]
     state_dir: Option<PathBuf>,
+    /// When the host's disk is full or fails: 'report' it to the guest, or 'retry' reads, writes, discards and
+    /// write-zeroes until they work, while the guest waits. Never flushes: Linux drops what one that failed was to save.
+    /// (vhost-user has no werror; QEMU cannot pause the VM.)
+    #[arg(long, value_name = "POLICY", default_value = "report", value_parser = ["report", "retry"])]
+    on_error: String,
+    /// How long a queue that has to stop waits for requests in flight; QEMU's monitor and the guest wait with it
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    drain_timeout: u32,
     /// Open an overlay whose live state is lost; writes that were not flushed are given up
     #[arg(long, requires = "overlay")]
     discard_unflushed: bool,
@@ -77,7 +86,7 @@ pub fn run(common: &Common, args: Args) -> Result<()> {
         (None, None) => Err(usage("no socket is named", "give --socket-path PATH or --fd N")),
     };
     match bound {
-        Ok(endpoint) => serve(disk, endpoint, args.num_queues, &stop),
+        Ok(endpoint) => serve(disk, endpoint, &options(&args), &stop),
         Err(e) => {
             // Nobody was served, so the overlay is left as it was found.
             if let Err(close) = disk.close() {
@@ -86,6 +95,11 @@ pub fn run(common: &Common, args: Args) -> Result<()> {
             Err(e)
         }
     }
+}
+
+fn options(args: &Args) -> Options {
+    let on_error = if args.on_error == OnError::Retry.name() { OnError::Retry } else { OnError::Report };
+    Options { num_queues: args.num_queues, on_error, drain_time: Duration::from_secs(u64::from(args.drain_timeout)) }
 }
 
 fn usage(cause: &str, mend: &str) -> Error {

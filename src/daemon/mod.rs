@@ -10,7 +10,7 @@ pub mod handler;
 pub mod socket;
 pub mod worker;
 
-use crate::device::{Disk, Jobs};
+use crate::device::{Disk, Jobs, Ledger, OnError};
 use crate::error::{Error, ErrorKind, Result};
 use handler::Handler;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -68,15 +68,28 @@ impl StopSignal {
     }
 }
 
+/// How to serve.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Queues to offer.
+    pub num_queues: u16,
+    /// What becomes of requests that the host's disk refuses.
+    pub on_error: OnError,
+    /// How long a queue that has to stop may take for what is in flight.
+    pub drain_time: Duration,
+}
+
 /// Serves `disk`: one connection after the other, until SIGTERM (or until the one connection of `--fd` ends). Requests in
 /// flight are finished before it returns.
 ///
 /// # Errors
 /// `Io` when the listening socket fails. A connection that fails is logged and the next one awaited.
-pub fn serve(disk: Disk, endpoint: Inherited, num_queues: u16, stop: &StopSignal) -> Result<()> {
+pub fn serve(disk: Disk, endpoint: Inherited, options: &Options, stop: &StopSignal) -> Result<()> {
     crate::io::file::raise_open_files();
+    let num_queues = options.num_queues;
     let disk = Arc::new(disk);
-    let jobs = Arc::new(Jobs::new(Arc::clone(&disk)));
+    let ledger = Arc::new(Ledger::new(options.on_error, num_queues));
+    let jobs = Arc::new(Jobs::new(Arc::clone(&disk), ledger));
     let result = match endpoint {
         Inherited::Connected(stream) => {
             connection(&disk, &jobs, stream, num_queues, stop);

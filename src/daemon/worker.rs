@@ -10,6 +10,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use vhost_user_backend::VringT;
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory as _, Permissions};
@@ -51,7 +52,7 @@ impl Worker {
             let mailbox = mailbox.clone();
             move || {
                 // The ring must be made on the thread that uses it.
-                let executor = match Executor::new(disk, jobs, mailbox.clone()) {
+                let executor = match Executor::new(index, disk, jobs, mailbox.clone()) {
                     Ok(executor) => executor,
                     Err(e) => return drop(ready.send(Err(e))),
                 };
@@ -168,8 +169,8 @@ impl Queue {
         {
             fds.push(PollFd::new(kick, PollFlags::IN));
         }
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        match poll(&mut fds, (busy && !full).then_some(&now)) {
+        let limit = if busy && !full { Some(Duration::ZERO) } else { self.executor.until_due() };
+        match poll(&mut fds, limit.map(timespec).as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }
@@ -199,9 +200,7 @@ impl Queue {
         let rounds = usize::from(self.vring.get_ref().get_queue().size()).div_ceil(BATCH);
         for _ in 0..rounds.max(1) {
             let looked = self.batch();
-            if let Err(e) = self.executor.submit() {
-                log::error!("queue {}: io_uring refuses work: {e}", self.index);
-            }
+            self.executor.submit();
             self.collect();
             self.publish();
             match looked {
@@ -274,9 +273,7 @@ impl Queue {
 
     /// Collects what has ended.
     fn collect(&mut self) {
-        if let Err(e) = self.executor.reap(&mut self.ended) {
-            log::error!("queue {}: io_uring gives no completions: {e}", self.index);
-        }
+        self.executor.reap(&mut self.ended);
     }
 
     /// Puts what has ended into the used ring and tells the guest, if it wants to be told. While the frontend is changing
@@ -327,6 +324,12 @@ fn in_reach(queue: &virtio_queue::Queue, memory: &super::GuestMap) -> bool {
     part(queue.desc_table(), 16 * size, Permissions::Read)
         && part(queue.avail_ring(), 6 + 2 * size, Permissions::Read)
         && part(queue.used_ring(), 6 + 8 * size, Permissions::Write)
+}
+
+/// As poll takes it; rounded up to a millisecond, so that a wait for a moment does not end just before it.
+fn timespec(time: Duration) -> rustix::event::Timespec {
+    let ns = if time.is_zero() { 0 } else { time.subsec_nanos() / 1_000_000 * 1_000_000 + 999_999 };
+    rustix::event::Timespec { tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX), tv_nsec: i64::from(ns) }
 }
 
 /// The driver set NO_INTERRUPT, which counts only without EVENT_IDX. The crate leaves this flag to us.

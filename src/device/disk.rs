@@ -107,6 +107,11 @@ impl Disk {
         }
     }
 
+    /// Which of the images that its reads go to is its own, see [`Base::own_target`].
+    pub fn own_target(&self) -> Option<u32> {
+        self.base.own_target()
+    }
+
     /// The file that holds a source, and the offset in it; `None` for zeros.
     pub fn file_of(&self, source: &Source) -> Option<(&File, u64)> {
         match *source {

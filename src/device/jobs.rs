@@ -6,6 +6,7 @@
 use super::disk::Disk;
 use super::mailbox::Mailbox;
 use super::request::Segment;
+use super::stats::Ledger;
 use crate::io::buf::IoBuf;
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -66,14 +67,20 @@ pub enum Work {
 #[derive(Debug)]
 pub struct Jobs {
     disk: Arc<Disk>,
+    ledger: Arc<Ledger>,
     slow: Mutex<Option<Sender<Job>>>,
     flush: Mutex<Option<Sender<Job>>>,
 }
 
 impl Jobs {
-    /// No thread yet.
-    pub fn new(disk: Arc<Disk>) -> Self {
-        Jobs { disk, slow: Mutex::new(None), flush: Mutex::new(None) }
+    /// No thread yet. What happens to the requests of all queues goes to `ledger`.
+    pub fn new(disk: Arc<Disk>, ledger: Arc<Ledger>) -> Self {
+        Jobs { disk, ledger, slow: Mutex::new(None), flush: Mutex::new(None) }
+    }
+
+    /// What is kept on the requests of the disk.
+    pub fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
     }
 
     /// Hands a job over. If its thread cannot be made the job fails by its mailbox. A thread that has ended (by a panic) is
@@ -164,7 +171,7 @@ mod tests {
     #[test]
     fn a_job_whose_thread_dies_fails_and_the_next_one_gets_a_new_thread() {
         let mailbox = Mailbox::new().unwrap();
-        let jobs = Jobs::new(disk());
+        let jobs = Jobs::new(disk(), Arc::new(Ledger::new(crate::device::OnError::Report, 1)));
         let (sender, receiver) = channel::<Job>();
         *jobs.flush.lock().unwrap() = Some(sender);
         for token in [1, 2] {

@@ -7,6 +7,8 @@
 //! | [`disk`] | base and overlay as one disk |
 //! | [`executor`] | requests of one queue, from start to completion |
 //! | [`jobs`], [`mailbox`] | threads for what may wait, and their results |
+//! | [`retry`] | what becomes of a request that the host's disk refuses |
+//! | [`stats`] | counters by queue |
 
 pub mod config;
 pub mod disk;
@@ -14,6 +16,8 @@ pub mod executor;
 pub mod jobs;
 pub mod mailbox;
 pub mod request;
+pub mod retry;
+pub mod stats;
 
 pub use config::Geometry;
 pub use disk::{Disk, Store};
@@ -21,3 +25,5 @@ pub use executor::{Completion, Executor};
 pub use jobs::Jobs;
 pub use mailbox::Mailbox;
 pub use request::Request;
+pub use retry::OnError;
+pub use stats::Ledger;

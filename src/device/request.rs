@@ -127,6 +127,14 @@ impl Request {
         Request { kind, data, status }
     }
 
+    /// Bytes that it is about: transferred, or made to read as zeros.
+    pub fn bytes(&self) -> u64 {
+        match &self.kind {
+            Ok(Kind::WriteZeroes(segments)) => segments.iter().map(|s| s.len).sum(),
+            _ => buf::total_len(&self.data) as u64,
+        }
+    }
+
     /// Tells the guest how it ended. Returns the used length: the bytes that were written to its memory.
     pub fn finish(&self, status: Status) -> u32 {
         let Some(byte) = self.status else { return 0 };

@@ -131,6 +131,17 @@ impl Base {
         self.targets[target as usize].id
     }
 
+    /// Which of the targets is the image itself; `None` when all that it holds is read from other images.
+    pub fn own_target(&self) -> Option<u32> {
+        match &self.layout {
+            Layout::Flat => Some(0),
+            Layout::Mapped(map) => {
+                let own = map.source().image;
+                self.targets.iter().position(|t| t.id == own).and_then(|at| u32::try_from(at).ok())
+            }
+        }
+    }
+
     /// Appends the pieces that `[offset, offset + len)` is made of; the first is byte `at` of the request.
     pub fn plan(&self, offset: u64, len: usize, at: usize, out: &mut Vec<Piece>) {
         plan::plan_base(&self.layout, self.size, offset, len, at, out);
