@@ -12,7 +12,7 @@ use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Where writes go.
 #[derive(Debug)]
@@ -28,11 +28,10 @@ pub enum Store {
 /// A disk, shared by its queue threads.
 #[derive(Debug)]
 pub struct Disk {
-    base: Base,
+    base: Arc<Base>,
     store: Store,
-    size: u64,
     serial: [u8; SERIAL_SIZE],
-    recorder: Option<Recorder>,
+    recorder: Option<Arc<Recorder>>,
     /// A flush of the base file failed (`--blk-file`).
     flush_failed: AtomicBool,
     /// Each write is durable before it completes.
@@ -43,15 +42,10 @@ pub struct Disk {
 
 impl Disk {
     /// A disk over `base`; its size is the overlay's, or the base's without one.
-    pub fn new(base: Base, store: Store, serial: [u8; SERIAL_SIZE], recorder: Option<Recorder>) -> Self {
-        let size = match &store {
-            Store::Overlay(o) | Store::ReadOnly(Some(o)) => o.size(),
-            Store::ReadOnly(None) | Store::InPlace => base.size(),
-        };
+    pub fn new(base: Arc<Base>, store: Store, serial: [u8; SERIAL_SIZE], recorder: Option<Arc<Recorder>>) -> Self {
         Disk {
             base,
             store,
-            size,
             serial,
             recorder,
             flush_failed: AtomicBool::new(false),
@@ -60,10 +54,30 @@ impl Disk {
         }
     }
 
+    /// Bytes; may grow while the disk is in use.
+    pub fn size(&self) -> u64 {
+        self.overlay().map_or_else(|| self.base.size(), Overlay::size)
+    }
+
+    /// Makes the disk larger, durably; what is new reads as zeros. Requests go on meanwhile.
+    ///
+    /// # Errors
+    /// `Usage` for a size that cannot be, `Unsupported` for a read-only disk. The size is the old one then.
+    pub fn resize(&self, size: u64) -> crate::Result<()> {
+        match &self.store {
+            Store::Overlay(overlay) => overlay.resize(size),
+            Store::InPlace => self.base.grow(size),
+            Store::ReadOnly(_) => {
+                let err = crate::Error::new(crate::ErrorKind::Unsupported, "the disk", "is served read-only");
+                Err(err.mend("serve it without --read-only to change its size"))
+            }
+        }
+    }
+
     /// What the guest may know of it.
     pub fn geometry(&self, num_queues: u16) -> Geometry {
         // A trailing half sector cannot be addressed; image sizes are multiples of 512 and have none.
-        let size = self.size - self.size % SECTOR_SIZE;
+        let size = self.size() / SECTOR_SIZE * SECTOR_SIZE;
         Geometry { size, read_only: self.read_only(), write_cache: !self.write_through(), num_queues }
     }
 
@@ -81,7 +95,7 @@ impl Disk {
     pub fn contains(&self, offset: u64, len: u64) -> bool {
         offset.is_multiple_of(SECTOR_SIZE)
             && len.is_multiple_of(SECTOR_SIZE)
-            && offset.checked_add(len).is_some_and(|end| end <= self.size)
+            && offset.checked_add(len).is_some_and(|end| end <= self.size())
     }
 
     /// Appends the pieces that make up `[offset, offset + len)`.
@@ -193,11 +207,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Ends the disk's life in order: flush, close the overlay's session, end the trace.
+    /// Ends the disk's life in order: flush, and close the overlay's session.
     pub fn close(&self) -> crate::Result<()> {
-        if let Some(recorder) = &self.recorder {
-            recorder.finish();
-        }
         match &self.store {
             Store::Overlay(overlay) => overlay.close(),
             Store::InPlace => self.flush().map_err(|e| crate::Error::io(self.base.path(0), "flush", e)),

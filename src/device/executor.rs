@@ -159,13 +159,13 @@ impl<G> Executor<G> {
             {
                 Status::IoErr
             }
-            Ok(Kind::WriteZeroes(segments))
+            Ok(Kind::WriteZeroes(segments) | Kind::Discard(segments))
                 if read_only
                     || !segments.iter().all(|s| self.disk.contains(s.offset, s.len) && zeroes_len_ok(s.len)) =>
             {
                 Status::IoErr
             }
-            Ok(Kind::Read { .. } | Kind::Write { .. } | Kind::WriteZeroes(_) | Kind::Flush) => {
+            Ok(Kind::Read { .. } | Kind::Write { .. } | Kind::WriteZeroes(_) | Kind::Discard(_) | Kind::Flush) => {
                 let token = self.allot();
                 let mut stage = Stage::Work;
                 let Some(result) = self.attempt(token, &request, &mut stage) else {
@@ -266,7 +266,7 @@ impl<G> Executor<G> {
                 Ok(false) => Work::Write { offset: *offset, bufs: request.data.clone() },
                 Err(e) => return Some(Err(e)),
             },
-            Ok(Kind::WriteZeroes(segments)) => Work::WriteZeroes(segments.clone()),
+            Ok(Kind::WriteZeroes(segments) | Kind::Discard(segments)) => Work::WriteZeroes(segments.clone()),
             Ok(Kind::Flush) => Work::Flush,
             Ok(Kind::GetId) | Err(_) => return Some(Ok(())),
         };

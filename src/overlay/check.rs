@@ -3,7 +3,7 @@
 use super::layout::index;
 use super::scan::{self, Fault};
 use super::session::{self, Ending};
-use super::{BaseIdentity, open_file, read_metadata, stopped};
+use super::{BaseIdentity, check_base, open_file, read_metadata, stopped};
 use crate::error::{Error, Result};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -55,6 +55,13 @@ impl SessionInfo {
             SessionInfo::Lost => "lost",
         }
     }
+}
+
+/// Makes sure, by its header alone, that the file at `path` is an overlay for this base; gives the size of its disk.
+pub fn look(path: &Path, base: BaseIdentity) -> Result<u64> {
+    let (_, header, _) = read_metadata(path, open_file(path, true)?)?;
+    check_base(path, &header, Some(base))?;
+    Ok(header.size)
 }
 
 /// What the overlay at `path` is and holds; the live bitmap is used if there is one in `state_dir`.

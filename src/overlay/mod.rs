@@ -40,7 +40,7 @@ mod tests;
 mod write;
 
 pub use bits::{Run, Runs, State};
-pub use check::{Info, SessionInfo, check, inspect};
+pub use check::{Info, SessionInfo, check, inspect, look};
 pub use create::create;
 
 use crate::error::{Error, ErrorKind, Result};
