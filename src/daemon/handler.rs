@@ -4,9 +4,9 @@
 //! (an inflight region, a config-change message, several connections); only its vrings are used here.
 
 use super::worker::{self, Worker};
-use super::{GuestMap, GuestMemory, Vring};
+use super::{GuestMap, GuestMemory, Served, Vring};
+use crate::device::Geometry;
 use crate::device::config::WRITEBACK_AT;
-use crate::device::{Disk, Geometry, Jobs};
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use vhost::vhost_user::message::{
     VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
     VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use vhost_user_backend::VringT;
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -48,8 +48,7 @@ struct Ring {
 
 /// The state of one connection.
 pub struct Handler {
-    disk: Arc<Disk>,
-    jobs: Arc<Jobs>,
+    served: Arc<Served>,
     num_queues: u16,
     memory: GuestMemory,
     mappings: Vec<Mapping>,
@@ -59,27 +58,45 @@ pub struct Handler {
 
 impl Handler {
     /// A handler for a new connection.
-    pub fn new(disk: Arc<Disk>, jobs: Arc<Jobs>, num_queues: u16) -> io::Result<Self> {
+    pub fn new(served: Arc<Served>, num_queues: u16) -> io::Result<Self> {
         let memory = GuestMemory::new(GuestMap::new());
         let ring = || {
             let vring = Vring::new(memory.clone(), QUEUE_SIZE_MAX).map_err(io::Error::other)?;
             Ok(Ring { vring, worker: None, running: false })
         };
         let rings = (0..num_queues).map(|_| ring()).collect::<io::Result<_>>()?;
-        Ok(Handler { disk, jobs, num_queues, memory, mappings: Vec::new(), rings, features: 0 })
+        Ok(Handler { served, num_queues, memory, mappings: Vec::new(), rings, features: 0 })
     }
 
-    /// Finishes what is in flight and ends the queue threads.
+    /// Finishes what is in flight, ends the queue threads, and lets go of the disk if rings have run.
     pub fn shut_down(&mut self) {
         worker::stop_all(self.rings.iter().filter_map(|r| r.worker.as_ref()));
         for ring in &mut self.rings {
-            ring.running = false;
             ring.worker = None;
+        }
+        let ran = self.rings.iter_mut().fold(false, |any, ring| std::mem::take(&mut ring.running) | any);
+        self.rest(ran);
+    }
+
+    /// Lets go of the disk when a ring has stopped and none runs any more: the VM may go on somewhere else.
+    fn rest(&mut self, stopped: bool) {
+        if !stopped || self.rings.iter().any(|ring| ring.running) {
+            return;
+        }
+        // The queue threads hold the disk.
+        for ring in &mut self.rings {
+            ring.worker = None;
+        }
+        if let Err(e) = self.served.drive.inactivate() {
+            log::error!("the disk stays open and locked, for this server to go on with: {e}");
         }
     }
 
     fn geometry(&self) -> Geometry {
-        self.disk.geometry(self.num_queues)
+        let mut geometry = self.served.drive.geometry(self.num_queues);
+        // A driver that does not flush gets a write-through disk.
+        geometry.write_cache &= self.features == 0 || self.features & (1 << VIRTIO_BLK_F_FLUSH) != 0;
+        geometry
     }
 
     fn offered(&self) -> u64 {
@@ -93,18 +110,18 @@ impl Handler {
     /// Starts or stops the ring's thread, as kick, enable and addresses now say. A ring that (re)starts is looked at
     /// without waiting for a kick: QEMU sends none after reconnecting.
     fn update(&mut self, index: u32) -> Result<()> {
-        let Handler { disk, jobs, memory, rings, features, .. } = self;
-        let ring = rings.get_mut(index as usize).ok_or(Error::InvalidParam)?;
+        let ring = self.ring(index)?;
         let (runs, kick) = {
             let state = ring.vring.get_ref();
             let runs = state.is_enabled() && state.get_queue().ready();
             (runs, state.get_kick().as_ref().map(|kick| kick.try_clone()))
         };
         let Some(kick) = kick.filter(|_| runs) else {
-            if let Some(worker) = ring.worker.as_ref().filter(|_| ring.running) {
+            let ran = std::mem::take(&mut ring.running);
+            if let Some(worker) = ring.worker.as_ref().filter(|_| ran) {
                 worker.stop();
             }
-            ring.running = false;
+            self.rest(ran);
             return Ok(());
         };
         let kick = {
@@ -115,19 +132,33 @@ impl Handler {
         };
         if ring.worker.is_none() {
             let vring = ring.vring.clone();
-            let worker = Worker::spawn(index as usize, vring, memory.clone(), Arc::clone(disk), Arc::clone(jobs))
-                .map_err(|e| {
-                    log::error!("queue {index}: cannot start its thread and io_uring: {e}");
-                    Error::ReqHandlerError(e)
-                })?;
-            ring.worker = Some(worker);
+            let worker = self.start_worker(index, vring)?;
+            self.ring(index)?.worker = Some(worker);
         }
-        let write_through = *features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
+        let write_through = self.features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
+        let ring = self.ring(index)?;
         if let Some(worker) = &ring.worker {
             worker.run(kick, write_through);
         }
         ring.running = true;
         Ok(())
+    }
+
+    /// Starts a ring's thread; opens the disk if it is not open. A disk that cannot be opened ends the connection: nothing is
+    /// served without the lock, and the frontend tries again when it reconnects.
+    fn start_worker(&self, index: u32, vring: Vring) -> Result<Worker> {
+        let told = self.geometry();
+        let active = self.served.drive.activate().map_err(|e| {
+            log::error!("the disk cannot be opened for the VM that starts: {e}");
+            Error::ReqHandlerError(io::Error::other(e.to_string()))
+        })?;
+        if self.geometry() != told {
+            self.served.channel.config_changed();
+        }
+        Worker::spawn(index as usize, vring, self.memory.clone(), active.disk, active.jobs).map_err(|e| {
+            log::error!("queue {index}: cannot start its thread and io_uring: {e}");
+            Error::ReqHandlerError(e)
+        })
     }
 
     fn replace_memory(&mut self, map: GuestMap) -> Result<()> {
@@ -384,6 +415,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Ok(VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE)
     }
@@ -411,7 +443,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             [byte @ (0 | 1)] if offset as usize == WRITEBACK_AT && !self.geometry().read_only => *byte == 1,
             _ => return Err(Error::InvalidOperation("only the cache mode of a writable disk can be set, to 0 or 1")),
         };
-        self.disk.set_write_cache(write_cache).map_err(|e| {
+        self.served.drive.set_write_cache(write_cache).map_err(|e| {
             log::error!("cannot switch the write cache: {e}");
             Error::InvalidOperation("the cache mode cannot be switched")
         })
@@ -448,6 +480,10 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
         Err(Error::InvalidOperation("not offered"))
+    }
+
+    fn set_backend_req_fd(&mut self, _backend: Backend) {
+        self.served.channel.accept();
     }
 
     fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {

@@ -12,7 +12,7 @@ use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Where writes go.
 #[derive(Debug)]
@@ -31,7 +31,7 @@ pub struct Disk {
     base: Arc<Base>,
     store: Store,
     serial: [u8; SERIAL_SIZE],
-    recorder: Option<Arc<Recorder>>,
+    recorder: Arc<OnceLock<Recorder>>,
     /// A flush of the base file failed (`--blk-file`).
     flush_failed: AtomicBool,
     /// Each write is durable before it completes.
@@ -42,7 +42,7 @@ pub struct Disk {
 
 impl Disk {
     /// A disk over `base`; its size is the overlay's, or the base's without one.
-    pub fn new(base: Arc<Base>, store: Store, serial: [u8; SERIAL_SIZE], recorder: Option<Arc<Recorder>>) -> Self {
+    pub fn new(base: Arc<Base>, store: Store, serial: [u8; SERIAL_SIZE], recorder: Arc<OnceLock<Recorder>>) -> Self {
         Disk {
             base,
             store,
@@ -116,7 +116,7 @@ impl Disk {
 
     /// Writes the base reads of a plan into the trace, if one is recorded.
     pub fn record(&self, pieces: &[Piece]) {
-        if let Some(recorder) = &self.recorder {
+        if let Some(recorder) = self.recorder.get() {
             recorder.record(&self.base, pieces);
         }
     }

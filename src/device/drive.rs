@@ -13,7 +13,7 @@ use crate::overlay::{self, BaseIdentity, OpenOptions, Overlay};
 use crate::redirect::{Base, Recorder};
 use crate::units::SECTOR_SIZE;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// How to open a disk, as often as it takes.
 #[derive(Debug)]
@@ -63,7 +63,7 @@ pub struct Active {
 pub struct Drive {
     recipe: Recipe,
     serial: [u8; SERIAL_SIZE],
-    recorder: Option<Arc<Recorder>>,
+    recorder: Arc<OnceLock<Recorder>>,
     ledger: Arc<Ledger>,
     state: Mutex<State>,
 }
@@ -80,16 +80,16 @@ struct State {
 
 impl Drive {
     /// A disk that is not open yet. Looks whether all is there and belongs together; takes no lock and changes nothing.
-    pub fn new(
-        recipe: Recipe,
-        serial: [u8; SERIAL_SIZE],
-        recorder: Option<Recorder>,
-        ledger: Arc<Ledger>,
-    ) -> Result<Self> {
+    pub fn new(recipe: Recipe, serial: [u8; SERIAL_SIZE], ledger: Arc<Ledger>) -> Result<Self> {
         let size = recipe.look()?;
         let discard_unflushed = matches!(&recipe, Recipe::Image { overlay: Some(o), .. } if o.discard_unflushed);
         let state = Mutex::new(State { active: None, size, write_cache: None, discard_unflushed });
-        Ok(Drive { recipe, serial, recorder: recorder.map(Arc::new), ledger, state })
+        Ok(Drive { recipe, serial, recorder: Arc::default(), ledger, state })
+    }
+
+    /// Records the reads of the base from here on. Only the first recorder counts.
+    pub fn set_recorder(&self, recorder: Recorder) {
+        let _ = self.recorder.set(recorder);
     }
 
     /// What is kept on its requests.
@@ -149,14 +149,16 @@ impl Drive {
 
     fn open(&self, state: &mut State) -> Result<Disk> {
         let (base, store) = match &self.recipe {
-            Recipe::Image { base, overlay } => (Arc::clone(base), open_store(overlay.as_ref(), state.discard_unflushed)?),
+            Recipe::Image { base, overlay } => {
+                (Arc::clone(base), open_store(overlay.as_ref(), state.discard_unflushed)?)
+            }
             Recipe::File { path, read_only } => {
                 let store = if *read_only { Store::ReadOnly(None) } else { Store::InPlace };
                 (Arc::new(Base::flat(path, !read_only)?), store)
             }
         };
         state.discard_unflushed = false;
-        let disk = Disk::new(base, store, self.serial, self.recorder.clone());
+        let disk = Disk::new(base, store, self.serial, Arc::clone(&self.recorder));
         if let Some(on) = state.write_cache
             && !disk.read_only()
         {
@@ -173,7 +175,7 @@ impl Drive {
     /// would be worse than one that has to wait.
     pub fn inactivate(&self) -> Result<()> {
         let mut state = self.state();
-        let Some(active) = &state.active else { return Ok(()) };
+        let Some(active) = state.active.clone() else { return Ok(()) };
         if self.ledger.stuck() > 0 {
             return Err(Error::new(ErrorKind::Busy, "the disk", "stays open: requests of it hang in the kernel"));
         }
@@ -187,7 +189,7 @@ impl Drive {
 
     /// Ends its life in order: closes it and ends the trace.
     pub fn close(&self) -> Result<()> {
-        if let Some(recorder) = &self.recorder {
+        if let Some(recorder) = self.recorder.get() {
             recorder.finish();
         }
         self.inactivate()

@@ -170,7 +170,7 @@ mod tests {
     fn disk() -> Arc<Disk> {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(4096).unwrap();
-        Arc::new(Disk::new(Arc::new(Base::flat(file.path(), true).unwrap()), Store::InPlace, [0; 20], None))
+        Arc::new(Disk::new(Arc::new(Base::flat(file.path(), true).unwrap()), Store::InPlace, [0; 20], Arc::default()))
     }
 
     fn results(mailbox: &Mailbox, count: usize) -> Vec<(u64, bool)> {

@@ -131,7 +131,7 @@ impl Request {
     /// Bytes that it is about: transferred, or made to read as zeros.
     pub fn bytes(&self) -> u64 {
         match &self.kind {
-            Ok(Kind::WriteZeroes(segments)) => segments.iter().map(|s| s.len).sum(),
+            Ok(Kind::WriteZeroes(segments) | Kind::Discard(segments)) => segments.iter().map(|s| s.len).sum(),
             _ => buf::total_len(&self.data) as u64,
         }
     }

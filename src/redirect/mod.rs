@@ -119,7 +119,9 @@ impl Base {
             if !file.metadata().map_err(|e| Error::io(path, "look at", e))?.is_file() {
                 return refuse(format!("is a device of {there} bytes"), "make the device larger first");
             }
-            file.set_len(size).and_then(|()| file.sync_all()).map_err(|e| Error::io(path, "make the file larger", e))?;
+            file.set_len(size)
+                .and_then(|()| file.sync_all())
+                .map_err(|e| Error::io(path, "make the file larger", e))?;
         }
         self.size.store(size, Ordering::Release);
         Ok(())
@@ -162,32 +164,29 @@ impl Base {
 
 /// Opens a raw file.
 fn open_flat(path: &Path, writable: bool) -> Result<File> {
-        use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-        let failed = |e| Error::io(path, "open", e);
-        let meta = std::fs::metadata(path).map_err(failed)?;
-        if !meta.is_file() && !meta.file_type().is_block_device() {
-            return Err(Error::file(ErrorKind::Unsupported, path, "is neither a regular file nor a block device"));
-        }
-        if writable && meta.permissions().mode() & 0o222 == 0 {
-            return Err(Error::file(
-                ErrorKind::Unsupported,
-                path,
-                "is read-only; vmar makes the images of a library so",
-            )
+    use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+    let failed = |e| Error::io(path, "open", e);
+    let meta = std::fs::metadata(path).map_err(failed)?;
+    if !meta.is_file() && !meta.file_type().is_block_device() {
+        return Err(Error::file(ErrorKind::Unsupported, path, "is neither a regular file nor a block device"));
+    }
+    if writable && meta.permissions().mode() & 0o222 == 0 {
+        return Err(Error::file(ErrorKind::Unsupported, path, "is read-only; vmar makes the images of a library so")
             .mend("serve it with --read-only, or through --image and --overlay"));
-        }
-        let file = File::options().read(true).write(writable).open(path).map_err(failed)?;
-        Ok(file)
+    }
+    let file = File::options().read(true).write(writable).open(path).map_err(failed)?;
+    Ok(file)
 }
 
 /// The size of a raw file or block device, if it can be a disk's.
 fn flat_size(path: &Path, file: &File) -> Result<u64> {
-        let size = rustix::fs::seek(file, rustix::fs::SeekFrom::End(0)).map_err(|e| Error::io(path, "look at", e.into()))?;
-        if size % SECTOR_SIZE != 0 || size == 0 || size > IMAGE_SIZE_MAX {
-            let cause = format!("has {size} bytes; a disk has a multiple of {SECTOR_SIZE}, up to 16 TiB");
-            return Err(Error::file(ErrorKind::Unsupported, path, cause));
-        }
-        Ok(size)
+    let size =
+        rustix::fs::seek(file, rustix::fs::SeekFrom::End(0)).map_err(|e| Error::io(path, "look at", e.into()))?;
+    if size % SECTOR_SIZE != 0 || size == 0 || size > IMAGE_SIZE_MAX {
+        let cause = format!("has {size} bytes; a disk has a multiple of {SECTOR_SIZE}, up to 16 TiB");
+        return Err(Error::file(ErrorKind::Unsupported, path, cause));
+    }
+    Ok(size)
 }
 
 /// Opens one target of a map and makes sure that it is the image that the map means.
