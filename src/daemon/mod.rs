@@ -5,8 +5,10 @@
 //! | [`socket`] | the listening socket |
 //! | [`handler`] | the messages of a connection |
 //! | [`worker`] | the thread of a queue |
+//! | [`revoke`] | takes guest memory away from transfers that hang |
 
 pub mod handler;
+pub mod revoke;
 pub mod socket;
 pub mod worker;
 
@@ -19,6 +21,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use socket::{Inherited, Listening};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use vhost::vhost_user::BackendReqHandler;
@@ -44,6 +47,9 @@ const MESSAGE_BODY_MAX: u32 = 4096;
 /// How long the rest of a message may take, and how often to look for it.
 const MESSAGE_TIME: Duration = Duration::from_secs(5);
 const MESSAGE_PAUSE: Duration = Duration::from_millis(2);
+
+/// How long the last flush may take. Nobody but a supervisor waits for it, so it is not bounded as a drain is.
+const CLOSE_TIME: Duration = Duration::from_secs(60);
 
 /// How long to wait when the host is short of descriptors or memory.
 const SHORTAGE_PAUSE: Duration = Duration::from_millis(100);
@@ -86,44 +92,88 @@ pub struct Options {
 /// `Io` when the listening socket fails. A connection that fails is logged and the next one awaited.
 pub fn serve(disk: Disk, endpoint: Inherited, options: &Options, stop: &StopSignal) -> Result<()> {
     crate::io::file::raise_open_files();
-    let num_queues = options.num_queues;
     let disk = Arc::new(disk);
-    let ledger = Arc::new(Ledger::new(options.on_error, num_queues));
-    let jobs = Arc::new(Jobs::new(Arc::clone(&disk), ledger));
+    let ledger = Arc::new(Ledger::new(options.on_error, options.num_queues));
+    let jobs = Arc::new(Jobs::new(Arc::clone(&disk), Arc::clone(&ledger)));
+    let server = Server { disk, jobs, ledger, options, stop };
     let result = match endpoint {
-        Inherited::Connected(stream) => {
-            connection(&disk, &jobs, stream, num_queues, stop);
-            Ok(())
-        }
-        Inherited::Listening(listening) => accept_loop(&disk, &jobs, &listening, num_queues, stop),
+        Inherited::Connected(stream) => server.connection(stream).map(drop),
+        Inherited::Listening(listening) => server.accept_loop(&listening),
     };
-    disk.close()?;
-    result
+    result.and_then(|()| server.close())
 }
 
-fn accept_loop(
-    disk: &Arc<Disk>,
-    jobs: &Arc<Jobs>,
-    listening: &Listening,
-    queues: u16,
-    stop: &StopSignal,
-) -> Result<()> {
-    while ready(listening.as_fd(), stop) {
-        match listening.accept() {
-            Ok(Some(stream)) => {
-                if !connection(disk, jobs, stream, queues, stop) {
-                    return Ok(());
+/// What every connection needs.
+struct Server<'s> {
+    disk: Arc<Disk>,
+    jobs: Arc<Jobs>,
+    ledger: Arc<Ledger>,
+    options: &'s Options,
+    stop: &'s StopSignal,
+}
+
+impl Server<'_> {
+    fn accept_loop(&self, listening: &Listening) -> Result<()> {
+        while ready(listening.as_fd(), self.stop) {
+            match listening.accept() {
+                Ok(Some(stream)) => {
+                    if !self.connection(stream)? {
+                        return Ok(());
+                    }
                 }
+                Ok(None) => {}
+                Err(e) if is_shortage(&e) => {
+                    log::error!("cannot accept a connection now: {e}");
+                    std::thread::sleep(SHORTAGE_PAUSE);
+                }
+                Err(e) => return Err(Error::io("the vhost-user socket", "accept a connection", e)),
             }
-            Ok(None) => {}
-            Err(e) if is_shortage(&e) => {
-                log::error!("cannot accept a connection now: {e}");
-                std::thread::sleep(SHORTAGE_PAUSE);
+        }
+        Ok(())
+    }
+
+    /// Serves one connection to its end; false when a signal ended it.
+    ///
+    /// # Errors
+    /// When the kernel does not let go of a thread, and the process has to end.
+    fn connection(&self, stream: UnixStream) -> Result<bool> {
+        let (disk, jobs) = (Arc::clone(&self.disk), Arc::clone(&self.jobs));
+        let handler = match Handler::new(disk, jobs, self.options.num_queues, self.options.drain_time) {
+            Ok(handler) => Arc::new(Mutex::new(handler)),
+            Err(e) => {
+                log::error!("cannot serve a connection: {e}");
+                return Ok(true);
             }
-            Err(e) => return Err(Error::io("the vhost-user socket", "accept a connection", e)),
+        };
+        log::info!("connected");
+        // The socket stays open until the last completion is published: QEMU takes its end for the end of this backend.
+        let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&handler));
+        let goes_on = messages(&mut requests, self.stop);
+        let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
+        handler.shut_down();
+        if handler.is_hung() { Err(hangs("a thread hangs in a write")) } else { Ok(goes_on) }
+    }
+
+    /// Ends the disk's life. A disk that hangs is left as a kill would leave it.
+    fn close(&self) -> Result<()> {
+        match self.ledger.stuck() {
+            0 => {}
+            n => return Err(hangs(&format!("{n} requests hang"))),
+        }
+        let (done, wait) = channel();
+        let disk = Arc::clone(&self.disk);
+        let closing = std::thread::Builder::new().name("vmar-close".into()).spawn(move || done.send(disk.close()));
+        match closing {
+            Ok(_) => wait.recv_timeout(CLOSE_TIME).unwrap_or_else(|_| Err(hangs("the last flush hangs"))),
+            Err(_) => self.disk.close(),
         }
     }
-    Ok(())
+}
+
+/// The kernel does not end what was asked of it.
+fn hangs(what: &str) -> Error {
+    Error::new(ErrorKind::Io, "the host's disk", format!("does not answer: {what} in the kernel"))
+        .mend("nothing is lost if vmar is started again once the disk answers: the overlay goes on where it is")
 }
 
 /// Something that the host lacks for the moment.
@@ -131,26 +181,17 @@ fn is_shortage(e: &std::io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
 }
 
-/// Serves one connection to its end; false when a signal ended it.
-fn connection(disk: &Arc<Disk>, jobs: &Arc<Jobs>, stream: UnixStream, queues: u16, stop: &StopSignal) -> bool {
-    let handler = match Handler::new(Arc::clone(disk), Arc::clone(jobs), queues) {
-        Ok(handler) => Arc::new(Mutex::new(handler)),
-        Err(e) => {
-            log::error!("cannot serve a connection: {e}");
-            return true;
-        }
-    };
-    log::info!("connected");
-    let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&handler));
-    let goes_on = loop {
+/// Handles the messages of a connection to its end; false when a signal ended it.
+fn messages(requests: &mut BackendReqHandler<Mutex<Handler>>, stop: &StopSignal) -> bool {
+    loop {
         // SAFETY: the descriptor belongs to `requests`, which lives longer than this borrow.
         let fd = unsafe { BorrowedFd::borrow_raw(requests.as_raw_fd()) };
         match next_message(fd, stop) {
             Next::Message => {}
-            Next::Stop => break false,
+            Next::Stop => return false,
             Next::Stalled => {
                 log::error!("the vhost-user connection ends: half a message, and nothing more came");
-                break true;
+                return true;
             }
         }
         if let Err(e) = requests.handle_request() {
@@ -165,11 +206,9 @@ fn connection(disk: &Arc<Disk>, jobs: &Arc<Jobs>, stream: UnixStream, queues: u1
                 // Anything else may leave the two sides with different ideas of the state: the frontend starts anew.
                 _ => log::error!("the vhost-user connection ends: {e}"),
             }
-            break true;
+            return true;
         }
-    };
-    handler.lock().unwrap_or_else(PoisonError::into_inner).shut_down();
-    goes_on
+    }
 }
 
 /// What there is to do on a connection.
