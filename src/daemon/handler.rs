@@ -3,13 +3,15 @@
 //! `vhost-user-backend` brings a handler of its own, but it is private and leaves no room for what a disk needs later
 //! (an inflight region, a config-change message, several connections); only its vrings are used here.
 
-use super::worker::{self, Worker};
+use super::revoke::{map_again, revoke};
+use super::worker::{self, Stopped, Worker};
 use super::{GuestMap, GuestMemory, Served, Vring};
 use crate::device::Geometry;
 use crate::device::config::WRITEBACK_AT;
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
     VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
@@ -27,6 +29,9 @@ const QUEUE_SIZE_MAX: u16 = 1024;
 
 /// Memory slots offered: what QEMU's own backends offer (VHOST_USER_MAX_RAM_SLOTS).
 const MEM_SLOTS_MAX: u64 = 512;
+
+/// How long the other rings may take when one ring could not stop in time and the memory of all must be revoked.
+const OTHERS_TIME: Duration = Duration::from_millis(500);
 
 /// A region of guest memory as the frontend sees it.
 #[derive(Clone, Copy, Debug)]
@@ -51,44 +56,68 @@ pub struct Handler {
     served: Arc<Served>,
     num_queues: u16,
     memory: GuestMemory,
+    /// Earlier memory maps: requests in flight may still use them.
+    old_maps: Vec<Weak<GuestMap>>,
     mappings: Vec<Mapping>,
     rings: Vec<Ring>,
     features: u64,
+    drain_time: Duration,
+    /// The kernel does not let go of a queue's thread. The process has to end.
+    hung: bool,
 }
 
 impl Handler {
     /// A handler for a new connection.
-    pub fn new(served: Arc<Served>, num_queues: u16) -> io::Result<Self> {
+    pub fn new(served: Arc<Served>, num_queues: u16, drain_time: Duration) -> io::Result<Self> {
         let memory = GuestMemory::new(GuestMap::new());
         let ring = || {
             let vring = Vring::new(memory.clone(), QUEUE_SIZE_MAX).map_err(io::Error::other)?;
             Ok(Ring { vring, worker: None, running: false })
         };
         let rings = (0..num_queues).map(|_| ring()).collect::<io::Result<_>>()?;
-        Ok(Handler { served, num_queues, memory, mappings: Vec::new(), rings, features: 0 })
+        Ok(Handler {
+            served,
+            num_queues,
+            memory,
+            old_maps: Vec::new(),
+            mappings: Vec::new(),
+            rings,
+            features: 0,
+            drain_time,
+            hung: false,
+        })
     }
 
     /// Finishes what is in flight, ends the queue threads, and lets go of the disk if rings have run.
     pub fn shut_down(&mut self) {
-        worker::stop_all(self.rings.iter().filter_map(|r| r.worker.as_ref()));
+        // What could not be finished is logged.
+        let _ = self.stop(|_| true);
         for ring in &mut self.rings {
             ring.worker = None;
         }
-        let ran = self.rings.iter_mut().fold(false, |any, ring| std::mem::take(&mut ring.running) | any);
-        self.rest(ran);
     }
 
-    /// Lets go of the disk when a ring has stopped and none runs any more: the VM may go on somewhere else.
-    fn rest(&mut self, stopped: bool) {
-        if !stopped || self.rings.iter().any(|ring| ring.running) {
+    /// Lets go of the disk if no ring runs any more: the VM may go on somewhere else.
+    fn rest(&mut self) {
+        if self.rings.iter().any(|ring| ring.running) {
+            return;
+        }
+        let stuck = self.served.drive.ledger().stuck();
+        if stuck > 0 {
+            log::error!("the disk stays open and locked: {stuck} requests of it hang in the kernel");
             return;
         }
         // The queue threads hold the disk.
         for ring in &mut self.rings {
             ring.worker = None;
         }
-        if let Err(e) = self.served.drive.inactivate() {
-            log::error!("the disk stays open and locked, for this server to go on with: {e}");
+        match self.served.let_go() {
+            Some(Ok(())) => {}
+            Some(Err(e)) => log::error!("the disk stays open and locked, for this server to go on with: {e}"),
+            None => {
+                log::error!("the host's disk hangs in a flush: this server ends; start it again when the disk answers");
+                self.hung = true;
+            }
         }
     }
 
@@ -97,6 +126,108 @@ impl Handler {
         // A driver that does not flush gets a write-through disk.
         geometry.write_cache &= self.features == 0 || self.features & (1 << VIRTIO_BLK_F_FLUSH) != 0;
         geometry
+    }
+
+    /// True when the kernel keeps a queue's thread: this process can do nothing more for the disk.
+    pub fn is_hung(&self) -> bool {
+        self.hung
+    }
+
+    /// Stops the running rings that `which` names: nothing of them is in flight afterwards, as far as the guest can tell.
+    ///
+    /// QEMU waits for this, the guest and its monitor with it, so the time is bounded. What the kernel still holds then
+    /// goes back to the guest with an I/O error, after the memory that it lies in was revoked. That concerns all rings.
+    fn stop(&mut self, which: impl Fn(usize) -> bool) -> Result<()> {
+        if self.hung {
+            return Err(hung());
+        }
+        let asked: Vec<usize> = (0..self.rings.len()).filter(|i| which(*i) && self.rings[*i].running).collect();
+        let mut outcome = self.stop_until(&asked, Instant::now() + self.drain_time);
+        if outcome.iter().any(|(_, stopped)| *stopped != Stopped::Drained) {
+            let others: Vec<usize> =
+                (0..self.rings.len()).filter(|i| self.rings[*i].running && !asked.contains(i)).collect();
+            outcome.extend(self.stop_until(&others, Instant::now() + OTHERS_TIME));
+            let freed = self.free_stuck(&outcome);
+            // These run on as soon as the disk answers.
+            for index in others {
+                self.rings[index].running = true;
+            }
+            freed?;
+        }
+        for index in &asked {
+            self.rings[*index].running = false;
+        }
+        if outcome.len() > asked.len() {
+            self.look_again()?;
+        }
+        if !asked.is_empty() {
+            self.rest();
+        }
+        if self.hung { Err(hung()) } else { Ok(()) }
+    }
+
+    fn stop_until(&self, rings: &[usize], deadline: Instant) -> Vec<(usize, Stopped)> {
+        let with_worker = || rings.iter().filter(|i| self.rings[**i].worker.is_some());
+        let workers = with_worker().filter_map(|i| self.rings[*i].worker.as_ref());
+        with_worker().copied().zip(worker::stop_all(workers, deadline)).collect()
+    }
+
+    /// Gives back to the guest what the kernel does not end. All rings have stopped.
+    fn free_stuck(&mut self, outcome: &[(usize, Stopped)]) -> Result<()> {
+        let current = self.memory.memory().into_inner();
+        let mut maps: Vec<_> = self.old_maps.iter().filter_map(Weak::upgrade).collect();
+        maps.push(Arc::clone(&current));
+        let mut requests = 0;
+        for (index, stopped) in outcome {
+            let Some(worker) = self.rings[*index].worker.as_mut() else { continue };
+            match stopped {
+                Stopped::Drained => {}
+                Stopped::Stuck(n) => requests += n,
+                Stopped::Hung => {
+                    self.hung = true;
+                    worker.detach();
+                }
+            }
+        }
+        if self.hung {
+            log::error!(
+                "the host's disk hangs, and a queue's thread with it: this server ends; start it again when the disk \
+                 answers. Requests in flight are as after a kill"
+            );
+            // SAFETY: all queue threads but those that hang have stopped. Should the kernel let one of them go before the
+            // process has ended, a moment from now, it ends by SIGSEGV; that is as good as any kill.
+            if let Err(e) = unsafe { revoke(&maps) } {
+                log::error!("cannot revoke the guest's memory: {e}");
+            }
+            return Err(hung());
+        }
+        log::error!(
+            "the host's disk holds {requests} requests for longer than --drain-timeout: the guest gets I/O errors for \
+             them. The overlay stays open, and no request is taken, until the kernel lets go of them"
+        );
+        let again = map_again(&current).map_err(Error::ReqHandlerError)?;
+        let stuck: Vec<usize> =
+            outcome.iter().filter(|(_, s)| matches!(s, Stopped::Stuck(_))).map(|(index, _)| *index).collect();
+        for index in &stuck {
+            if let Some(worker) = self.rings[*index].worker.as_mut() {
+                worker.abandon();
+            }
+        }
+        // SAFETY: all queue threads have stopped, and have written the statuses of what they gave up. They and this thread
+        // look up the rings in the map that is put in place now.
+        let revoked = unsafe { revoke(&maps) };
+        self.replace_memory(again)?;
+        // If it failed, the guest never gets its requests back: its memory must not change under it.
+        revoked.map_err(|e| {
+            log::error!("cannot revoke the guest's memory, so {requests} requests stay with the host: {e}");
+            Error::ReqHandlerError(e)
+        })?;
+        for index in &stuck {
+            if let Some(worker) = self.rings[*index].worker.as_ref() {
+                worker.publish();
+            }
+        }
+        Ok(())
     }
 
     fn offered(&self) -> u64 {
@@ -117,12 +248,7 @@ impl Handler {
             (runs, state.get_kick().as_ref().map(|kick| kick.try_clone()))
         };
         let Some(kick) = kick.filter(|_| runs) else {
-            let ran = std::mem::take(&mut ring.running);
-            if let Some(worker) = ring.worker.as_ref().filter(|_| ran) {
-                worker.stop();
-            }
-            self.rest(ran);
-            return Ok(());
+            return self.stop(|i| i == index as usize);
         };
         let kick = {
             use std::os::fd::{FromRawFd, IntoRawFd};
@@ -163,6 +289,8 @@ impl Handler {
 
     fn replace_memory(&mut self, map: GuestMap) -> Result<()> {
         // Requests in flight keep the old map until they have ended.
+        self.old_maps.retain(|map| map.strong_count() > 0);
+        self.old_maps.push(Arc::downgrade(&self.memory.memory().into_inner()));
         self.memory.lock().map_err(|_| Error::BackendInternalError)?.replace(map);
         Ok(())
     }
@@ -221,6 +349,10 @@ fn prepare_event(file: &File) -> Result<()> {
     }
 }
 
+fn hung() -> Error {
+    Error::ReqHandlerError(io::Error::other("a queue's thread hangs in the kernel"))
+}
+
 fn memory_error(e: impl std::error::Error + Send + Sync + 'static) -> Error {
     Error::ReqHandlerError(io::Error::other(e))
 }
@@ -236,6 +368,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn reset_device(&mut self) -> Result<()> {
+        self.stop(|_| true)?;
         self.shut_down();
         for ring in &self.rings {
             ring.vring.set_enabled(false);
@@ -369,9 +502,10 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
-        self.ring(index)?.vring.set_queue_ready(false);
-        self.update(index)?;
+        // First of all: a thread that hangs keeps its ring locked.
+        self.stop(|i| i == index as usize)?;
         let ring = self.ring(index)?;
+        ring.vring.set_queue_ready(false);
         let base = ring.vring.queue_next_avail();
         ring.vring.set_kick(None);
         ring.vring.set_call(None);
@@ -407,6 +541,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        if !enable {
+            self.stop(|i| i == index as usize)?;
+        }
         self.ring(index)?.vring.set_enabled(enable);
         self.update(index)
     }

@@ -6,9 +6,11 @@
 //! | [`handler`] | the messages of a connection |
 //! | [`worker`] | the thread of a queue |
 //! | [`backend_channel`] | messages to the frontend |
+//! | [`revoke`] | takes guest memory away from transfers that hang |
 
 pub mod backend_channel;
 pub mod handler;
+pub mod revoke;
 pub mod socket;
 pub mod worker;
 
@@ -22,6 +24,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use socket::{Inherited, Listening};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use vhost::vhost_user::BackendReqHandler;
@@ -47,6 +50,9 @@ const MESSAGE_BODY_MAX: u32 = 4096;
 /// How long the rest of a message may take, and how often to look for it.
 const MESSAGE_TIME: Duration = Duration::from_secs(5);
 const MESSAGE_PAUSE: Duration = Duration::from_millis(2);
+
+/// How long the last flush may take. Nobody but a supervisor waits for it, so it is not bounded as a drain is.
+const CLOSE_TIME: Duration = Duration::from_secs(60);
 
 /// How long to wait when the host is short of descriptors or memory.
 const SHORTAGE_PAUSE: Duration = Duration::from_millis(100);
@@ -98,6 +104,26 @@ impl Served {
         self.drive.resize(size)?;
         Ok(self.channel.config_changed())
     }
+
+    /// Closes the disk, as no queue runs; `None` when the kernel does not end the flush, and the process must end.
+    fn let_go(self: &Arc<Self>) -> Option<Result<()>> {
+        let (done, wait) = channel();
+        let served = Arc::clone(self);
+        let closing = std::thread::Builder::new().name("vmar-close".into());
+        match closing.spawn(move || done.send(served.drive.inactivate())) {
+            Ok(_) => wait.recv_timeout(CLOSE_TIME).ok(),
+            Err(_) => Some(self.drive.inactivate()),
+        }
+    }
+
+    /// Ends the disk's life. A disk that hangs is left as a kill would leave it.
+    fn close(self: &Arc<Self>) -> Result<()> {
+        self.drive.end_trace();
+        match self.drive.ledger().stuck() {
+            0 => self.let_go().unwrap_or_else(|| Err(hangs("the last flush hangs"))),
+            n => Err(hangs(&format!("{n} requests hang"))),
+        }
+    }
 }
 
 /// Serves a disk: one connection after the other, until SIGTERM (or until the one connection of `--fd` ends). Requests in
@@ -109,14 +135,10 @@ pub fn serve(served: &Arc<Served>, endpoint: Inherited, options: &Options, stop:
     crate::io::file::raise_open_files();
     let server = Server { served, options, stop };
     let result = match endpoint {
-        Inherited::Connected(stream) => {
-            server.connection(stream);
-            Ok(())
-        }
+        Inherited::Connected(stream) => server.connection(stream).map(drop),
         Inherited::Listening(listening) => server.accept_loop(&listening),
     };
-    served.drive.close()?;
-    result
+    result.and_then(|()| served.close())
 }
 
 /// What every connection needs.
@@ -131,7 +153,7 @@ impl Server<'_> {
         while ready(listening.as_fd(), self.stop) {
             match listening.accept() {
                 Ok(Some(stream)) => {
-                    if !self.connection(stream) {
+                    if !self.connection(stream)? {
                         return Ok(());
                     }
                 }
@@ -147,22 +169,32 @@ impl Server<'_> {
     }
 
     /// Serves one connection to its end; false when a signal ended it.
-    fn connection(&self, stream: UnixStream) -> bool {
-        let handler = match Handler::new(Arc::clone(self.served), self.options.num_queues) {
+    ///
+    /// # Errors
+    /// When the kernel does not let go of a thread, and the process has to end.
+    fn connection(&self, stream: UnixStream) -> Result<bool> {
+        let handler = match Handler::new(Arc::clone(self.served), self.options.num_queues, self.options.drain_time) {
             Ok(handler) => Arc::new(Mutex::new(handler)),
             Err(e) => {
                 log::error!("cannot serve a connection: {e}");
-                return true;
+                return Ok(true);
             }
         };
         log::info!("connected");
         // The socket stays open until the last completion is published: QEMU takes its end for the end of this backend.
         let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&handler));
         let goes_on = messages(&mut requests, &self.served.channel, self.stop);
-        handler.lock().unwrap_or_else(PoisonError::into_inner).shut_down();
+        let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
+        handler.shut_down();
         self.served.channel.clear();
-        goes_on
+        if handler.is_hung() { Err(hangs("a thread hangs in a write")) } else { Ok(goes_on) }
     }
+}
+
+/// The kernel does not end what was asked of it.
+fn hangs(what: &str) -> Error {
+    Error::new(ErrorKind::Io, "the host's disk", format!("does not answer: {what} in the kernel"))
+        .mend("nothing is lost if vmar is started again once the disk answers: the overlay goes on where it is")
 }
 
 /// Something that the host lacks for the moment.

@@ -8,9 +8,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vhost_user_backend::VringT;
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory as _, Permissions};
@@ -25,15 +25,35 @@ const AVAIL_F_NO_INTERRUPT: u16 = 1;
 enum Command {
     /// Serve the ring, starting with a look at it (a kick may have come before).
     Run { kick: File, write_through: bool },
-    /// Take nothing more, finish what is in flight, publish it, then answer.
-    Stop { done: Sender<()> },
+    /// Take nothing more, finish what is in flight, publish it, then answer; at the deadline in any case.
+    Stop { done: Sender<Stopped>, deadline: Instant },
+    /// Give up what is still in flight, but publish nothing.
+    Abandon { done: Sender<()> },
+    /// Publish again, now that the memory of what was given up is revoked.
+    Publish { done: Sender<()> },
 }
+
+/// How a ring has stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stopped {
+    /// Nothing is in flight.
+    Drained,
+    /// The time is up, and the kernel or a job still works on this many requests.
+    Stuck(usize),
+    /// The time is up, and the thread itself does not answer: the kernel holds it in a write.
+    Hung,
+}
+
+/// How much later than asked a thread may answer before it counts as hung.
+const ANSWER_TIME: Duration = Duration::from_secs(2);
 
 /// A queue's thread, started when its ring first runs.
 pub struct Worker {
     commands: Sender<Command>,
     mailbox: Mailbox,
     thread: Option<JoinHandle<()>>,
+    /// The kernel may keep the thread, or what it works for, as long as it likes: it is not waited for.
+    detached: bool,
 }
 
 impl Worker {
@@ -57,13 +77,14 @@ impl Worker {
                     Err(e) => return drop(ready.send(Err(e))),
                 };
                 let _ = ready.send(Ok(()));
+                let ended = Vec::new();
                 let queue =
-                    Queue { index, vring, memory, mailbox, executor, kick: None, ended: Vec::new(), bad_heads: 0 };
+                    Queue { index, vring, memory, mailbox, executor, kick: None, ended, bad_heads: 0, held: false };
                 queue.run(receiver);
             }
         })?;
         started.recv().unwrap_or_else(|_| Err(io::Error::other("the queue thread died")))?;
-        Ok(Worker { commands, mailbox, thread: Some(thread) })
+        Ok(Worker { commands, mailbox, thread: Some(thread), detached: false })
     }
 
     /// Lets the ring run.
@@ -71,12 +92,25 @@ impl Worker {
         self.tell(Command::Run { kick, write_through });
     }
 
-    /// Stops the ring and waits until nothing is in flight.
-    pub fn stop(&self) {
+    /// Gives up what a [`Stopped::Stuck`] ring still has in flight, with an I/O error. Nothing is published before
+    /// [`Worker::publish`]: in between, the caller revokes the guest memory (see [`super::revoke`]).
+    pub fn abandon(&mut self) {
+        self.detached = true;
         let (done, wait) = channel();
-        self.tell(Command::Stop { done });
-        // A dead thread has dropped its end, and there is nothing to wait for.
+        self.tell(Command::Abandon { done });
         let _ = wait.recv();
+    }
+
+    /// Ends what [`Worker::abandon`] began.
+    pub fn publish(&self) {
+        let (done, wait) = channel();
+        self.tell(Command::Publish { done });
+        let _ = wait.recv();
+    }
+
+    /// Leaves the thread alone from now on: it hangs.
+    pub fn detach(&mut self) {
+        self.detached = true;
     }
 
     fn tell(&self, command: Command) {
@@ -86,13 +120,14 @@ impl Worker {
 }
 
 impl Drop for Worker {
-    /// Drains and ends the thread.
+    /// Ends the thread, which drains first. One that was detached ends by itself when the kernel has let go of all that it
+    /// gave up.
     fn drop(&mut self) {
-        self.stop();
         let (closed, _) = channel();
         self.commands = closed;
         self.mailbox.wake();
         if let Some(thread) = self.thread.take()
+            && !self.detached
             && thread.join().is_err()
         {
             log::error!("a queue thread panicked");
@@ -112,6 +147,8 @@ struct Queue {
     /// What has ended and is not yet in the used ring.
     ended: Vec<Completion>,
     bad_heads: u64,
+    /// What has ended must not be published yet.
+    held: bool,
 }
 
 /// What a look at the ring found.
@@ -138,17 +175,28 @@ impl Queue {
                         self.executor.set_write_through(write_through);
                         self.kick = Some(kick);
                     }
-                    Ok(Command::Stop { done }) => {
-                        self.drain();
+                    Ok(Command::Stop { done, deadline }) => {
+                        let stopped = self.drain(Some(deadline));
                         self.kick = None;
-                        if !self.ended.is_empty() {
-                            log::error!("queue {}: {} completions have no place to go", self.index, self.ended.len());
-                            self.ended.clear();
-                        }
+                        self.forget_unpublished();
+                        let _ = done.send(stopped);
+                    }
+                    Ok(Command::Abandon { done }) => {
+                        self.held = true;
+                        self.executor.abandon(&mut self.ended);
+                        drop(done);
+                    }
+                    Ok(Command::Publish { done }) => {
+                        self.held = false;
+                        self.publish();
+                        self.forget_unpublished();
                         drop(done);
                     }
                     Err(std::sync::mpsc::TryRecvError::Empty) => break,
-                    Err(std::sync::mpsc::TryRecvError::Disconnected) => return,
+                    Err(std::sync::mpsc::TryRecvError::Disconnected) => {
+                        self.drain(None);
+                        return;
+                    }
                 }
             }
             self.collect();
@@ -279,7 +327,7 @@ impl Queue {
     /// Puts what has ended into the used ring and tells the guest, if it wants to be told. While the frontend is changing
     /// the memory map the ring may be out of reach; what has ended then waits for the next look.
     fn publish(&mut self) {
-        if self.ended.is_empty() {
+        if self.ended.is_empty() || self.held {
             return;
         }
         let memory = self.memory.memory().into_inner();
@@ -303,16 +351,38 @@ impl Queue {
         }
     }
 
-    /// Finishes what is in flight and publishes it.
-    fn drain(&mut self) {
+    /// Finishes what is in flight and publishes it. At the deadline, what waits for another try ends with an I/O error; what
+    /// the kernel has stays in flight. Without a deadline, also waits for what was given up.
+    fn drain(&mut self, deadline: Option<Instant>) -> Stopped {
         self.collect();
-        while self.executor.in_flight() > 0 {
+        while self.executor.in_flight() > 0 || deadline.is_none() && self.executor.abandoned() > 0 {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                self.executor.give_up(&mut self.ended);
+                break;
+            }
+            // What ends early is not held back.
+            self.publish();
+            let limit = left.into_iter().chain(self.executor.until_due()).min();
             let mailbox = self.mailbox.clone();
-            let _ = poll(&mut [PollFd::from_borrowed_fd(mailbox.as_fd(), PollFlags::IN)], None);
+            let mut fds = [PollFd::from_borrowed_fd(mailbox.as_fd(), PollFlags::IN)];
+            let _ = poll(&mut fds, limit.map(timespec).as_ref());
             self.mailbox.clear();
             self.collect();
         }
         self.publish();
+        match self.executor.in_flight() {
+            0 => Stopped::Drained,
+            left => Stopped::Stuck(left),
+        }
+    }
+
+    /// For a ring that has stopped.
+    fn forget_unpublished(&mut self) {
+        if !self.ended.is_empty() && !self.held {
+            log::error!("queue {}: {} completions have no place to go", self.index, self.ended.len());
+            self.ended.clear();
+        }
     }
 }
 
@@ -340,16 +410,24 @@ fn interrupts_off(queue: &virtio_queue::Queue, memory: &super::GuestMap) -> bool
             .is_ok_and(|flags| u16::from_le(flags) & AVAIL_F_NO_INTERRUPT != 0)
 }
 
-/// Stops every worker at once, then waits for each: queues drain side by side.
-pub fn stop_all<'w>(workers: impl Iterator<Item = &'w Worker>) {
+/// Stops these workers' rings, and waits until nothing of them is in flight, or until the deadline. All at once: queues
+/// drain side by side.
+pub fn stop_all<'w>(workers: impl Iterator<Item = &'w Worker>, deadline: Instant) -> Vec<Stopped> {
     let waits: Vec<_> = workers
         .map(|worker| {
             let (done, wait) = channel();
-            worker.tell(Command::Stop { done });
+            worker.tell(Command::Stop { done, deadline });
             wait
         })
         .collect();
-    for wait in waits {
-        let _ = wait.recv();
-    }
+    let answer = |wait: Receiver<Stopped>| {
+        let limit = deadline.saturating_duration_since(Instant::now()) + ANSWER_TIME;
+        match wait.recv_timeout(limit) {
+            Ok(stopped) => stopped,
+            Err(RecvTimeoutError::Timeout) => Stopped::Hung,
+            // A dead thread has dropped its end, and there is nothing to wait for.
+            Err(RecvTimeoutError::Disconnected) => Stopped::Drained,
+        }
+    };
+    waits.into_iter().map(answer).collect()
 }

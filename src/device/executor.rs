@@ -45,7 +45,7 @@ struct InFlight<G> {
     stage: Stage,
     /// Set by its first failure that is tried again.
     pause: Option<Pause>,
-    memory: G,
+    _memory: G,
 }
 
 /// What a request in flight waits for.
@@ -169,13 +169,19 @@ impl<G> Executor<G> {
                 let token = self.allot();
                 let mut stage = Stage::Work;
                 let Some(result) = self.attempt(token, &request, &mut stage) else {
-                    self.keep(token, InFlight { head, request, since: Instant::now(), stage, pause: None, memory });
+                    self.keep(
+                        token,
+                        InFlight { head, request, since: Instant::now(), stage, pause: None, _memory: memory },
+                    );
                     return None;
                 };
                 if let Err(e) = &result
                     && self.ledger.on_error().tries_again(e)
                 {
-                    self.keep(token, InFlight { head, request, since: Instant::now(), stage, pause: None, memory });
+                    self.keep(
+                        token,
+                        InFlight { head, request, since: Instant::now(), stage, pause: None, _memory: memory },
+                    );
                     self.pause(token, e);
                     return None;
                 }
@@ -218,12 +224,9 @@ impl<G> Executor<G> {
     /// Ends all that is in flight with an I/O error although the kernel or a job may still work on it: writes their
     /// statuses and appends their completions. What they still use stays here until they are done with.
     ///
-    /// The caller must not publish the completions before it has revoked the guest memory that is handed back: the guest
-    /// takes back its buffers then, and a late transfer must neither change nor read them.
-    pub fn abandon(&mut self, out: &mut Vec<Completion>) -> Vec<G>
-    where
-        G: Clone,
-    {
+    /// The caller must not publish the completions before the guest memory behind them is revoked: the guest takes back its
+    /// buffers then, and a late transfer must neither change nor read them.
+    pub fn abandon(&mut self, out: &mut Vec<Completion>) {
         self.give_up(out);
         // What the kernel has not seen ends here.
         let mut unseen = Vec::new();
@@ -232,10 +235,8 @@ impl<G> Executor<G> {
             out.extend(self.end(to_usize(token), result));
         }
         self.give_up(out);
-        let mut held = Vec::new();
         for token in 0..self.slots.len() {
             let Some(mut flight) = self.slots[token].take() else { continue };
-            held.push(flight.memory.clone());
             if flight.stage != Stage::Abandoned {
                 flight.stage = Stage::Abandoned;
                 self.in_flight -= 1;
@@ -246,7 +247,6 @@ impl<G> Executor<G> {
             }
             self.slots[token] = Some(flight);
         }
-        held
     }
 
     /// True when a write that was just done must be flushed before it completes.

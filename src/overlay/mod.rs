@@ -43,7 +43,7 @@ mod tests;
 mod write;
 
 pub use bits::{Run, Runs, State};
-pub use check::{Info, SessionInfo, check, inspect, look};
+pub use check::{Info, Look, SessionInfo, check, inspect, look};
 pub use create::create;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -283,8 +283,8 @@ impl Overlay {
         !self.words.live().is_some_and(LiveFile::write_through)
     }
 
-    /// Remembers what the guest chose, also for the process that comes after this one is killed: QEMU does not tell it
-    /// again after a reconnect. A session begins with the cache on. Does nothing on an overlay that is only read.
+    /// Remembers what the guest chose, also for the process that comes after this one is killed or has closed the overlay:
+    /// QEMU does not tell it again, neither after a reconnect nor after a migration. A new overlay has its cache on. Does nothing on an overlay that is only read.
     pub fn set_write_cache(&self, on: bool) {
         if let Some(live) = self.words.live() {
             live.set_write_through(!on);
@@ -301,6 +301,7 @@ impl Overlay {
         self.flush().map_err(|e| Error::io(&self.path, "flush", e))?;
         self.closed.store(true, Ordering::Release);
         let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
+        header.set_write_through(!self.write_cache());
         write_header(&self.disk, &mut header, Session::CLOSED).map_err(|e| Error::io(&self.path, "close", e))?;
         self.words.remove()
     }
@@ -398,6 +399,7 @@ fn begin(path: &Path, disk: &Disk, layout: &Layout, header: &mut Header, state_d
     load(path, disk, layout, live.words())?;
     live.end_counting(header.extension.flushes);
     live.set_seal(seal::set(disk.file()));
+    live.set_write_through(header.write_through());
     live.publish()?;
     // If this fails half-way, the new bitmap stays: the header may name it by now, and if it does not, `remove_stale` of
     // the next open takes it away.

@@ -6,5 +6,10 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod drain;
+#[path = "../hostile/frontend.rs"]
+#[allow(dead_code)]
+mod frontend;
+mod hanging;
 mod on_error;
 mod support;
