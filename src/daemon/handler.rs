@@ -5,8 +5,9 @@
 
 use super::revoke::{map_again, revoke};
 use super::worker::{self, Stopped, Worker};
-use super::{GuestMap, GuestMemory, Vring};
-use crate::device::{Disk, Geometry, Jobs};
+use super::{GuestMap, GuestMemory, Served, Vring};
+use crate::device::Geometry;
+use crate::device::config::WRITEBACK_AT;
 use std::fs::File;
 use std::io;
 use std::sync::{Arc, Weak};
@@ -16,7 +17,7 @@ use vhost::vhost_user::message::{
     VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
     VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use vhost_user_backend::VringT;
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -52,9 +53,8 @@ struct Ring {
 
 /// The state of one connection.
 pub struct Handler {
-    disk: Arc<Disk>,
-    jobs: Arc<Jobs>,
-    geometry: Geometry,
+    served: Arc<Served>,
+    num_queues: u16,
     memory: GuestMemory,
     /// Earlier memory maps: requests in flight may still use them.
     old_maps: Vec<Weak<GuestMap>>,
@@ -68,18 +68,16 @@ pub struct Handler {
 
 impl Handler {
     /// A handler for a new connection.
-    pub fn new(disk: Arc<Disk>, jobs: Arc<Jobs>, num_queues: u16, drain_time: Duration) -> io::Result<Self> {
+    pub fn new(served: Arc<Served>, num_queues: u16, drain_time: Duration) -> io::Result<Self> {
         let memory = GuestMemory::new(GuestMap::new());
         let ring = || {
             let vring = Vring::new(memory.clone(), QUEUE_SIZE_MAX).map_err(io::Error::other)?;
             Ok(Ring { vring, worker: None, running: false })
         };
         let rings = (0..num_queues).map(|_| ring()).collect::<io::Result<_>>()?;
-        let geometry = disk.geometry(num_queues);
         Ok(Handler {
-            disk,
-            jobs,
-            geometry,
+            served,
+            num_queues,
             memory,
             old_maps: Vec::new(),
             mappings: Vec::new(),
@@ -90,13 +88,45 @@ impl Handler {
         })
     }
 
-    /// Finishes what is in flight and ends the queue threads.
+    /// Finishes what is in flight, ends the queue threads, and lets go of the disk if rings have run.
     pub fn shut_down(&mut self) {
         // What could not be finished is logged.
         let _ = self.stop(|_| true);
         for ring in &mut self.rings {
             ring.worker = None;
         }
+    }
+
+    /// Lets go of the disk when no ring runs any more: the VM may go on somewhere else.
+    ///
+    /// The flush that this takes is bounded too: a disk that does not answer in time stays open and locked.
+    fn rest(&mut self) {
+        if self.rings.iter().any(|ring| ring.running) {
+            return;
+        }
+        // The queue threads hold the disk.
+        for ring in &mut self.rings {
+            ring.worker = None;
+        }
+        let drive = &self.served.drive;
+        if drive.ledger().stuck() == 0
+            && let Some(active) = drive.active()
+            && super::within(self.drain_time, move || drop(active.disk.flush())).is_none()
+        {
+            log::error!("the disk stays open and locked: its flush takes longer than --drain-timeout");
+            return;
+        }
+        // Whether the flush worked, the one of the close will tell.
+        if let Err(e) = drive.inactivate() {
+            log::error!("the disk stays open and locked, for this server to go on with: {e}");
+        }
+    }
+
+    fn geometry(&self) -> Geometry {
+        let mut geometry = self.served.drive.geometry(self.num_queues);
+        // A driver that does not flush gets a write-through disk.
+        geometry.write_cache &= self.features == 0 || self.features & (1 << VIRTIO_BLK_F_FLUSH) != 0;
+        geometry
     }
 
     /// True when the kernel keeps a queue's thread: this process can do nothing more for the disk.
@@ -128,6 +158,9 @@ impl Handler {
         for index in &asked {
             self.rings[*index].running = false;
         }
+        if !asked.is_empty() {
+            self.rest();
+        }
         if outcome.len() > asked.len() { self.look_again() } else { Ok(()) }
     }
 
@@ -142,37 +175,20 @@ impl Handler {
         let current = self.memory.memory().into_inner();
         let mut maps: Vec<_> = self.old_maps.iter().filter_map(Weak::upgrade).collect();
         maps.push(Arc::clone(&current));
-        let mut requests = 0;
-        for (index, stopped) in outcome {
-            let Some(worker) = self.rings[*index].worker.as_mut() else { continue };
-            match stopped {
-                Stopped::Drained => {}
-                Stopped::Stuck(n) => requests += n,
-                Stopped::Hung => {
-                    self.hung = true;
-                    worker.detach();
-                }
-            }
-        }
-        if self.hung {
-            log::error!(
-                "the host's disk hangs, and a queue's thread with it: this server ends; start it again when the disk \
-                 answers. Requests in flight are as after a kill"
-            );
+        let stuck: Vec<usize> =
+            outcome.iter().filter(|(_, stopped)| *stopped != Stopped::Drained).map(|(index, _)| *index).collect();
+        let requests: usize = outcome.iter().map(|(_, s)| if let Stopped::Stuck(n) = s { *n } else { 0 }).sum();
+        let again = map_again(&current);
+        if outcome.iter().any(|(_, stopped)| *stopped == Stopped::Hung) || again.is_err() {
             // SAFETY: all queue threads but those that hang have stopped. Should the kernel let one of them go before the
             // process has ended, a moment from now, it ends by SIGSEGV; that is as good as any kill.
-            if let Err(e) = unsafe { revoke(&maps) } {
-                log::error!("cannot revoke the guest's memory: {e}");
-            }
-            return Err(hung());
+            let revoked = unsafe { revoke(&maps) };
+            return self.give_up(&stuck, again.and(revoked));
         }
         log::error!(
             "the host's disk holds {requests} requests for longer than --drain-timeout: the guest gets I/O errors for \
-             them. The overlay stays open, and no request is taken, until the kernel lets go of them"
+             them. The disk stays open, and no request is taken, until the kernel lets go of them"
         );
-        let again = map_again(&current).map_err(Error::ReqHandlerError)?;
-        let stuck: Vec<usize> =
-            outcome.iter().filter(|(_, s)| matches!(s, Stopped::Stuck(_))).map(|(index, _)| *index).collect();
         for index in &stuck {
             if let Some(worker) = self.rings[*index].worker.as_mut() {
                 worker.abandon();
@@ -180,13 +196,11 @@ impl Handler {
         }
         // SAFETY: all queue threads have stopped, and have written the statuses of what they gave up. They and this thread
         // look up the rings in the map that is put in place now.
-        let revoked = unsafe { revoke(&maps) };
-        self.replace_memory(again)?;
-        // If it failed, the guest never gets its requests back: its memory must not change under it.
-        revoked.map_err(|e| {
-            log::error!("cannot revoke the guest's memory, so {requests} requests stay with the host: {e}");
-            Error::ReqHandlerError(e)
-        })?;
+        if let Err(e) = unsafe { revoke(&maps) } {
+            // The guest's memory must not change under it, so it never gets its requests back.
+            return self.give_up(&stuck, Err(e));
+        }
+        self.replace_memory(again.map_err(Error::ReqHandlerError)?)?;
         for index in &stuck {
             if let Some(worker) = self.rings[*index].worker.as_ref() {
                 worker.publish();
@@ -195,8 +209,26 @@ impl Handler {
         Ok(())
     }
 
+    /// Nobody can answer for what is in flight: the process has to end.
+    fn give_up(&mut self, stuck: &[usize], revoked: io::Result<()>) -> Result<()> {
+        self.hung = true;
+        for index in stuck {
+            if let Some(worker) = self.rings[*index].worker.as_mut() {
+                worker.detach();
+            }
+        }
+        log::error!(
+            "the host's disk hangs, and a queue's thread with it: this server ends. Start it again when the disk answers; \
+             requests in flight are as after a kill"
+        );
+        if let Err(e) = revoked {
+            log::error!("cannot revoke the guest's memory: {e}");
+        }
+        Err(hung())
+    }
+
     fn offered(&self) -> u64 {
-        self.geometry.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+        self.geometry().features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
     fn ring(&mut self, index: u32) -> Result<&mut Ring> {
@@ -206,8 +238,7 @@ impl Handler {
     /// Starts or stops the ring's thread, as kick, enable and addresses now say. A ring that (re)starts is looked at
     /// without waiting for a kick: QEMU sends none after reconnecting.
     fn update(&mut self, index: u32) -> Result<()> {
-        let Handler { disk, jobs, memory, rings, features, .. } = self;
-        let Some(ring) = rings.get_mut(index as usize) else { return Err(Error::InvalidParam) };
+        let ring = self.ring(index)?;
         let (runs, kick) = {
             let state = ring.vring.get_ref();
             let runs = state.is_enabled() && state.get_queue().ready();
@@ -224,19 +255,33 @@ impl Handler {
         };
         if ring.worker.is_none() {
             let vring = ring.vring.clone();
-            let worker = Worker::spawn(index as usize, vring, memory.clone(), Arc::clone(disk), Arc::clone(jobs))
-                .map_err(|e| {
-                    log::error!("queue {index}: cannot start its thread and io_uring: {e}");
-                    Error::ReqHandlerError(e)
-                })?;
-            ring.worker = Some(worker);
+            let worker = self.start_worker(index, vring)?;
+            self.ring(index)?.worker = Some(worker);
         }
-        let write_through = *features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
+        let write_through = self.features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
+        let ring = self.ring(index)?;
         if let Some(worker) = &ring.worker {
             worker.run(kick, write_through);
         }
         ring.running = true;
         Ok(())
+    }
+
+    /// Starts a ring's thread; opens the disk if it is not open. A disk that cannot be opened ends the connection: nothing is
+    /// served without the lock, and the frontend tries again when it reconnects.
+    fn start_worker(&self, index: u32, vring: Vring) -> Result<Worker> {
+        let told = self.geometry();
+        let active = self.served.drive.activate().map_err(|e| {
+            log::error!("the disk cannot be opened for the VM that starts: {e}");
+            Error::ReqHandlerError(io::Error::other(e.to_string()))
+        })?;
+        if self.geometry() != told {
+            self.served.channel.config_changed();
+        }
+        Worker::spawn(index as usize, vring, self.memory.clone(), active.disk, active.jobs).map_err(|e| {
+            log::error!("queue {index}: cannot start its thread and io_uring: {e}");
+            Error::ReqHandlerError(e)
+        })
     }
 
     fn replace_memory(&mut self, map: GuestMap) -> Result<()> {
@@ -250,7 +295,7 @@ impl Handler {
     /// Looks at every ring that runs again. One that was out of reach while the frontend took its memory away and gave it
     /// back (it does so to change the size of a region) goes on.
     fn look_again(&mut self) -> Result<()> {
-        for index in 0..u32::from(self.geometry.num_queues) {
+        for index in 0..u32::from(self.num_queues) {
             if self.ring(index)?.running {
                 self.update(index)?;
             }
@@ -346,7 +391,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         }
         // Without protocol features there is no SET_VRING_ENABLE, and rings start enabled.
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
-            for index in 0..u32::from(self.geometry.num_queues) {
+            for index in 0..u32::from(self.num_queues) {
                 self.ring(index)?.vring.set_enabled(true);
                 self.update(index)?;
             }
@@ -504,6 +549,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Ok(VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE)
     }
@@ -522,11 +568,19 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        Ok(self.geometry.config(offset as usize, size as usize))
+        Ok(self.geometry().config(offset as usize, size as usize))
     }
 
-    fn set_config(&mut self, _offset: u32, _buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
-        Err(Error::InvalidOperation("no field of the config space can be written"))
+    /// Only the cache mode can be written. Whatever is refused changes nothing, so the connection goes on.
+    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        let write_cache = match buf {
+            [byte @ (0 | 1)] if offset as usize == WRITEBACK_AT && !self.geometry().read_only => *byte == 1,
+            _ => return Err(Error::InvalidOperation("only the cache mode of a writable disk can be set, to 0 or 1")),
+        };
+        self.served.drive.set_write_cache(write_cache).map_err(|e| {
+            log::error!("cannot switch the write cache: {e}");
+            Error::InvalidOperation("the cache mode cannot be switched")
+        })
     }
 
     fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {
@@ -560,6 +614,10 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
         Err(Error::InvalidOperation("not offered"))
+    }
+
+    fn set_backend_req_fd(&mut self, _backend: Backend) {
+        self.served.channel.accept();
     }
 
     fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {

@@ -159,13 +159,13 @@ impl<G> Executor<G> {
             {
                 Status::IoErr
             }
-            Ok(Kind::WriteZeroes(segments))
+            Ok(Kind::WriteZeroes(segments) | Kind::Discard(segments))
                 if read_only
                     || !segments.iter().all(|s| self.disk.contains(s.offset, s.len) && zeroes_len_ok(s.len)) =>
             {
                 Status::IoErr
             }
-            Ok(Kind::Read { .. } | Kind::Write { .. } | Kind::WriteZeroes(_) | Kind::Flush) => {
+            Ok(Kind::Read { .. } | Kind::Write { .. } | Kind::WriteZeroes(_) | Kind::Discard(_) | Kind::Flush) => {
                 let token = self.allot();
                 let mut stage = Stage::Work;
                 let Some(result) = self.attempt(token, &request, &mut stage) else {
@@ -249,6 +249,11 @@ impl<G> Executor<G> {
         }
     }
 
+    /// True when a write that was just done must be flushed before it completes.
+    fn writes_through(&self) -> bool {
+        self.write_through || self.disk.write_through()
+    }
+
     /// One try at a request that makes sense: `Some` when it has ended by it, else [`Executor::reap`] will see it end under
     /// `token`.
     fn attempt(&mut self, token: usize, request: &Request, stage: &mut Stage) -> Option<io::Result<()>> {
@@ -256,12 +261,12 @@ impl<G> Executor<G> {
         let work = match &request.kind {
             Ok(Kind::Read { offset }) => return self.read(token, *offset, request),
             Ok(Kind::Write { offset }) => match self.disk.try_write(*offset, &request.data) {
-                Ok(true) if self.write_through => Work::Flush,
+                Ok(true) if self.writes_through() => Work::Flush,
                 Ok(true) => return Some(Ok(())),
                 Ok(false) => Work::Write { offset: *offset, bufs: request.data.clone() },
                 Err(e) => return Some(Err(e)),
             },
-            Ok(Kind::WriteZeroes(segments)) => Work::WriteZeroes(segments.clone()),
+            Ok(Kind::WriteZeroes(segments) | Kind::Discard(segments)) => Work::WriteZeroes(segments.clone()),
             Ok(Kind::Flush) => Work::Flush,
             Ok(Kind::GetId) | Err(_) => return Some(Ok(())),
         };
@@ -297,7 +302,7 @@ impl<G> Executor<G> {
                 return None;
             }
             // A write is done; the driver wants it durable.
-            (Ok(()), Stage::Work) if self.write_through && !matches!(flight.request.kind, Ok(Kind::Read { .. })) => {
+            (Ok(()), Stage::Work) if !matches!(flight.request.kind, Ok(Kind::Read { .. })) && self.writes_through() => {
                 flight.stage = Stage::Flush;
                 self.slots[token] = Some(flight);
                 self.jobs.post(Job::new(Work::Flush, token as u64, self.mailbox.clone()));

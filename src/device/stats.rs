@@ -66,6 +66,7 @@ impl Class {
             Ok(Kind::Read { .. }) => Class::Read,
             Ok(Kind::Write { .. }) => Class::Write,
             Ok(Kind::WriteZeroes(_)) => Class::WriteZeroes,
+            Ok(Kind::Discard(_)) => Class::Discard,
             Ok(Kind::Flush) => Class::Flush,
             Ok(Kind::GetId) | Err(_) => Class::Other,
         }
