@@ -98,8 +98,7 @@ pub fn run(common: &Common, args: Args) -> Result<()> {
         }
         Err(e) => {
             // Nobody was served, so the overlay is left as it was found.
-            drive.end_trace();
-            if let Err(close) = drive.inactivate() {
+            if let Err(close) = drive.close() {
                 log::error!("{close}");
             }
             Err(e)
@@ -156,7 +155,7 @@ fn open_drive(common: &Common, args: &Args) -> Result<Drive> {
     if let Some(path) = &args.record {
         let recorder = Recorder::create(path, &trace_header(&library, &record));
         // Nobody was served, so the overlay is left as it was found.
-        drive.set_recorder(recorder.inspect_err(|_| drop(drive.inactivate()))?);
+        drive.set_recorder(recorder.inspect_err(|_| drop(drive.close()))?);
     }
     Ok(drive)
 }

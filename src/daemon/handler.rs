@@ -3,6 +3,7 @@
 //! `vhost-user-backend` brings a handler of its own, but it is private and leaves no room for what a disk needs later
 //! (an inflight region, a config-change message, several connections); only its vrings are used here.
 
+use super::dirty_log::{DirtyLog, Logging};
 use super::revoke::{map_again, revoke};
 use super::worker::{self, Stopped, Worker};
 use super::{GuestMap, GuestMemory, Served, Vring};
@@ -49,6 +50,8 @@ struct Ring {
     vring: Vring,
     worker: Option<Worker>,
     running: bool,
+    /// Where in guest memory writes to the used ring are logged, if the frontend wants them logged.
+    log_used: Option<u64>,
 }
 
 /// The state of one connection.
@@ -61,6 +64,8 @@ pub struct Handler {
     mappings: Vec<Mapping>,
     rings: Vec<Ring>,
     features: u64,
+    /// The frontend's bitmap of dirty pages.
+    log: Option<Arc<DirtyLog>>,
     drain_time: Duration,
     /// The kernel does not let go of a queue's thread. The process has to end.
     hung: bool,
@@ -72,7 +77,7 @@ impl Handler {
         let memory = GuestMemory::new(GuestMap::new());
         let ring = || {
             let vring = Vring::new(memory.clone(), QUEUE_SIZE_MAX).map_err(io::Error::other)?;
-            Ok(Ring { vring, worker: None, running: false })
+            Ok(Ring { vring, worker: None, running: false, log_used: None })
         };
         let rings = (0..num_queues).map(|_| ring()).collect::<io::Result<_>>()?;
         Ok(Handler {
@@ -83,6 +88,7 @@ impl Handler {
             mappings: Vec::new(),
             rings,
             features: 0,
+            log: None,
             drain_time,
             hung: false,
         })
@@ -97,27 +103,31 @@ impl Handler {
         }
     }
 
-    /// Lets go of the disk if no ring runs any more: the VM may go on somewhere else.
+    /// Lets go of the disk when no ring runs any more: the VM may go on somewhere else.
+    ///
+    /// QEMU's monitor waits for this, so a flush that takes long goes on behind its back, and the disk is let go of when that
+    /// is done, unless a ring runs again by then.
     fn rest(&mut self) {
         if self.rings.iter().any(|ring| ring.running) {
-            return;
-        }
-        let stuck = self.served.drive.ledger().stuck();
-        if stuck > 0 {
-            log::error!("the disk stays open and locked: {stuck} requests of it hang in the kernel");
             return;
         }
         // The queue threads hold the disk.
         for ring in &mut self.rings {
             ring.worker = None;
         }
-        match self.served.let_go() {
-            Some(Ok(())) => {}
-            Some(Err(e)) => log::error!("the disk stays open and locked, for this server to go on with: {e}"),
-            None => {
-                log::error!("the host's disk hangs in a flush: this server ends; start it again when the disk answers");
-                self.hung = true;
+        self.served.drive.release();
+        let served = Arc::clone(&self.served);
+        let closed = super::within(self.drain_time, move || {
+            if let Some(active) = served.drive.active().filter(|_| served.drive.ledger().stuck() == 0) {
+                // Whether it worked, the one of the close will tell.
+                let _ = active.disk.flush();
             }
+            if let Err(e) = served.drive.inactivate() {
+                log::error!("the disk stays open and locked, for this server to go on with: {e}");
+            }
+        });
+        if closed.is_none() {
+            log::error!("the disk stays locked for now: its flush takes longer than --drain-timeout");
         }
     }
 
@@ -157,13 +167,10 @@ impl Handler {
         for index in &asked {
             self.rings[*index].running = false;
         }
-        if outcome.len() > asked.len() {
-            self.look_again()?;
-        }
         if !asked.is_empty() {
             self.rest();
         }
-        if self.hung { Err(hung()) } else { Ok(()) }
+        if outcome.len() > asked.len() { self.look_again() } else { Ok(()) }
     }
 
     fn stop_until(&self, rings: &[usize], deadline: Instant) -> Vec<(usize, Stopped)> {
@@ -177,37 +184,20 @@ impl Handler {
         let current = self.memory.memory().into_inner();
         let mut maps: Vec<_> = self.old_maps.iter().filter_map(Weak::upgrade).collect();
         maps.push(Arc::clone(&current));
-        let mut requests = 0;
-        for (index, stopped) in outcome {
-            let Some(worker) = self.rings[*index].worker.as_mut() else { continue };
-            match stopped {
-                Stopped::Drained => {}
-                Stopped::Stuck(n) => requests += n,
-                Stopped::Hung => {
-                    self.hung = true;
-                    worker.detach();
-                }
-            }
-        }
-        if self.hung {
-            log::error!(
-                "the host's disk hangs, and a queue's thread with it: this server ends; start it again when the disk \
-                 answers. Requests in flight are as after a kill"
-            );
+        let stuck: Vec<usize> =
+            outcome.iter().filter(|(_, stopped)| *stopped != Stopped::Drained).map(|(index, _)| *index).collect();
+        let requests: usize = outcome.iter().map(|(_, s)| if let Stopped::Stuck(n) = s { *n } else { 0 }).sum();
+        let again = map_again(&current);
+        if outcome.iter().any(|(_, stopped)| *stopped == Stopped::Hung) || again.is_err() {
             // SAFETY: all queue threads but those that hang have stopped. Should the kernel let one of them go before the
             // process has ended, a moment from now, it ends by SIGSEGV; that is as good as any kill.
-            if let Err(e) = unsafe { revoke(&maps) } {
-                log::error!("cannot revoke the guest's memory: {e}");
-            }
-            return Err(hung());
+            let revoked = unsafe { revoke(&maps) };
+            return self.give_up(&stuck, again.and(revoked));
         }
         log::error!(
             "the host's disk holds {requests} requests for longer than --drain-timeout: the guest gets I/O errors for \
-             them. The overlay stays open, and no request is taken, until the kernel lets go of them"
+             them. The disk stays open, and no request is taken, until the kernel lets go of them"
         );
-        let again = map_again(&current).map_err(Error::ReqHandlerError)?;
-        let stuck: Vec<usize> =
-            outcome.iter().filter(|(_, s)| matches!(s, Stopped::Stuck(_))).map(|(index, _)| *index).collect();
         for index in &stuck {
             if let Some(worker) = self.rings[*index].worker.as_mut() {
                 worker.abandon();
@@ -215,13 +205,11 @@ impl Handler {
         }
         // SAFETY: all queue threads have stopped, and have written the statuses of what they gave up. They and this thread
         // look up the rings in the map that is put in place now.
-        let revoked = unsafe { revoke(&maps) };
-        self.replace_memory(again)?;
-        // If it failed, the guest never gets its requests back: its memory must not change under it.
-        revoked.map_err(|e| {
-            log::error!("cannot revoke the guest's memory, so {requests} requests stay with the host: {e}");
-            Error::ReqHandlerError(e)
-        })?;
+        if let Err(e) = unsafe { revoke(&maps) } {
+            // The guest's memory must not change under it, so it never gets its requests back.
+            return self.give_up(&stuck, Err(e));
+        }
+        self.replace_memory(again.map_err(Error::ReqHandlerError)?)?;
         for index in &stuck {
             if let Some(worker) = self.rings[*index].worker.as_ref() {
                 worker.publish();
@@ -230,8 +218,27 @@ impl Handler {
         Ok(())
     }
 
+    /// Nobody can answer for what is in flight: the process has to end.
+    fn give_up(&mut self, stuck: &[usize], revoked: io::Result<()>) -> Result<()> {
+        self.hung = true;
+        for index in stuck {
+            if let Some(worker) = self.rings[*index].worker.as_mut() {
+                worker.detach();
+            }
+        }
+        log::error!(
+            "the host's disk hangs, and a queue's thread with it: this server ends. Start it again when the disk answers; \
+             requests in flight are as after a kill"
+        );
+        if let Err(e) = revoked {
+            log::error!("cannot revoke the guest's memory: {e}");
+        }
+        Err(hung())
+    }
+
     fn offered(&self) -> u64 {
-        self.geometry().features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+        let more = VhostUserVirtioFeatures::PROTOCOL_FEATURES | VhostUserVirtioFeatures::LOG_ALL;
+        self.geometry().features() | more.bits()
     }
 
     fn ring(&mut self, index: u32) -> Result<&mut Ring> {
@@ -260,6 +267,7 @@ impl Handler {
             let vring = ring.vring.clone();
             let worker = self.start_worker(index, vring)?;
             self.ring(index)?.worker = Some(worker);
+            self.update_logging(index)?;
         }
         let write_through = self.features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
         let ring = self.ring(index)?;
@@ -268,6 +276,21 @@ impl Handler {
         }
         ring.running = true;
         Ok(())
+    }
+
+    /// Tells a ring's thread what to log. Whatever ends after this is logged, also what began before.
+    fn update_logging(&mut self, index: u32) -> Result<()> {
+        let data = self.features & VhostUserVirtioFeatures::LOG_ALL.bits() != 0;
+        let log = self.log.clone();
+        let ring = self.ring(index)?;
+        let Some(worker) = &ring.worker else { return Ok(()) };
+        let used = ring.log_used.or_else(|| data.then(|| ring.vring.get_ref().get_queue().used_ring()));
+        let logging = log.filter(|_| used.is_some()).map(|log| Logging { log, data, used });
+        worker.log(logging).map_err(Error::ReqHandlerError)
+    }
+
+    fn update_all_logging(&mut self) -> Result<()> {
+        (0..u32::from(self.num_queues)).try_for_each(|index| self.update_logging(index))
     }
 
     /// Starts a ring's thread; opens the disk if it is not open. A disk that cannot be opened ends the connection: nothing is
@@ -392,6 +415,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         for ring in &self.rings {
             ring.vring.set_queue_event_idx(event_idx);
         }
+        self.update_all_logging()?;
         // Without protocol features there is no SET_VRING_ENABLE, and rings start enabled.
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
             for index in 0..u32::from(self.num_queues) {
@@ -470,17 +494,29 @@ impl VhostUserBackendReqHandlerMut for Handler {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
         let (descriptor, used, available) =
             (self.guest_address(descriptor)?, self.guest_address(used)?, self.guest_address(available)?);
         let ring = self.ring(index)?;
         if ring.running {
-            return Err(Error::InvalidOperation("ring addresses cannot change while the ring runs"));
+            let same = {
+                let state = ring.vring.get_ref();
+                let queue = state.get_queue();
+                (queue.desc_table(), queue.used_ring(), queue.avail_ring()) == (descriptor, used, available)
+            };
+            if !same {
+                return Err(Error::InvalidOperation("ring addresses cannot change while the ring runs"));
+            }
+        }
+        ring.log_used = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+        if ring.running {
+            // QEMU says so to switch the log on and off.
+            return self.update_logging(index);
         }
         ring.vring.set_queue_info(descriptor, available, used).map_err(|e| {
             log::error!("queue {index}: bad ring addresses: {e}");
@@ -553,6 +589,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE)
     }
@@ -623,7 +660,12 @@ impl VhostUserBackendReqHandlerMut for Handler {
         self.served.channel.accept();
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        Err(Error::InvalidOperation("not offered"))
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        let opened = DirtyLog::open(&file, log.mmap_offset, log.mmap_size).map_err(|e| {
+            log::error!("the frontend's log of dirty pages cannot be used: {e}");
+            Error::ReqHandlerError(e)
+        })?;
+        self.log = Some(Arc::new(opened));
+        self.update_all_logging()
     }
 }

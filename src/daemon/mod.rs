@@ -5,10 +5,12 @@
 //! | [`socket`] | the listening socket |
 //! | [`handler`] | the messages of a connection |
 //! | [`worker`] | the thread of a queue |
-//! | [`backend_channel`] | messages to the frontend |
 //! | [`revoke`] | takes guest memory away from transfers that hang |
+//! | [`backend_channel`] | messages to the frontend |
+//! | [`dirty_log`] | the pages that we write, for a live migration |
 
 pub mod backend_channel;
+pub mod dirty_log;
 pub mod handler;
 pub mod revoke;
 pub mod socket;
@@ -104,26 +106,6 @@ impl Served {
         self.drive.resize(size)?;
         Ok(self.channel.config_changed())
     }
-
-    /// Closes the disk, as no queue runs; `None` when the kernel does not end the flush, and the process must end.
-    fn let_go(self: &Arc<Self>) -> Option<Result<()>> {
-        let (done, wait) = channel();
-        let served = Arc::clone(self);
-        let closing = std::thread::Builder::new().name("vmar-close".into());
-        match closing.spawn(move || done.send(served.drive.inactivate())) {
-            Ok(_) => wait.recv_timeout(CLOSE_TIME).ok(),
-            Err(_) => Some(self.drive.inactivate()),
-        }
-    }
-
-    /// Ends the disk's life. A disk that hangs is left as a kill would leave it.
-    fn close(self: &Arc<Self>) -> Result<()> {
-        self.drive.end_trace();
-        match self.drive.ledger().stuck() {
-            0 => self.let_go().unwrap_or_else(|| Err(hangs("the last flush hangs"))),
-            n => Err(hangs(&format!("{n} requests hang"))),
-        }
-    }
 }
 
 /// Serves a disk: one connection after the other, until SIGTERM (or until the one connection of `--fd` ends). Requests in
@@ -138,7 +120,7 @@ pub fn serve(served: &Arc<Served>, endpoint: Inherited, options: &Options, stop:
         Inherited::Connected(stream) => server.connection(stream).map(drop),
         Inherited::Listening(listening) => server.accept_loop(&listening),
     };
-    result.and_then(|()| served.close())
+    result.and_then(|()| server.close())
 }
 
 /// What every connection needs.
@@ -189,12 +171,33 @@ impl Server<'_> {
         self.served.channel.clear();
         if handler.is_hung() { Err(hangs("a thread hangs in a write")) } else { Ok(goes_on) }
     }
+
+    /// Ends the disk's life. A disk that hangs is left as a kill would leave it.
+    fn close(&self) -> Result<()> {
+        match self.served.drive.ledger().stuck() {
+            0 => {}
+            n => return Err(hangs(&format!("{n} requests hang"))),
+        }
+        let served = Arc::clone(self.served);
+        within(CLOSE_TIME, move || served.drive.close()).unwrap_or_else(|| Err(hangs("the last flush hangs")))
+    }
 }
 
 /// The kernel does not end what was asked of it.
 fn hangs(what: &str) -> Error {
     Error::new(ErrorKind::Io, "the host's disk", format!("does not answer: {what} in the kernel"))
         .mend("nothing is lost if vmar is started again once the disk answers: the overlay goes on where it is")
+}
+
+/// Does something that may hang on a thread of its own; `None` when it takes longer than `limit` (it goes on then).
+fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let (done, wait) = channel();
+    let thread = std::thread::Builder::new().name("vmar-close".into()).spawn(move || done.send(work()));
+    if let Err(e) = thread {
+        log::error!("cannot start a thread: {e}");
+        return None;
+    }
+    wait.recv_timeout(limit).ok()
 }
 
 /// Something that the host lacks for the moment.

@@ -1,6 +1,8 @@
 //! The thread of one queue: takes chains off the ring, starts them, publishes what has ended.
 
+use super::dirty_log::{DirtyLog, Logging};
 use super::{GuestMemory, Vring};
+use crate::device::executor::Written;
 use crate::device::{Completion, Disk, Executor, Jobs, Mailbox, Request};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -21,6 +23,9 @@ const BATCH: usize = 32;
 /// `avail.flags`: the driver wants no interrupts (virtio 1.2, section 2.7.6).
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
 
+/// How long a queue may take to switch its log: it does so between two batches of requests.
+const LOG_TIME: Duration = Duration::from_secs(5);
+
 /// What a worker is told.
 enum Command {
     /// Serve the ring, starting with a look at it (a kick may have come before).
@@ -29,6 +34,8 @@ enum Command {
     Stop { done: Sender<Stopped>, deadline: Instant },
     /// Give up what is still in flight, but publish nothing.
     Abandon { done: Sender<()> },
+    /// Log what is written to guest memory from here on, or no more.
+    Log { logging: Option<Logging>, done: Sender<()> },
     /// Publish again, now that the memory of what was given up is revoked.
     Publish { done: Sender<()> },
 }
@@ -78,8 +85,18 @@ impl Worker {
                 };
                 let _ = ready.send(Ok(()));
                 let ended = Vec::new();
-                let queue =
-                    Queue { index, vring, memory, mailbox, executor, kick: None, ended, bad_heads: 0, held: false };
+                let queue = Queue {
+                    index,
+                    vring,
+                    memory,
+                    mailbox,
+                    executor,
+                    kick: None,
+                    ended,
+                    bad_heads: 0,
+                    held: false,
+                    log_used: None,
+                };
                 queue.run(receiver);
             }
         })?;
@@ -111,6 +128,17 @@ impl Worker {
     /// Leaves the thread alone from now on: it hangs.
     pub fn detach(&mut self) {
         self.detached = true;
+    }
+
+    /// Switches the log of dirty pages. On return whatever ends in this queue is logged so.
+    pub fn log(&self, logging: Option<Logging>) -> io::Result<()> {
+        let (done, wait) = channel();
+        self.tell(Command::Log { logging, done });
+        match wait.recv_timeout(LOG_TIME) {
+            // A thread that has ended writes no more.
+            Ok(()) | Err(RecvTimeoutError::Disconnected) => Ok(()),
+            Err(RecvTimeoutError::Timeout) => Err(io::Error::other("a queue's thread hangs")),
+        }
     }
 
     fn tell(&self, command: Command) {
@@ -149,6 +177,8 @@ struct Queue {
     bad_heads: u64,
     /// What has ended must not be published yet.
     held: bool,
+    /// Where writes to the used ring are logged.
+    log_used: Option<(Arc<DirtyLog>, u64)>,
 }
 
 /// What a look at the ring found.
@@ -185,6 +215,10 @@ impl Queue {
                         self.held = true;
                         self.executor.abandon(&mut self.ended);
                         drop(done);
+                    }
+                    Ok(Command::Log { logging, done }) => {
+                        self.log(logging);
+                        let _ = done.send(());
                     }
                     Ok(Command::Publish { done }) => {
                         self.held = false;
@@ -248,6 +282,7 @@ impl Queue {
         let rounds = usize::from(self.vring.get_ref().get_queue().size()).div_ceil(BATCH);
         for _ in 0..rounds.max(1) {
             let looked = self.batch();
+            self.used_written();
             self.executor.submit();
             self.collect();
             self.publish();
@@ -319,6 +354,21 @@ impl Queue {
         }
     }
 
+    fn log(&mut self, logging: Option<Logging>) {
+        self.log_used = logging.as_ref().and_then(|l| l.used.map(|at| (Arc::clone(&l.log), at)));
+        self.executor.set_written(logging.filter(|l| l.data).map(|l| {
+            let written: Written<Arc<super::GuestMap>> = Box::new(move |map, piece| l.log.mark_piece(map, piece));
+            written
+        }));
+    }
+
+    /// Marks the used ring as written, after it was (the indices, or whether we want to be told).
+    fn used_written(&self) {
+        if let Some((log, at)) = &self.log_used {
+            log.mark(*at, 6 + 8 * u64::from(self.vring.get_ref().get_queue().size()));
+        }
+    }
+
     /// Collects what has ended.
     fn collect(&mut self) {
         self.executor.reap(&mut self.ended);
@@ -342,9 +392,11 @@ impl Queue {
             }
         }
         let wanted = queue.needs_notification(&*memory).unwrap_or(true) && !interrupts_off(queue, &memory);
+        drop(vring);
+        self.used_written();
         // A call descriptor that takes no more is a guest that has been told.
         if wanted
-            && let Err(e) = vring.signal_used_queue()
+            && let Err(e) = self.vring.signal_used_queue()
             && e.kind() != io::ErrorKind::WouldBlock
         {
             log::error!("queue {}: cannot signal the guest: {e}", self.index);

@@ -71,6 +71,8 @@ pub struct Drive {
 #[derive(Debug)]
 struct State {
     active: Option<Active>,
+    /// A VM runs on it, or is about to.
+    used: bool,
     /// What was seen of the disk last.
     seen: Look,
     /// What the guest has asked for while the disk was closed, or of a disk that does not remember it.
@@ -83,7 +85,7 @@ impl Drive {
     pub fn new(recipe: Recipe, serial: [u8; SERIAL_SIZE], ledger: Arc<Ledger>) -> Result<Self> {
         let seen = recipe.look()?;
         let discard_unflushed = matches!(&recipe, Recipe::Image { overlay: Some(o), .. } if o.discard_unflushed);
-        let state = Mutex::new(State { active: None, seen, write_cache: None, discard_unflushed });
+        let state = Mutex::new(State { active: None, used: false, seen, write_cache: None, discard_unflushed });
         Ok(Drive { recipe, serial, recorder: Arc::default(), ledger, state })
     }
 
@@ -136,14 +138,16 @@ impl Drive {
     /// Those of opening; the disk stays closed then and nothing may be served.
     pub fn activate(&self) -> Result<Active> {
         let mut state = self.state();
-        if let Some(active) = &state.active {
-            return Ok(active.clone());
+        if let Some(active) = state.active.clone() {
+            state.used = true;
+            return Ok(active);
         }
         let disk = self.open(&mut state)?;
         let disk = Arc::new(disk);
         let jobs = Arc::new(Jobs::new(Arc::clone(&disk), Arc::clone(&self.ledger)));
         let active = Active { disk, jobs };
         state.active = Some(active.clone());
+        state.used = true;
         Ok(active)
     }
 
@@ -167,14 +171,20 @@ impl Drive {
         Ok(disk)
     }
 
-    /// Closes the disk, if it is open: flushes, closes its session, lets go of its lock. No queue may use it any more.
+    /// No queue uses the disk any more: [`Drive::inactivate`] may close it, until it is activated again.
+    pub fn release(&self) {
+        self.state().used = false;
+    }
+
+    /// Closes the disk, if it is open and was released: flushes, closes its session, lets go of its lock. Holds up whoever
+    /// wants to know anything of the disk: when the flush may take long, one comes before.
     ///
     /// # Errors
     /// When it cannot be flushed, or requests of it hang in the kernel. Lock and session are kept then: a second writer
     /// would be worse than one that has to wait.
     pub fn inactivate(&self) -> Result<()> {
         let mut state = self.state();
-        let Some(active) = state.active.clone() else { return Ok(()) };
+        let Some(active) = state.active.clone().filter(|_| !state.used) else { return Ok(()) };
         if self.ledger.stuck() > 0 {
             return Err(Error::new(ErrorKind::Busy, "the disk", "stays open: requests of it hang in the kernel"));
         }
@@ -186,11 +196,16 @@ impl Drive {
         Ok(())
     }
 
-    /// Ends the trace, if one is recorded.
-    pub fn end_trace(&self) {
+    /// Ends its life in order: ends the trace and closes the disk.
+    ///
+    /// # Errors
+    /// Those of [`Drive::inactivate`].
+    pub fn close(&self) -> Result<()> {
         if let Some(recorder) = self.recorder.get() {
             recorder.finish();
         }
+        self.release();
+        self.inactivate()
     }
 
     /// Switches the write cache, see [`Disk::set_write_cache`]. If the disk is not open it will be opened so.

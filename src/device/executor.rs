@@ -45,7 +45,7 @@ struct InFlight<G> {
     stage: Stage,
     /// Set by its first failure that is tried again.
     pause: Option<Pause>,
-    _memory: G,
+    memory: G,
 }
 
 /// What a request in flight waits for.
@@ -60,6 +60,9 @@ enum Stage {
     /// Nothing: its head went back when the time for the drain was up. The kernel, or a job, may still use its buffers.
     Abandoned,
 }
+
+/// Told of each piece of guest memory that a request may have written, before it completes.
+pub type Written<G> = Box<dyn Fn(&G, &buf::IoBuf) + Send>;
 
 /// The executor of one queue. `G` keeps guest memory mapped (an `Arc` of a memory snapshot).
 pub struct Executor<G> {
@@ -84,6 +87,7 @@ pub struct Executor<G> {
     own_target: Option<u32>,
     /// The driver did not negotiate FLUSH: it expects a write-through disk (virtio 1.2, section 5.2.6.2).
     write_through: bool,
+    written: Option<Written<G>>,
 }
 
 impl<G> Executor<G> {
@@ -111,6 +115,7 @@ impl<G> Executor<G> {
             pieces: Vec::new(),
             own_target,
             write_through: false,
+            written: None,
         })
     }
 
@@ -142,6 +147,11 @@ impl<G> Executor<G> {
         self.write_through = on;
     }
 
+    /// From here on tells `written` of what the requests that end have written, also those that have begun before.
+    pub fn set_written(&mut self, written: Option<Written<G>>) {
+        self.written = written;
+    }
+
     /// Starts a request; `Some` when it has ended already.
     pub fn start(&mut self, head: u16, request: Request, memory: G) -> Option<Completion> {
         self.stats().begin();
@@ -171,7 +181,7 @@ impl<G> Executor<G> {
                 let Some(result) = self.attempt(token, &request, &mut stage) else {
                     self.keep(
                         token,
-                        InFlight { head, request, since: Instant::now(), stage, pause: None, _memory: memory },
+                        InFlight { head, request, since: Instant::now(), stage, pause: None, memory: memory },
                     );
                     return None;
                 };
@@ -180,17 +190,17 @@ impl<G> Executor<G> {
                 {
                     self.keep(
                         token,
-                        InFlight { head, request, since: Instant::now(), stage, pause: None, _memory: memory },
+                        InFlight { head, request, since: Instant::now(), stage, pause: None, memory: memory },
                     );
                     self.pause(token, e);
                     return None;
                 }
                 self.release(token);
                 let status = self.status_of(&result, &request);
-                return Some(self.finish(head, &request, status, None));
+                return Some(self.finish(&memory, head, &request, status, None));
             }
         };
-        Some(self.finish(head, &request, status, None))
+        Some(self.finish(&memory, head, &request, status, None))
     }
 
     /// Hands what [`Executor::start`] queued to the kernel: once a batch. What it does not take is offered again later.
@@ -243,7 +253,7 @@ impl<G> Executor<G> {
                 self.abandoned += 1;
                 self.bytes -= total_len(&flight.request.data);
                 self.ledger.stuck_begins();
-                out.push(self.finish(flight.head, &flight.request, Status::IoErr, Some(flight.since)));
+                out.push(self.finish(&flight.memory, flight.head, &flight.request, Status::IoErr, Some(flight.since)));
             }
             self.slots[token] = Some(flight);
         }
@@ -366,13 +376,17 @@ impl<G> Executor<G> {
             log::warn!("no request waits for another try any more");
         }
         self.release(token);
-        self.finish(flight.head, &flight.request, status, Some(flight.since))
+        self.finish(&flight.memory, flight.head, &flight.request, status, Some(flight.since))
     }
 
     /// Tells the guest how a request ended, and counts it.
-    fn finish(&self, head: u16, request: &Request, status: Status, since: Option<Instant>) -> Completion {
+    fn finish(&self, memory: &G, head: u16, request: &Request, status: Status, since: Option<Instant>) -> Completion {
         self.stats().end(request, status, since.map(|since| since.elapsed()));
-        Completion { head, len: request.finish(status) }
+        let len = request.finish(status);
+        if let Some(written) = &self.written {
+            request.writable().for_each(|piece| written(memory, piece));
+        }
+        Completion { head, len }
     }
 
     /// The guest sees only that it failed; the log says why, each time that the count of failures has doubled: a guest can

@@ -136,6 +136,15 @@ impl Request {
         }
     }
 
+    /// The pieces of guest memory that are ours to write: whatever became of the request, nothing else was written.
+    pub fn writable(&self) -> impl Iterator<Item = &IoBuf> {
+        let data = match &self.kind {
+            Ok(Kind::Read { .. } | Kind::GetId) => &self.data[..],
+            _ => &[],
+        };
+        data.iter().chain(&self.status)
+    }
+
     /// Tells the guest how it ended. Returns the used length: the bytes that were written to its memory.
     pub fn finish(&self, status: Status) -> u32 {
         let Some(byte) = self.status else { return 0 };
