@@ -13,7 +13,7 @@ use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Where writes go.
 #[derive(Debug)]
@@ -29,11 +29,10 @@ pub enum Store {
 /// A disk, shared by its queue threads.
 #[derive(Debug)]
 pub struct Disk {
-    base: Base,
+    base: Arc<Base>,
     store: Store,
-    size: u64,
     serial: [u8; SERIAL_SIZE],
-    recorder: Option<Recorder>,
+    recorder: Arc<OnceLock<Recorder>>,
     /// A flush of the base file failed (`--blk-file`).
     flush_failed: AtomicBool,
     /// Each write is durable before it completes.
@@ -44,27 +43,43 @@ pub struct Disk {
 
 impl Disk {
     /// A disk over `base`; its size is the overlay's, or the base's without one.
-    pub fn new(base: Base, store: Store, serial: [u8; SERIAL_SIZE], recorder: Option<Recorder>) -> Self {
-        let size = match &store {
-            Store::Overlay(o) | Store::ReadOnly(Some(o)) => o.size(),
-            Store::ReadOnly(None) | Store::InPlace => base.size(),
-        };
+    pub fn new(base: Arc<Base>, store: Store, serial: [u8; SERIAL_SIZE], recorder: Arc<OnceLock<Recorder>>) -> Self {
+        let write_through = matches!(&store, Store::Overlay(overlay) if !overlay.write_cache());
         Disk {
             base,
             store,
-            size,
             serial,
             recorder,
             flush_failed: AtomicBool::new(false),
-            write_through: AtomicBool::new(false),
+            write_through: AtomicBool::new(write_through),
             changing: Mutex::new(()),
+        }
+    }
+
+    /// Bytes; may grow while the disk is in use.
+    pub fn size(&self) -> u64 {
+        self.overlay().map_or_else(|| self.base.size(), Overlay::size)
+    }
+
+    /// Makes the disk larger, durably; what is new reads as zeros. Requests go on meanwhile.
+    ///
+    /// # Errors
+    /// `Usage` for a size that cannot be, `Unsupported` for a read-only disk. The size is the old one then.
+    pub fn resize(&self, size: u64) -> crate::Result<()> {
+        match &self.store {
+            Store::Overlay(overlay) => overlay.resize(size),
+            Store::InPlace => self.base.grow(size),
+            Store::ReadOnly(_) => {
+                let err = crate::Error::new(crate::ErrorKind::Unsupported, "the disk", "is served read-only");
+                Err(err.mend("serve it without --read-only to change its size"))
+            }
         }
     }
 
     /// What the guest may know of it.
     pub fn geometry(&self, num_queues: u16) -> Geometry {
         // A trailing half sector cannot be addressed; image sizes are multiples of 512 and have none.
-        let size = self.size - self.size % SECTOR_SIZE;
+        let size = self.size() / SECTOR_SIZE * SECTOR_SIZE;
         Geometry { size, read_only: self.read_only(), write_cache: !self.write_through(), num_queues }
     }
 
@@ -82,7 +97,7 @@ impl Disk {
     pub fn contains(&self, offset: u64, len: u64) -> bool {
         offset.is_multiple_of(SECTOR_SIZE)
             && len.is_multiple_of(SECTOR_SIZE)
-            && offset.checked_add(len).is_some_and(|end| end <= self.size)
+            && offset.checked_add(len).is_some_and(|end| end <= self.size())
     }
 
     /// Appends the pieces that make up `[offset, offset + len)`.
@@ -103,9 +118,14 @@ impl Disk {
 
     /// Writes the base reads of a plan into the trace, if one is recorded.
     pub fn record(&self, pieces: &[Piece]) {
-        if let Some(recorder) = &self.recorder {
+        if let Some(recorder) = self.recorder.get() {
             recorder.record(&self.base, pieces);
         }
+    }
+
+    /// Which of the images that its reads go to is its own, see [`Base::own_target`].
+    pub fn own_target(&self) -> Option<u32> {
+        self.base.own_target()
     }
 
     /// The file that holds a source, and the offset in it; `None` for zeros.
@@ -174,7 +194,8 @@ impl Disk {
     }
 
     /// Switches the write cache for all queues at once. When it goes off, all that has completed is durable on return.
-    /// On an error the mode is as it was.
+    /// On an error the mode is as it was. An overlay remembers the mode; with `--blk-file` it ends with the process, and the
+    /// guest is not asked again: a server that is started anew in the middle of a VM's life begins with the cache on.
     pub fn set_write_cache(&self, on: bool) -> io::Result<()> {
         let _one = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         if self.read_only() {
@@ -186,14 +207,14 @@ impl Disk {
             self.write_through.store(before, Ordering::Relaxed);
             return Err(e);
         }
+        if let Store::Overlay(overlay) = &self.store {
+            overlay.set_write_cache(on);
+        }
         Ok(())
     }
 
-    /// Ends the disk's life in order: flush, close the overlay's session, end the trace.
+    /// Ends the disk's life in order: flush, and close the overlay's session.
     pub fn close(&self) -> crate::Result<()> {
-        if let Some(recorder) = &self.recorder {
-            recorder.finish();
-        }
         match &self.store {
             Store::Overlay(overlay) => overlay.close(),
             Store::InPlace => self.flush().map_err(|e| crate::Error::io(self.base.path(0), "flush", e)),

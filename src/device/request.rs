@@ -64,9 +64,10 @@ pub enum Kind {
     Flush,
     /// Tell the serial.
     GetId,
-    /// Make ranges read as zeros. A discard is this too, with the space given back: what it leaves behind is the guest's to
-    /// find out, and zeros are what plain QEMU reads there.
+    /// Make ranges read as zeros.
     WriteZeroes(Vec<Segment>),
+    /// Give the space of ranges back. Afterwards they read as zeros, as with plain QEMU.
+    Discard(Vec<Segment>),
 }
 
 /// One range of a discard or write-zeroes request.
@@ -121,10 +122,27 @@ impl Request {
             VIRTIO_BLK_T_FLUSH => (Ok(Kind::Flush), Vec::new()),
             VIRTIO_BLK_T_GET_ID => (Ok(Kind::GetId), writable),
             VIRTIO_BLK_T_WRITE_ZEROES => (parse_segments(&readable, false).map(Kind::WriteZeroes), Vec::new()),
-            VIRTIO_BLK_T_DISCARD => (parse_segments(&readable, true).map(Kind::WriteZeroes), Vec::new()),
+            VIRTIO_BLK_T_DISCARD => (parse_segments(&readable, true).map(Kind::Discard), Vec::new()),
             _ => (Err(Status::Unsupported), Vec::new()),
         };
         Request { kind, data, status }
+    }
+
+    /// Bytes that it is about: transferred, or made to read as zeros.
+    pub fn bytes(&self) -> u64 {
+        match &self.kind {
+            Ok(Kind::WriteZeroes(segments) | Kind::Discard(segments)) => segments.iter().map(|s| s.len).sum(),
+            _ => buf::total_len(&self.data) as u64,
+        }
+    }
+
+    /// The pieces of guest memory that are ours to write: whatever became of the request, nothing else was written.
+    pub fn writable(&self) -> impl Iterator<Item = &IoBuf> {
+        let data = match &self.kind {
+            Ok(Kind::Read { .. } | Kind::GetId) => &self.data[..],
+            _ => &[],
+        };
+        data.iter().chain(&self.status)
     }
 
     /// Tells the guest how it ended. Returns the used length: the bytes that were written to its memory.

@@ -4,7 +4,7 @@ use super::disk::Disk;
 use super::layout::index;
 use super::scan::{self, Fault};
 use super::session::{self, Ending};
-use super::{BaseIdentity, open_file, read_metadata, scan_all, stopped};
+use super::{BaseIdentity, check_base, open_file, read_metadata, scan_all, stopped};
 use crate::error::{Error, Result};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -60,6 +60,22 @@ impl SessionInfo {
             SessionInfo::Lost => "lost",
         }
     }
+}
+
+/// What the header of an overlay says of its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Look {
+    /// Bytes of the disk.
+    pub size: u64,
+    /// False if the guest had switched the write cache off when the overlay was last closed.
+    pub write_cache: bool,
+}
+
+/// Makes sure, by its header alone, that the file at `path` is an overlay for this base; takes no lock.
+pub fn look(path: &Path, base: BaseIdentity) -> Result<Look> {
+    let (_, header, _) = read_metadata(path, Disk::new(open_file(path, true)?, None))?;
+    check_base(path, &header, Some(base))?;
+    Ok(Look { size: header.size, write_cache: !header.write_through() })
 }
 
 /// What the overlay at `path` is and holds; the live bitmap is used if there is one in `state_dir`.

@@ -43,6 +43,9 @@ const EXT_LEN_1: usize = 104;
 /// Where session and boot ID, and the flush counter stand in our extension.
 const EXT_SESSION_AT: usize = 72;
 const EXT_FLUSHES_AT: usize = 112;
+/// Where the byte of flags stands in our extension (the last one of its word), and the only flag.
+const EXT_FLAGS_AT: usize = 7;
+const FLAG_WRITE_THROUGH: u8 = 1;
 /// Where size and autoclear bits stand in the header.
 const SIZE_AT: usize = 24;
 const EXT_CAPACITY_AT: usize = 104;
@@ -307,6 +310,17 @@ impl Header {
         self.bytes[at..at + 16].copy_from_slice(&session.id);
         self.bytes[at + 16..at + 32].copy_from_slice(&session.boot);
         &self.bytes
+    }
+
+    /// True if the guest had the write cache switched off when the overlay was closed. It is not told again that it should,
+    /// neither by a guest that goes on here nor by one that was migrated here.
+    pub fn write_through(&self) -> bool {
+        self.bytes[self.extension_at + EXT_FLAGS_AT] & FLAG_WRITE_THROUGH != 0
+    }
+
+    /// Remembers that for the next write of the header.
+    pub fn set_write_through(&mut self, on: bool) {
+        self.bytes[self.extension_at + EXT_FLAGS_AT] = if on { FLAG_WRITE_THROUGH } else { 0 };
     }
 
     /// The bytes of another virtual size, and where they go: one aligned word, which no power cut tears.

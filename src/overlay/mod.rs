@@ -53,7 +53,7 @@ mod tests;
 mod write;
 
 pub use bits::{Run, Runs, State};
-pub use check::{Info, Report, SessionInfo, check, examine, inspect};
+pub use check::{Info, Look, Report, SessionInfo, check, examine, inspect, look};
 pub use commit::commit;
 pub use copy::Work;
 pub use create::create;
@@ -307,8 +307,8 @@ impl Overlay {
         !self.words.live().is_some_and(LiveFile::write_through)
     }
 
-    /// Remembers what the guest chose, also for the process that comes after this one is killed: QEMU does not tell it
-    /// again after a reconnect. A session begins with the cache on. Does nothing on an overlay that is only read.
+    /// Remembers what the guest chose, also for the process that comes after this one is killed or has closed the overlay:
+    /// QEMU does not tell it again, neither after a reconnect nor after a migration. A new overlay has its cache on. Does nothing on an overlay that is only read.
     pub fn set_write_cache(&self, on: bool) {
         if let Some(live) = self.words.live() {
             live.set_write_through(!on);
@@ -325,6 +325,7 @@ impl Overlay {
         self.flush().map_err(|e| Error::io(&self.path, "flush", e))?;
         self.closed.store(true, Ordering::Release);
         let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
+        header.set_write_through(!self.write_cache());
         write_header(&self.disk, &mut header, Session::CLOSED).map_err(|e| Error::io(&self.path, "close", e))?;
         self.words.remove()?;
         // Whoever waits for it need not wait until the last reader has dropped it.
@@ -455,6 +456,7 @@ fn begin(path: &Path, disk: &Disk, layout: &Layout, header: &mut Header, state_d
     header.set_capacity(layout.capacity);
     live.end_counting(header.extension.flushes);
     live.set_seal(seal::set(disk.bare()));
+    live.set_write_through(header.write_through());
     live.publish()?;
     // If this fails half-way, the new bitmap stays: the header may name it by now, and if it does not, `remove_stale` of
     // the next open takes it away.

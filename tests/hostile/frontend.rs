@@ -16,6 +16,7 @@ pub const GET_FEATURES: u32 = 1;
 pub const SET_FEATURES: u32 = 2;
 pub const SET_OWNER: u32 = 3;
 pub const SET_MEM_TABLE: u32 = 5;
+pub const SET_LOG_BASE: u32 = 6;
 pub const SET_VRING_NUM: u32 = 8;
 pub const SET_VRING_ADDR: u32 = 9;
 pub const SET_VRING_BASE: u32 = 10;
@@ -25,6 +26,7 @@ pub const SET_VRING_CALL: u32 = 13;
 pub const GET_PROTOCOL_FEATURES: u32 = 15;
 pub const SET_PROTOCOL_FEATURES: u32 = 16;
 pub const SET_VRING_ENABLE: u32 = 18;
+pub const SET_BACKEND_REQ_FD: u32 = 21;
 pub const GET_CONFIG: u32 = 24;
 pub const SET_CONFIG: u32 = 25;
 pub const RESET_DEVICE: u32 = 34;
@@ -33,8 +35,10 @@ pub const REM_MEM_REG: u32 = 38;
 
 pub const VERSION: u32 = 1;
 pub const NEED_REPLY: u32 = 8;
-/// MQ, REPLY_ACK, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS.
-pub const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 13 | 1 << 15;
+/// MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS.
+pub const PROTOCOL: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 13 | 1 << 15;
+/// The frontend wants dirty pages logged.
+pub const F_LOG_ALL: u64 = 1 << 26;
 pub const F_EVENT_IDX: u64 = 1 << 29;
 pub const F_FLUSH: u64 = 1 << 9;
 /// VERSION_1, INDIRECT_DESC, the vhost-user bit, FLUSH.
@@ -50,7 +54,7 @@ pub const RAM_SIZE: u64 = 1 << 20;
 pub const DATA: u64 = 0x4000_0000;
 pub const DATA_SIZE: u64 = 8 << 20;
 /// Where `read` puts its data.
-const SCRATCH: u64 = DATA + (DATA_SIZE / 2);
+pub const SCRATCH: u64 = DATA + (DATA_SIZE / 2);
 pub const USER: u64 = 0x7000_0000_0000;
 
 /// Where things are in region 0; each queue has a slice of its own for its ring.
@@ -115,7 +119,7 @@ pub fn w(addr: u64, len: u32) -> D {
     D { addr, len, flags: WRITE, next: 0 }
 }
 
-fn bytes_of(words: &[u64]) -> Vec<u8> {
+pub fn bytes_of(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|w| w.to_le_bytes()).collect()
 }
 
