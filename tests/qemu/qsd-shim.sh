@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# vmar in place of qemu-storage-daemon, for QEMU's own test of vhost-user-blk backends: takes the part of its command line
-# that the test uses,
+# vmar in place of qemu-storage-daemon, for QEMU's own test of vhost-user-blk backends: takes the part of its command
+# line that the test uses,
 #
 #   --blockdev driver=file,node-name=NODE,filename=FILE
 #   --export type=vhost-user-blk,id=ID,addr.type=fd,addr.str=N,node-name=NODE,writable=on,num-queues=M
@@ -43,14 +43,19 @@ done
 
 pids=()
 status=0
+stop=0
+trap 'stop=1; [ ${#pids[@]} -eq 0 ] || kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 for export in "${exports[@]}"; do
     options=(--blk-file "${file[$(value node-name "$export")]}" --fd "$(value addr.str "$export")"
         --num-queues "$(value num-queues "$export" || echo 1)")
     [ "$(value writable "$export" || true)" = on ] || options+=(--read-only)
+    [ "$stop" -eq 0 ] || break
     "$VMAR_BIN" serve "${options[@]}" &
     pids+=($!)
+    [ -z "${VMAR_SHIM_PIDS:-}" ] || echo $! >>"$VMAR_SHIM_PIDS"
 done
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+# A signal between a start and its entry above.
+[ "$stop" -eq 0 ] || kill -TERM "${pids[@]}" 2>/dev/null || true
 for pid in "${pids[@]}"; do
     # A signal ends a wait early, with a status above 128.
     while :; do
