@@ -5,6 +5,8 @@
 mod chains;
 #[path = "../common/mod.rs"]
 mod common;
+mod config;
+mod dirty;
 mod frontend;
 mod random;
 mod rings;
@@ -79,6 +81,15 @@ impl Target {
         for sector in [0, 8, 4095, SECTORS - 8] {
             assert!(f.read(0, sector, 4096) == content[sector as usize * 512..][..4096], "sector {sector}");
         }
+    }
+
+    /// Nothing of the file is in the page cache any more: reads of it have to wait.
+    fn go_cold(&self) {
+        use std::os::fd::AsRawFd;
+        let file = std::fs::File::open(&self.file).unwrap();
+        file.sync_all().unwrap();
+        // SAFETY: plain system call on an open descriptor.
+        assert_eq!(unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) }, 0);
     }
 
     fn log(&self) -> String {

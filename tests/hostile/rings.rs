@@ -54,22 +54,13 @@ fn event() -> OwnedFd {
     eventfd(0, EventfdFlags::CLOEXEC).unwrap()
 }
 
-/// Nothing of the file is in the page cache any more: reads of it have to wait.
-fn go_cold(target: &Target) {
-    use std::os::fd::AsRawFd;
-    let file = std::fs::File::open(&target.file).unwrap();
-    file.sync_all().unwrap();
-    // SAFETY: plain system call on an open descriptor.
-    assert_eq!(unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) }, 0);
-}
-
 #[test]
 fn cold_reads_come_back() {
     let mut target = Target::writable();
     let old = pattern();
     for features in [FEATURES, FEATURES | F_EVENT_IDX] {
         let mut f = target.connect(features, 1, 1024);
-        go_cold(&target);
+        target.go_cold();
         load(&mut f, 0);
         f.kick(0);
         let used = f.wait(0, LOAD.into());
@@ -200,9 +191,13 @@ fn a_ring_that_runs_cannot_be_changed() {
     let mut f = target.connect(FEATURES, 1, 64);
     assert_ne!(f.ask(SET_VRING_BASE, &Frontend::body32(0, 7), &[]).unwrap(), 0);
     let ring = &f.rings[0];
-    let addr = [0, USER + ring.desc(), USER + ring.used_ring(), USER + ring.avail_ring(), 0];
-    let body: Vec<u8> = addr.iter().flat_map(|w| w.to_le_bytes()).collect();
-    assert_ne!(f.ask(SET_VRING_ADDR, &body, &[]).unwrap(), 0);
+    let addr = [USER + ring.desc(), USER + ring.used_ring(), USER + ring.avail_ring()];
+    for changed in 0..3 {
+        let mut addr = addr;
+        addr[changed] += 0x1000;
+        let body: Vec<u8> = [&[0], &addr[..], &[0]].concat().iter().flat_map(|w: &u64| w.to_le_bytes()).collect();
+        assert_ne!(f.ask(SET_VRING_ADDR, &body, &[]).unwrap(), 0);
+    }
     assert!(f.read(0, 0, 512) == pattern()[..512], "and goes on");
     drop(f);
     target.check();
@@ -227,7 +222,7 @@ fn a_ring_without_memory_waits_for_it() {
         all_once(&f, used);
 
         // The same with requests in flight.
-        go_cold(&target);
+        target.go_cold();
         load(&mut f, 0);
         f.kick(0);
         f.ok(REM_MEM_REG, &message, &[]);
@@ -244,7 +239,7 @@ fn a_memory_table_replaced_under_load() {
     let mut f = target.connect(FEATURES | F_EVENT_IDX, 1, 1024);
     for round in 0..20 {
         if round % 4 == 0 {
-            go_cold(&target);
+            target.go_cold();
         }
         load(&mut f, 0);
         f.kick(0);
@@ -271,7 +266,7 @@ fn a_ring_disabled_and_enabled_under_load() {
     let mut f = target.connect(FEATURES | F_EVENT_IDX, 1, 1024);
     for round in 0..20 {
         if round % 4 == 0 {
-            go_cold(&target);
+            target.go_cold();
         }
         load(&mut f, 0);
         f.kick(0);
@@ -295,7 +290,7 @@ fn get_vring_base_under_load_loses_and_repeats_nothing() {
         let mut f = target.connect(features, 1, 1024);
         for round in 0..20 {
             if round % 4 == 0 {
-                go_cold(&target);
+                target.go_cold();
             }
             load(&mut f, 0);
             f.kick(0);
@@ -319,7 +314,7 @@ fn get_vring_base_under_load_loses_and_repeats_nothing() {
 fn reset_under_load_drains() {
     let mut target = Target::writable();
     let mut f = target.connect(FEATURES, 2, 1024);
-    go_cold(&target);
+    target.go_cold();
     load(&mut f, 0);
     f.kick(0);
     f.ok(RESET_DEVICE, &[], &[]);
@@ -341,7 +336,7 @@ fn a_connection_lost_under_load_is_taken_up_again() {
     let mut f = target.connect(FEATURES | F_EVENT_IDX, 1, 1024);
     for round in 0..20 {
         if round % 4 == 0 {
-            go_cold(&target);
+            target.go_cold();
         }
         load(&mut f, 0);
         f.kick(0);
@@ -355,7 +350,7 @@ fn a_connection_lost_under_load_is_taken_up_again() {
     drop(f);
     for _ in 0..20 {
         let mut f = target.connect(FEATURES, 1, 1024);
-        go_cold(&target);
+        target.go_cold();
         load(&mut f, 0);
         f.kick(0);
     }
