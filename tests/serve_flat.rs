@@ -3,6 +3,7 @@
 
 mod common;
 use common::*;
+use std::path::Path;
 use std::time::Duration;
 
 fn pattern(len: usize) -> Vec<u8> {
@@ -105,24 +106,58 @@ fn sigterm_ends_it_with_a_client_connected() {
     assert_eq!(&std::fs::read(&file).unwrap()[..4096], &[9; 4096]);
 }
 
-#[test]
-fn fd_takes_a_listening_socket() {
+/// `vmar serve --fd` with a listening socket that the test keeps open, as a supervisor does.
+fn activated(listener: &std::os::unix::net::UnixListener, file: &Path, path: &Path) -> Server {
     use std::os::fd::AsRawFd;
     use std::os::unix::process::CommandExt;
+    let raw = listener.as_raw_fd();
+    let mut command = vmar(&["serve", "--blk-file", text(file), "--fd", "9"]);
+    // SAFETY: dup2 is async-signal-safe; descriptor 9 of the child is free by then.
+    unsafe {
+        command.pre_exec(move || if libc::dup2(raw, 9) == 9 { Ok(()) } else { Err(std::io::Error::last_os_error()) });
+    }
+    Server::start(command, path.to_path_buf())
+}
+
+#[test]
+fn fd_takes_a_listening_socket() {
     let bench = Bench::new();
     let data = pattern(1 << 20);
     let file = bench.file("disk", &data);
     let path = bench.path("listening");
     let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-    let raw = listener.as_raw_fd();
-    let mut command = vmar(&["serve", "--blk-file", text(&file), "--fd", "9"]);
-    // SAFETY: dup2 is async-signal-safe; descriptor 9 of the child is free by then.
-    unsafe {
-        command.pre_exec(move || if libc::dup2(raw, 9) == 9 { Ok(()) } else { Err(std::io::Error::last_os_error()) });
-    }
-    let server = Server::start(command, path);
+    let server = activated(&listener, &file, &path);
     assert_eq!(server.client().read(0, 512), &data[..512]);
     assert!(server.stop().0.success());
+}
+
+#[test]
+fn a_supervisor_keeps_the_socket_over_restarts() {
+    let bench = Bench::new();
+    let file = bench.file("disk", &pattern(1 << 20));
+    let path = bench.path("listening");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let server = activated(&listener, &file, &path);
+    server.client().write(0, &[1; 4096]);
+    server.kill();
+    for round in 2..5 {
+        // A client that comes while nobody serves waits in the supervisor's socket.
+        let waiting = std::thread::spawn({
+            let path = path.clone();
+            move || common::Client::connect(&path, 1, false)
+        });
+        let server = activated(&listener, &file, &path);
+        let mut client = waiting.join().unwrap();
+        assert_eq!(client.read(0, 4096), [round - 1; 4096]);
+        client.write(0, &[round; 4096]);
+        if round % 2 == 0 {
+            server.kill();
+        } else {
+            let (status, err) = server.stop();
+            assert!(status.success(), "{err}");
+        }
+        assert!(path.exists(), "the socket is the supervisor's");
+    }
 }
 
 #[test]

@@ -77,3 +77,48 @@ impl BackendChannel {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage};
+    use std::io::{IoSlice, Read, Write};
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_change_is_told_on_the_channel_that_was_accepted_and_nowhere_else() {
+        let (frontend, backend) = UnixStream::pair().unwrap();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let mut bytes = [0; 64];
+        let channel = BackendChannel::default();
+        // A message without a descriptor.
+        (&frontend).write_all(&[0; 12]).unwrap();
+        channel.peek(backend.as_fd());
+        channel.accept();
+        assert!(!channel.config_changed());
+        assert_eq!((&backend).read(&mut bytes).unwrap(), 12, "peeking takes nothing");
+
+        let fds = [theirs.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+        rustix::net::sendmsg(&frontend, &[IoSlice::new(&[21; 12])], &mut control, SendFlags::empty()).unwrap();
+        drop(theirs);
+        channel.peek(backend.as_fd());
+        assert!(!channel.config_changed(), "not accepted yet");
+        channel.accept();
+        assert!(channel.config_changed());
+        assert_eq!(ours.read(&mut bytes).unwrap(), 12);
+        assert_eq!(bytes[..12], [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+
+        // A frontend that never reads holds nobody up.
+        assert!((0..1_000_000).any(|_| !channel.config_changed()));
+        channel.clear();
+        assert!(!channel.config_changed());
+        // The message itself has the descriptor still; with it gone, so is the other end.
+        assert_eq!((&backend).read(&mut bytes).unwrap(), 12);
+        while ours.read(&mut bytes).unwrap() > 0 {}
+    }
+}

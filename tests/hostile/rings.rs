@@ -191,9 +191,13 @@ fn a_ring_that_runs_cannot_be_changed() {
     let mut f = target.connect(FEATURES, 1, 64);
     assert_ne!(f.ask(SET_VRING_BASE, &Frontend::body32(0, 7), &[]).unwrap(), 0);
     let ring = &f.rings[0];
-    let addr = [0, USER + ring.desc(), USER + ring.used_ring(), USER + ring.avail_ring(), 0];
-    let body: Vec<u8> = addr.iter().flat_map(|w| w.to_le_bytes()).collect();
-    assert_ne!(f.ask(SET_VRING_ADDR, &body, &[]).unwrap(), 0);
+    let addr = [USER + ring.desc(), USER + ring.used_ring(), USER + ring.avail_ring()];
+    for changed in 0..3 {
+        let mut addr = addr;
+        addr[changed] += 0x1000;
+        let body: Vec<u8> = [&[0], &addr[..], &[0]].concat().iter().flat_map(|w: &u64| w.to_le_bytes()).collect();
+        assert_ne!(f.ask(SET_VRING_ADDR, &body, &[]).unwrap(), 0);
+    }
     assert!(f.read(0, 0, 512) == pattern()[..512], "and goes on");
     drop(f);
     target.check();

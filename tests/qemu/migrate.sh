@@ -76,7 +76,7 @@ start() {
     sleep 0.1
   done
   qemu-system-x86_64 -name vmar-migrate -nodefaults -display none -no-reboot \
-    -machine q35,memory-backend=ram0 -object memory-backend-memfd,id=ram0,size=256M,share=on -m 256M -smp 2 \
+    -machine q35,memory-backend=ram0 -object memory-backend-memfd,id=ram0,size=512M,share=on -m 512M -smp 2 \
     -accel "$accel" -chardev "socket,id=disk0,path=$dir/blk.sock,$reconnect" -device vhost-user-blk-pci,chardev=disk0 \
     -kernel "$work/right.vmlinuz" -initrd "$work/right.initrd" \
     -append "$(cat "$work/right.cmdline") panic=-1 vmar.seconds=$seconds" -device virtio-rng-pci \
@@ -141,6 +141,7 @@ until says VMAR-FIO-START >/dev/null; do
   left=$((left - 1))
   [ "$left" -gt 0 ] || fail "the guest has not begun: $(tail -n 1 "$now/serial.log")"
   ! says VMAR-BOOT-FAIL || fail "the guest failed"
+  kill -0 "$(cat "$now/qemu.pid")" 2>/dev/null || fail "QEMU ended: $(tail -n 1 "$now/serial.log")"
   sleep 0.2
 done
 say "QEMU $(qemu-system-x86_64 --version | sed -n 's/.*version \([^ ]*\).*/\1/p'), $VMAR_ACCEL, $seconds s of load: $(says VMAR-FIO-START)"
@@ -191,7 +192,6 @@ for ((n = 1; n <= moves; n++)); do
   sleep 5
 done
 ! says VMAR-FIO-END >/dev/null || fail "the load ended before the last migration: give more --seconds"
-cp "$now/serial.log" "$work/last.before"
 left=$((seconds * 3 + 300))
 until says VMAR-FIO-END >/dev/null; do
   kill -0 "$(cat "$now/qemu.pid")" 2>/dev/null || fail "QEMU ended: $(tail -n 1 "$now/qemu.log")"
