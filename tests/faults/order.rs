@@ -1,0 +1,1 @@
+//! Single orders of events, held where they matter.
