@@ -85,6 +85,13 @@ impl Overlay {
         self.sync(state)
     }
 
+    /// One `fdatasync` for whoever has written without changing a word. It goes by the same rule as all others: a failure
+    /// is final, because the kernel tells of it only once and it may have been about anybody's data.
+    pub(super) fn sync_all_that_is_written(&self) -> io::Result<()> {
+        let mut state = self.flusher.state();
+        if state.failed { Err(sticky()) } else { self.sync(&mut state) }
+    }
+
     fn sync(&self, state: &mut FlushState) -> io::Result<()> {
         self.disk.sync_data().inspect_err(|e| {
             state.failed = true;

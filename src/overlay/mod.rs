@@ -20,7 +20,7 @@
 //! | `live` | the live bitmap file |
 //! | `session` | file lock, boot ID, which bitmap is the truth |
 //! | `lock` | range locks of writers |
-//! | `write`, `flush` | the two things that change an overlay |
+//! | `write`, `flush`, `resize` | the three things that change an overlay |
 //! | `disk` | the only place from which the file is written and synced |
 //! | `check` | what `vmar overlay info` and `check` show |
 
@@ -33,6 +33,7 @@ mod header;
 mod layout;
 mod live;
 mod lock;
+mod resize;
 mod scan;
 mod session;
 #[cfg(test)]
@@ -81,6 +82,9 @@ pub struct CreateOptions<'a> {
     pub base: BaseIdentity,
     /// Bytes of the disk: a multiple of 512, not less than the base, at most 16 TiB.
     pub size: u64,
+    /// Bytes that the disk can grow to while it is in use: a multiple of 512, not less than `size`, at most 16 TiB. Each
+    /// GiB of it costs 288 KiB of metadata in the file and 128 KiB of tmpfs while the overlay is open.
+    pub capacity: u64,
 }
 
 /// How to open an overlay.
@@ -141,6 +145,9 @@ pub struct Overlay {
     path: PathBuf,
     disk: Disk,
     layout: Layout,
+    /// Bytes of the disk. Grows, and only in `resize`.
+    size: AtomicU64,
+    resizing: Mutex<()>,
     header: Mutex<Header>,
     words: Words,
     dirty: Dirty,
@@ -196,6 +203,8 @@ impl Overlay {
             path: path.to_path_buf(),
             disk,
             layout,
+            size: AtomicU64::new(header.size),
+            resizing: Mutex::new(()),
             words,
             dirty,
             locks: RangeLocks::default(),
@@ -208,9 +217,14 @@ impl Overlay {
         })
     }
 
-    /// Bytes of the disk.
+    /// Bytes of the disk, now.
     pub fn size(&self) -> u64 {
-        self.layout.size
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Bytes that the disk can grow to.
+    pub fn capacity(&self) -> u64 {
+        self.layout.capacity
     }
 
     /// The base image that it was made for.
@@ -238,7 +252,7 @@ impl Overlay {
     /// bitmap: no allocation, no lock, no system call. What is behind the end of the disk is not covered.
     pub fn runs(&self, offset: u64, len: u64) -> Runs<'_> {
         debug_assert!(offset.is_multiple_of(SECTOR_SIZE) && len.is_multiple_of(SECTOR_SIZE), "{offset}+{len}");
-        let end = offset.saturating_add(len).min(self.layout.size);
+        let end = offset.saturating_add(len).min(self.size());
         Runs::new(self.words.get(), offset..end)
     }
 
@@ -273,7 +287,7 @@ fn read_metadata(path: &Path, disk: Disk) -> Result<(Disk, Header, Layout)> {
     let mut bytes = vec![0; index(len.min(CLUSTER))];
     disk.read(&mut bytes, 0).map_err(|e| Error::io(path, "read", e))?;
     let header = Header::parse(path, &bytes)?;
-    let layout = Layout::new(header.size);
+    let layout = Layout::new(header.size, header.extension.capacity);
     layout.agrees_with(&header).map_err(|what| stopped(path, Stop::Fault(Fault::Layout(what))))?;
     if len < layout.data {
         return Err(stopped(path, Stop::Fault(scan::cut_off(len, &layout))));

@@ -98,9 +98,13 @@ struct Fx {
 
 impl Fx {
     fn new() -> Fx {
+        Fx::with_sizes(SIZE, SIZE)
+    }
+
+    fn with_sizes(size: u64, capacity: u64) -> Fx {
         let fx = Fx { dir: tempfile::tempdir().unwrap() };
-        let base = BaseIdentity { digest: [1; 32], generation: 0, size: SIZE };
-        create(&fx.path(), &CreateOptions { backing: Path::new("/base"), base, size: SIZE }).unwrap();
+        let base = BaseIdentity { digest: [1; 32], generation: 0, size };
+        create(&fx.path(), &CreateOptions { backing: Path::new("/base"), base, size, capacity }).unwrap();
         fx
     }
 
@@ -308,7 +312,7 @@ fn more_changed_words_than_one_batch() {
     let path = dir.path().join("o");
     let base = BaseIdentity { digest: [1; 32], generation: 0, size: 0 };
     let size = 20 << 30;
-    create(&path, &CreateOptions { backing: Path::new("/base"), base, size }).unwrap();
+    create(&path, &CreateOptions { backing: Path::new("/base"), base, size, capacity: size }).unwrap();
     let opts = OpenOptions { read_only: false, state_dir: &dir.path().join("s"), base: None, discard_unflushed: false };
     let o = open_probed(&path, &opts).unwrap();
     for cluster in (0..size / CLUSTER).step_by(2) {
@@ -366,4 +370,48 @@ fn a_header_of_any_bytes_is_an_error_and_no_panic() {
     let reread = Header::parse(Path::new("o"), &open).unwrap();
     assert!(reread.untouched() && reread.extension.session == session);
     assert_eq!(header.with_session(Session::CLOSED), &good);
+}
+
+#[test]
+fn a_header_of_version_1_is_only_read_to_be_rewritten() {
+    let fx = Fx::new();
+    let mut old = fs::read(fx.path()).unwrap()[..512].to_vec();
+    // 104 bytes of extension, and everything behind it 16 bytes earlier.
+    old.drain(136 + 104..136 + 120);
+    old[132..136].copy_from_slice(&104u32.to_be_bytes());
+    old[136..140].copy_from_slice(&1u32.to_be_bytes());
+    let backing_at = u64::from_be_bytes(old[8..16].try_into().unwrap()) - 16;
+    old[8..16].copy_from_slice(&backing_at.to_be_bytes());
+    let path = Path::new("o");
+    let err = Header::parse(path, &old).unwrap_err();
+    assert!(err.to_string().contains("'vmar overlay relayout o'"), "{err}");
+    let header = Header::parse_also_old(path, &old).unwrap();
+    assert_eq!((header.backing.as_path(), header.extension.capacity), (Path::new("/base"), SIZE));
+    assert_eq!(Layout::new(SIZE, SIZE).agrees_with(&header), Ok(()));
+}
+
+#[test]
+fn growth_is_durable_before_it_is_told_and_clears_what_is_behind_the_end_first() {
+    let fx = Fx::with_sizes(SIZE - CLUSTER + 512, SIZE);
+    let o = fx.open(false).unwrap();
+    let size = Event::Write { at: 24, len: 8 };
+    o.resize(SIZE - CLUSTER + 1024).unwrap();
+    assert_eq!(o.disk.probe.take(), [size, Event::SyncData], "nothing was ever written there");
+    write(&o, SIZE - CLUSTER + 512, 512).unwrap();
+    o.disk.probe.take();
+    o.resize(SIZE - CLUSTER + 1536).unwrap();
+    let zeros = Event::Write { at: o.data_start() + SIZE - CLUSTER + 1024, len: 1024 };
+    let bits = Event::Write { at: o.layout.bitmap_at(15), len: 8 };
+    assert_eq!(o.disk.probe.take(), [zeros, Event::SyncData, bits, Event::SyncData, size, Event::SyncData]);
+    // Any of them failing leaves the size as it was; a failed sync is as final as in a flush.
+    for (skip, errno) in [(0, libc::ENOSPC), (1, libc::EIO)] {
+        let before = o.size();
+        o.disk.probe.fail_after(skip, errno);
+        let err = o.resize(before + CLUSTER / 2).unwrap_err().to_string();
+        assert!(err.contains("cannot make the disk larger"), "{err}");
+        assert_eq!(o.size(), before);
+        let on_disk = fs::read(fx.path()).unwrap();
+        assert_eq!(on_disk[24..32], before.to_be_bytes());
+    }
+    assert!(o.flush().unwrap_err().to_string().contains("an earlier flush"));
 }
