@@ -396,17 +396,17 @@ fn growth_is_durable_before_it_is_told_and_clears_what_is_behind_the_end_first()
     let o = fx.open(false).unwrap();
     let size = Event::Write { at: 24, len: 8 };
     o.resize(SIZE - CLUSTER + 1024).unwrap();
-    assert_eq!(o.disk.probe.take(), [size, Event::SyncData], "nothing was ever written there");
+    assert_eq!(o.probe.take(), [size, Event::SyncData], "nothing was ever written there");
     write(&o, SIZE - CLUSTER + 512, 512).unwrap();
-    o.disk.probe.take();
+    o.probe.take();
     o.resize(SIZE - CLUSTER + 1536).unwrap();
     let zeros = Event::Write { at: o.data_start() + SIZE - CLUSTER + 1024, len: 1024 };
     let bits = Event::Write { at: o.layout.bitmap_at(15), len: 8 };
-    assert_eq!(o.disk.probe.take(), [zeros, Event::SyncData, bits, Event::SyncData, size, Event::SyncData]);
+    assert_eq!(o.probe.take(), [zeros, Event::SyncData, bits, Event::SyncData, size, Event::SyncData]);
     // Any of them failing leaves the size as it was; a failed sync is as final as in a flush.
     for (skip, errno) in [(0, libc::ENOSPC), (1, libc::EIO)] {
         let before = o.size();
-        o.disk.probe.fail_after(skip, errno);
+        o.probe.fail_after(skip, errno);
         let err = o.resize(before + CLUSTER / 2).unwrap_err().to_string();
         assert!(err.contains("cannot make the disk larger"), "{err}");
         assert_eq!(o.size(), before);

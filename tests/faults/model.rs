@@ -32,10 +32,20 @@ pub struct Flush {
     pub end: u64,
 }
 
+/// The disk was made larger, or that was tried.
+#[derive(Clone, Copy, Debug)]
+pub struct Resize {
+    pub size: u64,
+    pub begin: u64,
+    pub end: u64,
+    pub ok: bool,
+}
+
 /// All versions of all sectors that may still count.
 pub struct History {
     sectors: Vec<Vec<Version>>,
     flushes: Vec<Flush>,
+    resizes: Vec<Resize>,
 }
 
 impl History {
@@ -44,6 +54,7 @@ impl History {
         History {
             sectors: (0..rig.sectors()).map(|s| vec![first(s)]).collect(),
             flushes: vec![Flush { begin: 1, end: 1 }],
+            resizes: vec![Resize { size: rig.size, begin: 0, end: 0, ok: true }],
         }
     }
 
@@ -55,6 +66,20 @@ impl History {
 
     pub fn flush(&mut self, flush: Flush) {
         self.flushes.push(flush);
+    }
+
+    pub fn resize(&mut self, resize: Resize) {
+        self.resizes.push(resize);
+    }
+
+    /// Compares the size of the disk at time `now`: a resize is durable when it has returned.
+    pub fn check_size(&self, size: u64, now: u64) -> Result<(), String> {
+        let least = self.resizes.iter().filter(|r| r.ok && r.end < now).map(|r| r.size).max();
+        let begun = |r: &&Resize| r.begin < now && Some(r.size) >= least;
+        if self.resizes.iter().filter(begun).any(|r| r.size == size) {
+            return Ok(());
+        }
+        Err(format!("the disk has {size} bytes at {now}: {:?}", self.resizes))
     }
 
     /// Versions that ended before this are durable at time `now`.

@@ -2,7 +2,7 @@
 //! record, and of what was on its way to the disk, any part may have got there.
 
 use crate::crash::{Replay, choose};
-use crate::model::{Change, Flush, History, Version};
+use crate::model::{Change, Flush, History, Resize, Version};
 pub use crate::recorder::Broken;
 use crate::recorder::{Killed, Recorder};
 use crate::rig::{Action, Rig, Rng, SECTOR, ZERO, fill, iobufs, qemu_check, qemu_read, random_request};
@@ -42,6 +42,7 @@ pub struct Report {
     pub loads: usize,
     pub requests: u64,
     pub flushes: u64,
+    pub resizes: usize,
     pub kills: u64,
     pub closes: u64,
     pub file_changes: usize,
@@ -61,13 +62,14 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "seed {}: {} loads, {} requests ({} flushes that succeeded, {} kills, {} clean stops), {} file changes, {} \
+            "seed {}: {} loads, {} requests ({} flushes and {} resizes that succeeded, {} kills, {} clean stops), {} file changes, {} \
              syncs; {} crash states, {} clean for qemu-img, {} sectors chosen, {} sectors compared, {} states gone on \
              with, {} violations{}",
             self.seed,
             self.loads,
             self.requests,
             self.flushes,
+            self.resizes,
             self.kills,
             self.closes,
             self.file_changes,
@@ -102,6 +104,7 @@ pub fn run(power: &Power) -> Report {
 struct Done {
     changes: Vec<Change>,
     flushes: Vec<Flush>,
+    resizes: Vec<Resize>,
     requests: u64,
 }
 
@@ -122,9 +125,9 @@ impl Load<'_> {
     fn new(seed: u64, power: &Power) -> Load<'_> {
         // Base and disk end inside a subcluster, of different clusters.
         let rig = match seed % 3 {
-            0 => Rig::new(3 * 65536 + 2560, 6 * 65536 + 512),
-            1 => Rig::new(1 << 20, 1 << 20),
-            _ => Rig::new((2 << 20) + 1536, (4 << 20) + 1024),
+            0 => Rig::new(3 * 65536 + 2560, 5 * 65536 + 512, 7 * 65536 + 1024),
+            1 => Rig::new(1 << 20, 1 << 20, 1 << 20),
+            _ => Rig::new((2 << 20) + 1536, (3 << 20) + 1024, 4 << 20),
         };
         let before = fs::read(&rig.overlay).unwrap();
         let data_start = rig.open_copy(&rig.overlay, true).unwrap().data_start();
@@ -158,7 +161,7 @@ impl Load<'_> {
                 let load = &*self;
                 let overlay = &overlay;
                 let threads: Vec<_> = (0..self.power.threads)
-                    .map(|t| s.spawn(move || load.requests(overlay, Rng::part(load.seed, session << 8 | t))))
+                    .map(|t| s.spawn(move || load.requests(overlay, Rng::part(load.seed, session << 8 | t), t == 0)))
                     .collect();
                 threads.into_iter().map(|t| t.join().unwrap()).collect()
             });
@@ -171,6 +174,8 @@ impl Load<'_> {
                     self.history.change(&change);
                 }
                 done.flushes.into_iter().for_each(|f| self.history.flush(f));
+                report.resizes += done.resizes.iter().filter(|r| r.ok).count();
+                done.resizes.into_iter().for_each(|r| self.history.resize(r));
             }
             let overlay = if self.recorder.killing() {
                 drop(overlay);
@@ -184,6 +189,7 @@ impl Load<'_> {
             // Nothing is lost as long as the host is up.
             let disk = self.rig.read_all(&overlay);
             let now = self.recorder.tick();
+            self.history.check_size(overlay.size(), now).unwrap();
             let wrong = self.history.check_all(&disk, now, now);
             assert!(wrong.is_empty(), "seed {}, session {session}: {}", self.seed, wrong[0]);
             self.history.settle(&disk, now);
@@ -197,10 +203,10 @@ impl Load<'_> {
     }
 
     /// The requests of one thread, until they are all done or it is killed.
-    fn requests(&self, overlay: &Overlay, mut rng: Rng) -> Done {
+    fn requests(&self, overlay: &Overlay, mut rng: Rng, may_resize: bool) -> Done {
         let mut done = Done::default();
         for _ in 0..self.power.requests {
-            let ended = catch_unwind(AssertUnwindSafe(|| self.request(overlay, &mut rng, &mut done)));
+            let ended = catch_unwind(AssertUnwindSafe(|| self.request(overlay, &mut rng, may_resize, &mut done)));
             if let Err(payload) = ended {
                 match payload.downcast::<Killed>() {
                     Ok(_) => return done,
@@ -214,8 +220,21 @@ impl Load<'_> {
         done
     }
 
-    fn request(&self, overlay: &Overlay, rng: &mut Rng, done: &mut Done) {
-        let (action, sector, sectors) = random_request(rng, self.rig.sectors());
+    /// Makes the disk larger by some sectors.
+    fn resize(&self, overlay: &Overlay, rng: &mut Rng, done: &mut Done) {
+        let most = ((self.rig.capacity - overlay.size()) / SECTOR as u64).min(400);
+        let size = overlay.size() + (1 + rng.below(most)) * SECTOR as u64;
+        done.resizes.push(Resize { size, begin: self.recorder.tick(), end: u64::MAX, ok: false });
+        overlay.resize(size).unwrap();
+        let resize = done.resizes.last_mut().unwrap();
+        (resize.end, resize.ok) = (self.recorder.tick(), true);
+    }
+
+    fn request(&self, overlay: &Overlay, rng: &mut Rng, may_resize: bool, done: &mut Done) {
+        if may_resize && rng.one_in(30) && overlay.size() < self.rig.capacity {
+            return self.resize(overlay, rng, done);
+        }
+        let (action, sector, sectors) = random_request(rng, overlay.size() / SECTOR as u64);
         let (offset, len) = (sector * SECTOR as u64, sectors * SECTOR as u64);
         done.requests += 1;
         let author = match action {
@@ -301,13 +320,16 @@ impl Load<'_> {
         };
         let disk = self.rig.read_all(&overlay);
         drop(overlay);
-        report.sectors_compared += self.rig.sectors();
+        if let Err(e) = self.history.check_size(disk.len() as u64, now) {
+            report.violations.push(format!("{what}: {e}"));
+        }
+        report.sectors_compared += (disk.len() / SECTOR) as u64;
         let wrong = self.history.check_all(&disk, self.history.durable(now), now);
         if let Some(first) = wrong.first() {
             report.violations.push(format!("{what}: {} sectors are wrong: {first}", wrong.len()));
             return;
         }
-        if report.states % 8 == 0 {
+        if report.states.is_multiple_of(8) {
             if let Err(e) = self.go_on(&path, &disk) {
                 report.violations.push(format!("{what}: {e}"));
             }
@@ -336,7 +358,7 @@ impl Load<'_> {
 
 /// Makes a file that was in use look as it does on a host that has been started again: its session is of another boot.
 /// (A live bitmap is gone then, too: copies have a state directory of their own.)
-fn another_boot(file: &mut [u8]) {
+pub fn another_boot(file: &mut [u8]) {
     let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
     let digits: String = text.trim().chars().filter(|c| *c != '-').collect();
     let boot: Vec<u8> = (0..16).map(|n| u8::from_str_radix(&digits[2 * n..2 * n + 2], 16).unwrap()).collect();

@@ -72,7 +72,9 @@ pub struct Rig {
     pub base_path: PathBuf,
     pub overlay: PathBuf,
     pub base_size: u64,
+    /// Bytes that the disk has at first, and that it can grow to.
     pub size: u64,
+    pub capacity: u64,
 }
 
 impl BaseRead for Rig {
@@ -85,15 +87,16 @@ impl BaseRead for Rig {
 }
 
 impl Rig {
-    pub fn new(base_size: u64, size: u64) -> Rig {
+    pub fn new(base_size: u64, size: u64, capacity: u64) -> Rig {
         let dir = tempfile::tempdir().unwrap();
         let (base_path, overlay) = (dir.path().join("base.raw"), dir.path().join("o.qcow2"));
         let mut base = vec![0; base_size as usize];
         fill(&mut base, 0, 0);
         fs::write(&base_path, &base).unwrap();
-        let rig = Rig { dir, base_path, overlay, base_size, size };
+        let rig = Rig { dir, base_path, overlay, base_size, size, capacity };
         let base = rig.identity();
-        overlay::create(&rig.overlay, &CreateOptions { backing: &rig.base_path, base, size }).unwrap();
+        let opts = CreateOptions { backing: &rig.base_path, base, size, capacity };
+        overlay::create(&rig.overlay, &opts).unwrap();
         rig
     }
 
@@ -105,11 +108,12 @@ impl Rig {
         self.dir.path()
     }
 
+    /// Sectors that the disk may have one day.
     pub fn sectors(&self) -> u64 {
-        self.size / SECTOR as u64
+        self.capacity / SECTOR as u64
     }
 
-    /// Who wrote a sector of the new overlay.
+    /// Who wrote a sector of the new overlay: zeros from the end of the base on, also in what is added later.
     pub fn first_author(&self, sector: u64) -> u64 {
         if sector * (SECTOR as u64) < self.base_size { 0 } else { ZERO }
     }
@@ -130,8 +134,8 @@ impl Rig {
 
     /// The whole disk as a guest sees it.
     pub fn read_all(&self, o: &Overlay) -> Vec<u8> {
-        let mut all = vec![0xee; self.size as usize];
-        for run in o.runs(0, self.size) {
+        let mut all = vec![0xee; o.size() as usize];
+        for run in o.runs(0, o.size()) {
             let part = &mut all[run.offset as usize..][..run.len as usize];
             match run.state {
                 State::Base => self.read_base(run.offset, part).unwrap(),

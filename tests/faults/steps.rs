@@ -132,7 +132,7 @@ struct Run {
 
 impl Run {
     fn new(seed: u64) -> Run {
-        let rig = Rig::new(7 * 65536 + 2560, 12 * 65536 + 512);
+        let rig = Rig::new(7 * 65536 + 2560, 12 * 65536 + 512, 12 * 65536 + 512);
         let mut run = Run {
             seed,
             history: History::new(&rig),
