@@ -22,6 +22,8 @@
 mod crash;
 #[path = "../tests/faults/engine.rs"]
 mod engine;
+#[path = "../tests/faults/kill.rs"]
+mod kill;
 #[path = "../tests/faults/model.rs"]
 mod model;
 #[path = "../tests/faults/power.rs"]

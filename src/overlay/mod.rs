@@ -18,6 +18,7 @@
 //! | `create` | writes a new file |
 //! | `bits` | words of subcluster states, runs, dirty marks |
 //! | `live` | the live bitmap file |
+//! | `seal` | tells whether the file was written anew under a session |
 //! | `session` | file lock, boot ID, which bitmap is the truth |
 //! | `lock` | range locks of writers |
 //! | `write`, `flush`, `resize` | the three things that change an overlay |
@@ -35,6 +36,7 @@ mod live;
 mod lock;
 mod resize;
 mod scan;
+mod seal;
 mod session;
 #[cfg(test)]
 mod tests;
@@ -122,9 +124,28 @@ impl Words {
         }
     }
 
+    fn live(&self) -> Option<&LiveFile> {
+        match self {
+            Words::Live(live) => Some(live),
+            Words::Private(_) => None,
+        }
+    }
+
     fn set_failed(&self) {
-        if let Words::Live(live) = self {
+        if let Some(live) = self.live() {
             live.set_failed();
+        }
+    }
+
+    fn begin_counting(&self, flushes: u64) {
+        if let Some(live) = self.live() {
+            live.begin_counting(flushes);
+        }
+    }
+
+    fn end_counting(&self, flushes: u64) {
+        if let Some(live) = self.live() {
+            live.end_counting(flushes);
         }
     }
 
@@ -191,7 +212,13 @@ impl Overlay {
             Ending::Lost(loss) => return Err(loss.refusal(path, &header, opts.state_dir)),
         };
         let words = match live {
-            Some(live) => take_up(path, &disk, &layout, live, &dirty, opts.read_only)?,
+            Some(live) => {
+                let words = take_up(path, &disk, &layout, live, &dirty, opts.read_only)?;
+                if !opts.read_only {
+                    go_on(path, &disk, &mut header, &words)?;
+                }
+                words
+            }
             None if opts.read_only => {
                 let words: Box<[AtomicU64]> = (0..layout.clusters).map(|_| AtomicU64::new(0)).collect();
                 load(path, &disk, &layout, &words)?;
@@ -254,6 +281,20 @@ impl Overlay {
         debug_assert!(offset.is_multiple_of(SECTOR_SIZE) && len.is_multiple_of(SECTOR_SIZE), "{offset}+{len}");
         let end = offset.saturating_add(len).min(self.size());
         Runs::new(self.words.get(), offset..end)
+    }
+
+    /// False while the guest has its disk's write cache switched off (CONFIG_WCE): every write then has to be followed by a
+    /// [`flush`](Self::flush), which is the caller's business.
+    pub fn write_cache(&self) -> bool {
+        !self.words.live().is_some_and(LiveFile::write_through)
+    }
+
+    /// Remembers what the guest chose, also for the process that comes after this one is killed: QEMU does not tell it
+    /// again after a reconnect. A session begins with the cache on. Does nothing on an overlay that is only read.
+    pub fn set_write_cache(&self, on: bool) {
+        if let Some(live) = self.words.live() {
+            live.set_write_through(!on);
+        }
     }
 
     /// Stops cleanly: flushes, closes the session in the file, removes the live bitmap. Waits for writes in flight; later
@@ -344,12 +385,24 @@ fn take_up(path: &Path, disk: &Disk, layout: &Layout, live: LiveFile, dirty: &Di
     Ok(Words::Private(words.iter().map(|w| AtomicU64::new(w.load(Ordering::Acquire))).collect()))
 }
 
+/// What a session that is taken up needs besides its words.
+fn go_on(path: &Path, disk: &Disk, header: &mut Header, words: &Words) -> Result<()> {
+    words.end_counting(header.extension.flushes);
+    if header.has_foreign_autoclear() {
+        let session = header.extension.session;
+        write_header(disk, header, session).map_err(|e| Error::io(path, "go on with the session in", e))?;
+    }
+    Ok(())
+}
+
 /// Begins a session: the live bitmap first, then the header that names it, so that a session that is open always had one.
 fn begin(path: &Path, disk: &Disk, layout: &Layout, header: &mut Header, state_dir: &Path) -> Result<Words> {
     let session = session::begin(session::boot_id()?)?;
     let id = LiveId::of(disk.bare(), session, layout.clusters).map_err(|e| Error::io(path, "look at", e))?;
     let mut live = LiveFile::create(state_dir, &id)?;
     load(path, disk, layout, live.words())?;
+    live.end_counting(header.extension.flushes);
+    live.set_seal(seal::set(disk.bare()));
     live.publish()?;
     // If this fails half-way, the new bitmap stays: the header may name it by now, and if it does not, `remove_stale` of
     // the next open takes it away.

@@ -1,13 +1,13 @@
 //! Random faults: each system call on the overlay file may be held, shortened, interrupted or failed, and threads may be
 //! killed in it.
 
-use crate::recorder::Killed;
+use crate::kill::KillSwitch;
 use crate::rig::{Rng, SECTOR};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use vmar::io::buf::total_len;
 use vmar::io::fault::{Fate, Faults, Op};
@@ -15,13 +15,13 @@ use vmar::io::fault::{Fate, Faults, Op};
 /// How long an operation is held at most: (pauses, microseconds each). Others that hold or wait for it may be all there is.
 const HOLD: (u32, u64) = (40, 25);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Engine {
+    clock: AtomicU64,
+    pub kill: KillSwitch,
     counts: Mutex<BTreeMap<&'static str, u64>>,
     /// Operations so far; what is held waits for some of those that come after it.
     passed: AtomicU64,
-    kill_after: AtomicI64,
-    armed: AtomicBool,
 }
 
 thread_local! {
@@ -85,6 +85,10 @@ fn errno(rng: &mut Rng) -> i32 {
 }
 
 impl Engine {
+    pub fn new(kill: KillSwitch) -> Engine {
+        Engine { clock: AtomicU64::new(1), kill, counts: Mutex::default(), passed: AtomicU64::new(0) }
+    }
+
     pub fn count(&self, what: &'static str) {
         *self.counts.lock().unwrap().entry(what).or_default() += 1;
     }
@@ -93,25 +97,15 @@ impl Engine {
         self.counts.lock().unwrap().clone()
     }
 
-    pub fn kill_after(&self, operations: u64) {
-        self.kill_after.store(operations as i64, Ordering::SeqCst);
-        self.armed.store(true, Ordering::SeqCst);
+    /// The time now. Each call gives a later one.
+    pub fn tick(&self) -> u64 {
+        self.clock.fetch_add(1, Ordering::SeqCst) + 1
     }
 
-    pub fn disarm(&self) {
-        self.armed.store(false, Ordering::SeqCst);
-    }
-
-    pub fn killing(&self) -> bool {
-        self.armed.load(Ordering::SeqCst) && self.kill_after.load(Ordering::SeqCst) <= 0
-    }
-
+    /// A thread is not killed where no kernel would stop: in a sector.
     fn maybe_die(&self) {
-        if NEXT.get() != Next::Whole
-            && self.armed.load(Ordering::SeqCst)
-            && self.kill_after.fetch_sub(1, Ordering::SeqCst) <= 0
-        {
-            std::panic::resume_unwind(Box::new(Killed));
+        if NEXT.get() != Next::Whole {
+            self.kill.maybe_die(|| self.tick());
         }
     }
 

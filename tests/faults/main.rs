@@ -5,7 +5,8 @@
 //! | --- | --- |
 //! | `rig` | a base and an overlay on it, contents that say who wrote them, random numbers |
 //! | `model` | which versions a sector may hold, told from when each write began and ended |
-//! | `recorder` | records what is done to the overlay file, and kills in the middle of it |
+//! | `kill` | ends all threads as kill -9 does |
+//! | `recorder` | records what is done to the overlay file |
 //! | `crash` | rebuilds what a power cut may leave of the record |
 //! | `power` | mixed load, cuts, comparison |
 //! | `engine` | random faults |
@@ -18,6 +19,7 @@
 
 mod crash;
 mod engine;
+mod kill;
 mod model;
 mod order;
 mod power;

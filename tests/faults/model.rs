@@ -25,6 +25,15 @@ pub struct Change {
     pub version: Version,
 }
 
+impl Change {
+    /// What is told of it when all threads have ended, at time `now`; `killed`: the process had ended before.
+    pub fn finish(&mut self, killed: Option<u64>, now: u64) {
+        if self.version.end > killed.unwrap_or(now) {
+            (self.version.end, self.version.ok) = (now, false);
+        }
+    }
+}
+
 /// A flush that succeeded.
 #[derive(Clone, Copy, Debug)]
 pub struct Flush {

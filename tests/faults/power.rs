@@ -2,9 +2,10 @@
 //! record, and of what was on its way to the disk, any part may have got there.
 
 use crate::crash::{Replay, choose};
+use crate::kill::{KillSwitch, Killed};
 use crate::model::{Change, Flush, History, Resize, Version};
 pub use crate::recorder::Broken;
-use crate::recorder::{Killed, Recorder};
+use crate::recorder::Recorder;
 use crate::rig::{Action, Rig, Rng, SECTOR, ZERO, fill, iobufs, qemu_check, qemu_read, random_request};
 use std::fmt;
 use std::fs;
@@ -131,12 +132,13 @@ impl Load<'_> {
         };
         let before = fs::read(&rig.overlay).unwrap();
         let data_start = rig.open_copy(&rig.overlay, true).unwrap().data_start();
+        let kill = KillSwitch::new(&rig.state_dir());
         Load {
             seed,
             power,
             history: History::new(&rig),
             rig,
-            recorder: Arc::new(Recorder::new(power.broken)),
+            recorder: Arc::new(Recorder::new(power.broken, kill)),
             data_start,
             before,
             authors: AtomicU64::new(1),
@@ -153,9 +155,8 @@ impl Load<'_> {
         let mut rng = Rng::new(self.seed);
         for session in 0..5u64 {
             let overlay = self.open();
-            let killed = rng.one_in(2);
-            if killed {
-                self.recorder.kill_after(rng.below(self.power.requests * self.power.threads));
+            if rng.one_in(2) {
+                self.recorder.kill.arm(rng.below(self.power.requests * self.power.threads));
             }
             let all: Vec<Done> = std::thread::scope(|s| {
                 let load = &*self;
@@ -165,27 +166,28 @@ impl Load<'_> {
                     .collect();
                 threads.into_iter().map(|t| t.join().unwrap()).collect()
             });
+            let mut overlay = Some(overlay);
+            if self.recorder.kill.has_killed() {
+                overlay = None;
+                report.kills += 1;
+            }
+            let killed_at = self.recorder.kill.bury();
             let now = self.recorder.tick();
+            let counts = |end: u64| end < killed_at.unwrap_or(now);
             for done in all {
                 report.requests += done.requests;
                 report.flushes += done.flushes.len() as u64;
                 for mut change in done.changes {
-                    change.version.end = change.version.end.min(now);
+                    change.finish(killed_at, now);
                     self.history.change(&change);
                 }
-                done.flushes.into_iter().for_each(|f| self.history.flush(f));
+                done.flushes.into_iter().filter(|f| counts(f.end)).for_each(|f| self.history.flush(f));
                 report.resizes += done.resizes.iter().filter(|r| r.ok).count();
-                done.resizes.into_iter().for_each(|r| self.history.resize(r));
+                for resize in done.resizes {
+                    self.history.resize(Resize { ok: resize.ok && counts(resize.end), ..resize });
+                }
             }
-            let overlay = if self.recorder.killing() {
-                drop(overlay);
-                report.kills += 1;
-                self.recorder.disarm();
-                self.open()
-            } else {
-                self.recorder.disarm();
-                overlay
-            };
+            let overlay = overlay.unwrap_or_else(|| self.open());
             // Nothing is lost as long as the host is up.
             let disk = self.rig.read_all(&overlay);
             let now = self.recorder.tick();
@@ -213,7 +215,7 @@ impl Load<'_> {
                     Err(other) => std::panic::resume_unwind(other),
                 }
             }
-            if self.recorder.killing() {
+            if self.recorder.kill.has_killed() {
                 return done;
             }
         }

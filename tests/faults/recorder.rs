@@ -1,9 +1,9 @@
 //! Records what is done to the overlay file and when, and can kill in the middle of it.
 
+use crate::kill::KillSwitch;
 use std::cell::Cell;
 use std::io;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use vmar::io::fault::{Faults, Op};
 
 /// A change of the file.
@@ -57,17 +57,11 @@ pub enum Broken {
     BitsLater,
 }
 
-/// What a killed thread unwinds with. (A thread that is gone does nothing more; so does one that unwinds.)
 #[derive(Debug)]
-pub struct Killed;
-
-#[derive(Debug, Default)]
 pub struct Recorder {
     log: Mutex<Log>,
     broken: Broken,
-    /// Each thread that counts this down to 0 or finds it below is killed in its next operation.
-    kill_after: AtomicI64,
-    armed: AtomicBool,
+    pub kill: KillSwitch,
 }
 
 thread_local! {
@@ -76,8 +70,8 @@ thread_local! {
 }
 
 impl Recorder {
-    pub fn new(broken: Broken) -> Recorder {
-        Recorder { broken, ..Recorder::default() }
+    pub fn new(broken: Broken, kill: KillSwitch) -> Recorder {
+        Recorder { log: Mutex::default(), broken, kill }
     }
 
     fn log<T>(&self, f: impl FnOnce(&mut Log, u64) -> T) -> T {
@@ -94,27 +88,6 @@ impl Recorder {
 
     pub fn finish(&self) -> Log {
         std::mem::take(&mut self.log.lock().unwrap())
-    }
-
-    /// Kills every thread in its next operation on the file, once this many operations have been done.
-    pub fn kill_after(&self, operations: u64) {
-        self.kill_after.store(operations as i64, Ordering::SeqCst);
-        self.armed.store(true, Ordering::SeqCst);
-    }
-
-    /// The next process has no such plan.
-    pub fn disarm(&self) {
-        self.armed.store(false, Ordering::SeqCst);
-    }
-
-    pub fn killing(&self) -> bool {
-        self.armed.load(Ordering::SeqCst) && self.kill_after.load(Ordering::SeqCst) <= 0
-    }
-
-    fn maybe_die(&self) {
-        if self.armed.load(Ordering::SeqCst) && self.kill_after.fetch_sub(1, Ordering::SeqCst) <= 0 {
-            std::panic::resume_unwind(Box::new(Killed));
-        }
     }
 
     /// Runs a flush in the broken order, if there is one.
@@ -164,7 +137,7 @@ impl Faults for Recorder {
         if matches!(op, Op::Read { .. } | Op::ReadCached { .. }) {
             return go(usize::MAX);
         }
-        self.maybe_die();
+        self.kill.maybe_die(|| self.tick());
         let result = match *op {
             Op::Write { at, .. } => self.change(at, What::Write(op.bytes()), go),
             Op::Punch { at, len } => self.change(at, What::Hole(len), go),
@@ -179,7 +152,7 @@ impl Faults for Recorder {
             }
         };
         // Death may come after the operation, too, before anybody learns of it.
-        self.maybe_die();
+        self.kill.maybe_die(|| self.tick());
         result
     }
 }

@@ -108,6 +108,10 @@ impl Rig {
         self.dir.path()
     }
 
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir().join("state")
+    }
+
     /// Sectors that the disk may have one day.
     pub fn sectors(&self) -> u64 {
         self.capacity / SECTOR as u64
@@ -119,7 +123,7 @@ impl Rig {
     }
 
     pub fn open(&self, faults: Option<Arc<dyn Faults>>, discard_unflushed: bool) -> vmar::Result<Overlay> {
-        let state_dir = &self.dir().join("state");
+        let state_dir = &self.state_dir();
         let opts = OpenOptions { read_only: false, state_dir, base: Some(self.identity()), discard_unflushed };
         Overlay::open_with_faults(&self.overlay, &opts, faults)
     }

@@ -6,8 +6,8 @@
 //! not flushed gives what was flushed or newer.
 
 use crate::engine::{self, Engine, Met};
+use crate::kill::{KillSwitch, Killed};
 use crate::model::{Change, Flush, History, Version};
-use crate::recorder::Killed;
 use crate::rig::{Action, Rig, Rng, SECTOR, ZERO, fill, iobufs, qemu_check, qemu_read, random_request};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::collections::BTreeMap;
@@ -16,7 +16,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 use vmar::ErrorKind;
 use vmar::device::{Disk, Store};
@@ -123,26 +123,25 @@ struct Run {
     history: History,
     disk: Option<Disk>,
     rounds: u64,
-    clock: AtomicU64,
     authors: AtomicU64,
-    /// A sync of this session has failed: flushes that begin now must fail.
-    failed: AtomicBool,
+    /// When a sync of this session failed, or 0: flushes that begin now must fail.
+    failed: AtomicU64,
     rng: Rng,
 }
 
 impl Run {
     fn new(seed: u64) -> Run {
         let rig = Rig::new(7 * 65536 + 2560, 12 * 65536 + 512, 12 * 65536 + 512);
+        let kill = KillSwitch::new(&rig.state_dir());
         let mut run = Run {
             seed,
             history: History::new(&rig),
             rig,
-            engine: Arc::default(),
+            engine: Arc::new(Engine::new(kill)),
             disk: None,
             rounds: 0,
-            clock: AtomicU64::new(1),
             authors: AtomicU64::new(1),
-            failed: AtomicBool::new(false),
+            failed: AtomicU64::new(0),
             rng: Rng::new(seed),
         };
         run.open();
@@ -150,7 +149,7 @@ impl Run {
     }
 
     fn tick(&self) -> u64 {
-        self.clock.fetch_add(1, Ordering::SeqCst) + 1
+        self.engine.tick()
     }
 
     fn disk(&self) -> &Disk {
@@ -178,37 +177,40 @@ impl Run {
     fn round(&mut self) -> u64 {
         self.rounds += 1;
         if self.rng.one_in(6) {
-            self.engine.kill_after(self.rng.below(THREADS * ROUND * 2));
+            self.engine.kill.arm(self.rng.below(THREADS * ROUND * 2));
         }
         let all: Vec<Done> = std::thread::scope(|s| {
             let run = &*self;
             let threads: Vec<_> = (0..THREADS).map(|t| s.spawn(move || run.thread(t))).collect();
             threads.into_iter().map(|t| t.join().unwrap()).collect()
         });
+        if self.engine.kill.has_killed() {
+            self.engine.count("kill");
+            self.disk = None;
+        }
+        let killed = self.engine.kill.bury();
         let now = self.tick();
         let (mut steps, mut seen) = (0, Vec::new());
         for mut done in all {
             steps += done.steps;
             for change in &mut done.changes {
-                change.version.end = change.version.end.min(now);
+                change.finish(killed, now);
                 self.history.change(change);
             }
-            done.flushes.into_iter().for_each(|f| self.history.flush(f));
+            let counts = |f: &Flush| f.end < killed.unwrap_or(now);
+            done.flushes.into_iter().filter(counts).for_each(|f| self.history.flush(f));
             seen.append(&mut done.seen);
         }
         self.check_reads(&seen);
-        if self.engine.killing() {
-            self.engine.count("kill");
-            self.engine.disarm();
-            self.restart_killed();
+        if killed.is_some() {
+            self.restart_killed(killed);
         }
-        self.engine.disarm();
         self.check_disk();
         match self.rng.below(8) {
-            0 if !self.failed.load(Ordering::SeqCst) => self.close(),
+            0 if self.failed.load(Ordering::SeqCst) == 0 => self.close(),
             1 => {
                 self.engine.count("restart");
-                self.restart_killed();
+                self.restart_killed(None);
                 self.check_disk();
             }
             _ => {}
@@ -261,12 +263,18 @@ impl Run {
 
     /// Drops the overlay without a close and opens it again. After a failed sync that is refused, and the state of the
     /// last flush, or newer, goes on.
-    fn restart_killed(&mut self) {
+    fn restart_killed(&mut self, killed: Option<u64>) {
         self.disk = None;
-        if !self.failed.swap(false, Ordering::SeqCst) {
+        let failed = self.failed.swap(0, Ordering::SeqCst);
+        if failed == 0 {
             return self.open();
         }
-        let refused = self.rig.open(None, false).expect_err("a sync failed in that session");
+        let refused = match self.rig.open(None, false) {
+            Err(refused) => refused,
+            // Killed when the sync had failed and nobody knew.
+            Ok(_) if killed.is_some_and(|at| failed > at) => return self.open(),
+            Ok(_) => panic!("{}: taken up though a sync had failed", self.place()),
+        };
         assert_eq!(refused.kind(), ErrorKind::Io, "{}: {refused}", self.place());
         self.engine.count("refused after a failed sync");
         let overlay = self.rig.open(Some(self.engine.clone()), true).unwrap();
@@ -305,8 +313,8 @@ impl Run {
             // The sync that failed was one of its flush.
             Err(e) if met.sync => {
                 assert_eq!(e.kind(), ErrorKind::Io, "{}: {e}", self.place());
-                self.failed.store(true, Ordering::SeqCst);
-                return self.restart_killed();
+                self.failed.store(self.tick(), Ordering::SeqCst);
+                return self.restart_killed(None);
             }
             Err(e) => panic!("{}: {e}", self.place()),
         }
@@ -321,7 +329,7 @@ impl Run {
         let (event, mut reader) = new_reader();
         let mut done = Done::default();
         engine::faults_here(Some(Rng::part(self.seed, part | 1)));
-        while done.steps < ROUND && !self.engine.killing() {
+        while done.steps < ROUND && !self.engine.kill.has_killed() {
             done.steps += 1;
             let step = || self.step(&mut rng, &event, &mut reader, &mut done);
             if let Err(payload) = catch_unwind(AssertUnwindSafe(step)) {
@@ -388,13 +396,14 @@ impl Run {
     fn flush(&self, done: &mut Done) {
         self.engine.count("flush");
         engine::begin_request();
-        let must_fail = self.failed.load(Ordering::SeqCst);
+        let must_fail = self.failed.load(Ordering::SeqCst) != 0;
         let begin = self.tick();
         let result = self.disk().flush();
         let end = self.tick();
         let met = engine::met();
         if met.sync {
-            self.failed.store(true, Ordering::SeqCst);
+            // The first one counts.
+            let _ = self.failed.compare_exchange(0, end, Ordering::SeqCst, Ordering::SeqCst);
         }
         if must_fail || met.sync || met.write {
             assert!(result.is_err(), "{}: a flush succeeded: {must_fail}, {met:?}", self.place());
@@ -412,8 +421,8 @@ impl Run {
 
     /// A clean end: plain QEMU sees the same disk.
     fn end(&mut self) {
-        if self.failed.load(Ordering::SeqCst) {
-            self.restart_killed();
+        if self.failed.load(Ordering::SeqCst) != 0 {
+            self.restart_killed(None);
         }
         let want = self.read_all();
         self.disk().close().unwrap();
