@@ -6,6 +6,7 @@
 pub mod buf;
 pub mod fault;
 pub mod file;
+pub mod lock;
 pub mod mapping;
 pub mod nowait;
 pub mod uring;

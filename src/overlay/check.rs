@@ -23,7 +23,7 @@ pub struct Info {
     pub backing: PathBuf,
     /// Its session.
     pub session: SessionInfo,
-    /// True if a vmar has it open right now.
+    /// True if a vmar or a QEMU has it open right now.
     pub in_use: bool,
     /// Subclusters (2 KiB) whose data is in the file.
     pub data_subclusters: u64,
@@ -64,7 +64,7 @@ impl SessionInfo {
 pub fn inspect(path: &Path, state_dir: &Path) -> Result<Info> {
     let file = open_file(path, true)?;
     let meta = file.metadata().map_err(|e| Error::io(path, "look at", e))?;
-    let in_use = in_use(path)?;
+    let in_use = crate::io::lock::in_use(&file, path)?;
     let (disk, header, layout) = read_metadata(path, Disk::new(file, None))?;
     let ending = session::ending(&disk, path, &header, &layout, state_dir)?;
     let (session, live) = match ending {
@@ -93,13 +93,6 @@ pub fn inspect(path: &Path, state_dir: &Path) -> Result<Info> {
         disk_bytes: meta.blocks() * 512,
         data_start: layout.data,
     })
-}
-
-/// Tries the lock on an open file of its own and lets go at once; a vmar that opens the overlay in that moment tries again.
-fn in_use(path: &Path) -> Result<bool> {
-    let file = open_file(path, true)?;
-    let free = session::try_lock(&file, false).map_err(|e| Error::io(path, "lock", e))?;
-    Ok(!free)
 }
 
 /// How many faults are told one by one.

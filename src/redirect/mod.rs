@@ -15,14 +15,18 @@ pub mod trace;
 pub use record::Recorder;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::lock::{self, Access};
 use crate::io::{Mapping, file};
 use crate::library::Library;
 use crate::map::Map;
 use crate::units::{IMAGE_SIZE_MAX, ImageId, SECTOR_SIZE};
 use plan::{Layout, Piece};
-use rustix::fs::FlockOperation;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long to try for the lock of a base image.
+const BASE_LOCK_WAIT: Duration = Duration::from_millis(500);
 
 /// An open base: the map of its image and every image that the map points to.
 pub struct Base {
@@ -92,13 +96,8 @@ impl Base {
             .mend("serve it with --read-only, or through --image and --overlay"));
         }
         let file = File::options().read(true).write(writable).open(path).map_err(failed)?;
-        // One writer, or any number of readers. (Only vmar looks at this lock; QEMU's are another kind.)
-        let lock =
-            if writable { FlockOperation::NonBlockingLockExclusive } else { FlockOperation::NonBlockingLockShared };
-        if rustix::fs::flock(&file, lock) == Err(rustix::io::Errno::WOULDBLOCK) {
-            return Err(Error::file(ErrorKind::Busy, path, "another vmar serves this file")
-                .mend("stop that server, or serve it with --read-only in both"));
-        }
+        // One writer, or any number of readers.
+        lock::lock(&file, path, if writable { Access::Write } else { Access::Read }, lock::WAIT)?;
         let size = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|e| failed(e.into()))?;
         if size % SECTOR_SIZE != 0 || size == 0 || size > IMAGE_SIZE_MAX {
             let cause = format!("has {size} bytes; a disk has a multiple of {SECTOR_SIZE}, up to 16 TiB");
@@ -149,6 +148,9 @@ fn open_target(library: &Library, map: &Path, target: crate::map::Target) -> Res
     }
     let path = library.image_path(record);
     let file = library.open_image(record)?;
+    // Other VMs may read it too, through vmar or not; nobody may write it ('qemu-img commit' into it would). No process
+    // that was killed is in the way of that for longer than it takes to die, so there is little to wait for.
+    lock::lock(&file, &path, Access::Read, BASE_LOCK_WAIT)?;
     file::disable_readahead(&file).map_err(|e| Error::io(&path, "switch readahead off", e))?;
     Ok(Open { id: target.image, path, file })
 }
