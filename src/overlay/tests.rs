@@ -5,6 +5,7 @@ use crate::io::IoBuf;
 use crate::io::buf::total_len;
 use crate::io::fault::Op;
 use std::fs;
+use std::os::unix::fs::FileExt;
 
 /// What changes the file or makes it durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
