@@ -2,17 +2,20 @@
 
 use super::Common;
 use super::overlay::default_state_dir;
+use crate::daemon::backend_channel::BackendChannel;
 use crate::daemon::socket::{Inherited, Listening, inherit};
-use crate::daemon::{QUEUES_MAX, StopSignal, serve};
+use crate::daemon::{Options, QUEUES_MAX, Served, StopSignal, serve};
 use crate::device::request::SERIAL_SIZE;
-use crate::device::{Disk, Store};
+use crate::device::{Drive, Ledger, OnError, OverlayRecipe, Recipe};
 use crate::error::{Error, ErrorKind, Result};
 use crate::library::{ImageRecord, Library};
-use crate::overlay::{BaseIdentity, OpenOptions, Overlay};
+use crate::overlay::BaseIdentity;
 use crate::redirect::trace::TraceHeader;
 use crate::redirect::{Base, Recorder};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 /// What QEMU's conventions for backend programs ask for (docs/interop/vhost-user.rst).
 const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
@@ -53,6 +56,18 @@ pub struct Args {
     /// Directory on tmpfs for the overlay's live state [default: /run/vmar, or below XDG_RUNTIME_DIR]
     #[arg(long, value_name = "DIR", env = "VMAR_STATE_DIR")]
     state_dir: Option<PathBuf>,
+    /// When the host's disk is full or fails: 'report' it to the guest, or 'retry' reads, writes, discards and
+    /// write-zeroes until they work, while the guest waits. Never flushes: Linux drops what one that failed was to save.
+    /// (vhost-user has no werror; QEMU cannot pause the VM.)
+    #[arg(long, value_name = "POLICY", default_value = "report", value_parser = ["report", "retry"])]
+    on_error: String,
+    /// How long a queue that has to stop waits for requests in flight; QEMU's monitor and the guest wait with it
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    drain_timeout: u32,
+    /// Wait for a VM that is migrated here: the disk stays closed and unlocked until the VM starts, as its old server still
+    /// has it
+    #[arg(long)]
+    incoming: bool,
     /// Open an overlay whose live state is lost; writes that were not flushed are given up
     #[arg(long, requires = "overlay")]
     discard_unflushed: bool,
@@ -70,17 +85,21 @@ pub fn run(common: &Common, args: Args) -> Result<()> {
     // From here on SIGTERM means: finish, flush, close.
     let stop = StopSignal::install()?;
     crate::redirect::reader::Reader::probe()?;
-    let disk = open_disk(common, &args)?;
+    let drive = open_drive(common, &args)?;
     let bound = match (&args.socket_path, args.fd) {
         (Some(path), _) => Listening::bind(path).map(Inherited::Listening),
         (None, Some(fd)) => inherit(fd),
         (None, None) => Err(usage("no socket is named", "give --socket-path PATH or --fd N")),
     };
     match bound {
-        Ok(endpoint) => serve(disk, endpoint, args.num_queues, &stop),
+        Ok(endpoint) => {
+            let served = Arc::new(Served { drive, channel: BackendChannel::default() });
+            serve(&served, endpoint, &options(&args), &stop)
+        }
         Err(e) => {
             // Nobody was served, so the overlay is left as it was found.
-            if let Err(close) = disk.close() {
+            drive.end_trace();
+            if let Err(close) = drive.inactivate() {
                 log::error!("{close}");
             }
             Err(e)
@@ -88,13 +107,30 @@ pub fn run(common: &Common, args: Args) -> Result<()> {
     }
 }
 
+fn options(args: &Args) -> Options {
+    Options { num_queues: args.num_queues, drain_time: Duration::from_secs(u64::from(args.drain_timeout)) }
+}
+
 fn usage(cause: &str, mend: &str) -> Error {
     Error::new(ErrorKind::Usage, "serve", cause).mend(mend)
 }
 
-fn open_disk(common: &Common, args: &Args) -> Result<Disk> {
+/// The disk, open unless a migrated VM is waited for.
+fn open_drive(common: &Common, args: &Args) -> Result<Drive> {
+    let on_error = if args.on_error == OnError::Retry.name() { OnError::Retry } else { OnError::Report };
+    let ledger = Arc::new(Ledger::new(on_error, args.num_queues));
     if let Some(file) = &args.blk_file {
-        return open_flat(common, file, args.read_only);
+        if !args.read_only
+            && let Some(dir) = &common.library
+        {
+            refuse_library_image(dir, file)?;
+        }
+        let recipe = Recipe::File { path: file.clone(), read_only: args.read_only };
+        let drive = Drive::new(recipe, serial(file.as_os_str().as_encoded_bytes(), None), ledger)?;
+        if !args.incoming {
+            drive.activate()?;
+        }
+        return Ok(drive);
     }
     let Some(name) = &args.image else {
         return Err(usage(
@@ -110,37 +146,29 @@ fn open_disk(common: &Common, args: &Args) -> Result<Disk> {
     }
     let library = Library::open(common.library()?)?;
     let record = library.image(name)?.clone();
-    let base = Base::open(&library, name)?;
-    let store = open_store(args, &record)?;
+    let base = Arc::new(Base::open(&library, name)?);
+    let recipe = Recipe::Image { base, overlay: overlay_recipe(args, &record) };
     let serial = serial(&record.digest, args.overlay.as_deref());
-    let recorder =
-        args.record.as_ref().map(|path| Recorder::create(path, &trace_header(&library, &record))).transpose()?;
-    Ok(Disk::new(base, store, serial, recorder))
-}
-
-fn open_store(args: &Args, record: &ImageRecord) -> Result<Store> {
-    let Some(path) = &args.overlay else { return Ok(Store::ReadOnly(None)) };
-    let state_dir = args.state_dir.clone().unwrap_or_else(default_state_dir);
-    let overlay = Overlay::open(
-        path,
-        &OpenOptions {
-            read_only: args.read_only,
-            state_dir: &state_dir,
-            base: Some(BaseIdentity { digest: record.digest, generation: record.generation, size: record.size }),
-            discard_unflushed: args.discard_unflushed,
-        },
-    )?;
-    Ok(if args.read_only { Store::ReadOnly(Some(overlay)) } else { Store::Overlay(overlay) })
-}
-
-fn open_flat(common: &Common, file: &Path, read_only: bool) -> Result<Disk> {
-    if !read_only && let Some(dir) = &common.library {
-        refuse_library_image(dir, file)?;
+    let drive = Drive::new(recipe, serial, ledger)?;
+    if !args.incoming {
+        drive.activate()?;
     }
-    let base = Base::flat(file, !read_only)?;
-    let serial = serial(file.as_os_str().as_encoded_bytes(), None);
-    let store = if read_only { Store::ReadOnly(None) } else { Store::InPlace };
-    Ok(Disk::new(base, store, serial, None))
+    if let Some(path) = &args.record {
+        let recorder = Recorder::create(path, &trace_header(&library, &record));
+        // Nobody was served, so the overlay is left as it was found.
+        drive.set_recorder(recorder.inspect_err(|_| drop(drive.inactivate()))?);
+    }
+    Ok(drive)
+}
+
+fn overlay_recipe(args: &Args, record: &ImageRecord) -> Option<OverlayRecipe> {
+    Some(OverlayRecipe {
+        path: args.overlay.clone()?,
+        state_dir: args.state_dir.clone().unwrap_or_else(default_state_dir),
+        base: BaseIdentity { digest: record.digest, generation: record.generation, size: record.size },
+        read_only: args.read_only,
+        discard_unflushed: args.discard_unflushed,
+    })
 }
 
 /// A raw image that a library maps must never be written. Its read-only mode says so too, see [`Base::flat`].

@@ -3,19 +3,22 @@
 //! `vhost-user-backend` brings a handler of its own, but it is private and leaves no room for what a disk needs later
 //! (an inflight region, a config-change message, several connections); only its vrings are used here.
 
-use super::inflight::{Inflight, Part};
-use super::worker::{self, Worker};
-use super::{GuestMap, GuestMemory, Vring};
-use crate::device::{Disk, Geometry, Jobs};
+use super::inflight::{self, Inflight};
+use super::revoke::{map_again, revoke};
+use super::worker::{self, Stopped, Worker};
+use super::{GuestMap, GuestMemory, Served, Vring};
+use crate::device::Geometry;
+use crate::device::config::WRITEBACK_AT;
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
     VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
     VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use vhost_user_backend::VringT;
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -23,10 +26,13 @@ use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestRegionMmap};
 
 /// Entries a ring may have: what QEMU allows for vhost-user-blk (its `queue-size` property).
-const QUEUE_SIZE_MAX: u16 = 1024;
+pub const QUEUE_SIZE_MAX: u16 = 1024;
 
 /// Memory slots offered: what QEMU's own backends offer (VHOST_USER_MAX_RAM_SLOTS).
 const MEM_SLOTS_MAX: u64 = 512;
+
+/// How long the other rings may take when one ring could not stop in time and the memory of all must be revoked.
+const OTHERS_TIME: Duration = Duration::from_millis(500);
 
 /// A region of guest memory as the frontend sees it.
 #[derive(Clone, Copy, Debug)]
@@ -48,40 +54,187 @@ struct Ring {
 
 /// The state of one connection.
 pub struct Handler {
-    disk: Arc<Disk>,
-    jobs: Arc<Jobs>,
-    geometry: Geometry,
+    served: Arc<Served>,
+    num_queues: u16,
     memory: GuestMemory,
+    /// Earlier memory maps: requests in flight may still use them.
+    old_maps: Vec<Weak<GuestMap>>,
     mappings: Vec<Mapping>,
     rings: Vec<Ring>,
     features: u64,
     inflight: Option<Arc<Inflight>>,
+    drain_time: Duration,
+    /// The kernel does not let go of a queue's thread. The process has to end.
+    hung: bool,
 }
 
 impl Handler {
     /// A handler for a new connection.
-    pub fn new(disk: Arc<Disk>, jobs: Arc<Jobs>, num_queues: u16) -> io::Result<Self> {
+    pub fn new(served: Arc<Served>, num_queues: u16, drain_time: Duration) -> io::Result<Self> {
         let memory = GuestMemory::new(GuestMap::new());
         let ring = || {
             let vring = Vring::new(memory.clone(), QUEUE_SIZE_MAX).map_err(io::Error::other)?;
             Ok(Ring { vring, worker: None, running: false })
         };
         let rings = (0..num_queues).map(|_| ring()).collect::<io::Result<_>>()?;
-        let geometry = disk.geometry(num_queues);
-        Ok(Handler { disk, jobs, geometry, memory, mappings: Vec::new(), rings, features: 0, inflight: None })
+        Ok(Handler {
+            served,
+            num_queues,
+            memory,
+            old_maps: Vec::new(),
+            mappings: Vec::new(),
+            rings,
+            features: 0,
+            drain_time,
+            hung: false,
+            inflight: None,
+        })
     }
 
-    /// Finishes what is in flight and ends the queue threads.
+    /// Finishes what is in flight, ends the queue threads, and lets go of the disk if rings have run.
     pub fn shut_down(&mut self) {
-        worker::stop_all(self.rings.iter().filter_map(|r| r.worker.as_ref()));
+        // What could not be finished is logged.
+        let _ = self.stop(|_| true);
         for ring in &mut self.rings {
-            ring.running = false;
             ring.worker = None;
         }
     }
 
+    /// Lets go of the disk if no ring runs any more: the VM may go on somewhere else.
+    fn rest(&mut self) {
+        if self.rings.iter().any(|ring| ring.running) {
+            return;
+        }
+        let stuck = self.served.drive.ledger().stuck();
+        if stuck > 0 {
+            log::error!("the disk stays open and locked: {stuck} requests of it hang in the kernel");
+            return;
+        }
+        // The queue threads hold the disk.
+        for ring in &mut self.rings {
+            ring.worker = None;
+        }
+        match self.served.let_go() {
+            Some(Ok(())) => {}
+            Some(Err(e)) => log::error!("the disk stays open and locked, for this server to go on with: {e}"),
+            None => {
+                log::error!("the host's disk hangs in a flush: this server ends; start it again when the disk answers");
+                self.hung = true;
+            }
+        }
+    }
+
+    fn geometry(&self) -> Geometry {
+        let mut geometry = self.served.drive.geometry(self.num_queues);
+        // A driver that does not flush gets a write-through disk.
+        geometry.write_cache &= self.features == 0 || self.features & (1 << VIRTIO_BLK_F_FLUSH) != 0;
+        geometry
+    }
+
+    /// True when the kernel keeps a queue's thread: this process can do nothing more for the disk.
+    pub fn is_hung(&self) -> bool {
+        self.hung
+    }
+
+    /// Stops the running rings that `which` names: nothing of them is in flight afterwards, as far as the guest can tell.
+    ///
+    /// QEMU waits for this, the guest and its monitor with it, so the time is bounded. What the kernel still holds then
+    /// goes back to the guest with an I/O error, after the memory that it lies in was revoked. That concerns all rings.
+    fn stop(&mut self, which: impl Fn(usize) -> bool) -> Result<()> {
+        if self.hung {
+            return Err(hung());
+        }
+        let asked: Vec<usize> = (0..self.rings.len()).filter(|i| which(*i) && self.rings[*i].running).collect();
+        let mut outcome = self.stop_until(&asked, Instant::now() + self.drain_time);
+        if outcome.iter().any(|(_, stopped)| *stopped != Stopped::Drained) {
+            let others: Vec<usize> =
+                (0..self.rings.len()).filter(|i| self.rings[*i].running && !asked.contains(i)).collect();
+            outcome.extend(self.stop_until(&others, Instant::now() + OTHERS_TIME));
+            let freed = self.free_stuck(&outcome);
+            // These run on as soon as the disk answers.
+            for index in others {
+                self.rings[index].running = true;
+            }
+            freed?;
+        }
+        for index in &asked {
+            self.rings[*index].running = false;
+        }
+        if outcome.len() > asked.len() {
+            self.look_again()?;
+        }
+        if !asked.is_empty() {
+            self.rest();
+        }
+        if self.hung { Err(hung()) } else { Ok(()) }
+    }
+
+    fn stop_until(&self, rings: &[usize], deadline: Instant) -> Vec<(usize, Stopped)> {
+        let with_worker = || rings.iter().filter(|i| self.rings[**i].worker.is_some());
+        let workers = with_worker().filter_map(|i| self.rings[*i].worker.as_ref());
+        with_worker().copied().zip(worker::stop_all(workers, deadline)).collect()
+    }
+
+    /// Gives back to the guest what the kernel does not end. All rings have stopped.
+    fn free_stuck(&mut self, outcome: &[(usize, Stopped)]) -> Result<()> {
+        let current = self.memory.memory().into_inner();
+        let mut maps: Vec<_> = self.old_maps.iter().filter_map(Weak::upgrade).collect();
+        maps.push(Arc::clone(&current));
+        let mut requests = 0;
+        for (index, stopped) in outcome {
+            let Some(worker) = self.rings[*index].worker.as_mut() else { continue };
+            match stopped {
+                Stopped::Drained => {}
+                Stopped::Stuck(n) => requests += n,
+                Stopped::Hung => {
+                    self.hung = true;
+                    worker.detach();
+                }
+            }
+        }
+        if self.hung {
+            log::error!(
+                "the host's disk hangs, and a queue's thread with it: this server ends; start it again when the disk \
+                 answers. Requests in flight are as after a kill"
+            );
+            // SAFETY: all queue threads but those that hang have stopped. Should the kernel let one of them go before the
+            // process has ended, a moment from now, it ends by SIGSEGV; that is as good as any kill.
+            if let Err(e) = unsafe { revoke(&maps) } {
+                log::error!("cannot revoke the guest's memory: {e}");
+            }
+            return Err(hung());
+        }
+        log::error!(
+            "the host's disk holds {requests} requests for longer than --drain-timeout: the guest gets I/O errors for \
+             them. The overlay stays open, and no request is taken, until the kernel lets go of them"
+        );
+        let again = map_again(&current).map_err(Error::ReqHandlerError)?;
+        let stuck: Vec<usize> =
+            outcome.iter().filter(|(_, s)| matches!(s, Stopped::Stuck(_))).map(|(index, _)| *index).collect();
+        for index in &stuck {
+            if let Some(worker) = self.rings[*index].worker.as_mut() {
+                worker.abandon();
+            }
+        }
+        // SAFETY: all queue threads have stopped, and have written the statuses of what they gave up. They and this thread
+        // look up the rings in the map that is put in place now.
+        let revoked = unsafe { revoke(&maps) };
+        self.replace_memory(again)?;
+        // If it failed, the guest never gets its requests back: its memory must not change under it.
+        revoked.map_err(|e| {
+            log::error!("cannot revoke the guest's memory, so {requests} requests stay with the host: {e}");
+            Error::ReqHandlerError(e)
+        })?;
+        for index in &stuck {
+            if let Some(worker) = self.rings[*index].worker.as_ref() {
+                worker.publish();
+            }
+        }
+        Ok(())
+    }
+
     fn offered(&self) -> u64 {
-        self.geometry.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+        self.geometry().features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
     fn ring(&mut self, index: u32) -> Result<&mut Ring> {
@@ -91,19 +244,14 @@ impl Handler {
     /// Starts or stops the ring's thread, as kick, enable and addresses now say. A ring that (re)starts is looked at
     /// without waiting for a kick: QEMU sends none after reconnecting.
     fn update(&mut self, index: u32) -> Result<()> {
-        let Handler { disk, jobs, memory, rings, features, inflight, .. } = self;
-        let ring = rings.get_mut(index as usize).ok_or(Error::InvalidParam)?;
+        let ring = self.ring(index)?;
         let (runs, kick) = {
             let state = ring.vring.get_ref();
             let runs = state.is_enabled() && state.get_queue().ready();
             (runs, state.get_kick().as_ref().map(|kick| kick.try_clone()))
         };
         let Some(kick) = kick.filter(|_| runs) else {
-            if let Some(worker) = ring.worker.as_ref().filter(|_| ring.running) {
-                worker.stop();
-            }
-            ring.running = false;
-            return Ok(());
+            return self.stop(|i| i == index as usize);
         };
         let kick = {
             use std::os::fd::{FromRawFd, IntoRawFd};
@@ -111,17 +259,14 @@ impl Handler {
             // SAFETY: the clone was just made and its number taken; the File is its only owner.
             unsafe { File::from_raw_fd(raw) }
         };
-        let part = part_of(inflight.as_ref(), index, &ring.vring)?;
-        if ring.worker.is_none() {
-            let vring = ring.vring.clone();
-            let worker = Worker::spawn(index as usize, vring, memory.clone(), Arc::clone(disk), Arc::clone(jobs))
-                .map_err(|e| {
-                    log::error!("queue {index}: cannot start its thread and io_uring: {e}");
-                    Error::ReqHandlerError(e)
-                })?;
-            ring.worker = Some(worker);
+        let vring = ring.vring.clone();
+        let part = inflight::part_of(self.inflight.as_ref(), index, &vring)?;
+        if self.ring(index)?.worker.is_none() {
+            let worker = self.start_worker(index, vring)?;
+            self.ring(index)?.worker = Some(worker);
         }
-        let write_through = *features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
+        let write_through = self.features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
+        let ring = self.ring(index)?;
         if let Some(worker) = &ring.worker {
             worker.run(kick, write_through, part);
         }
@@ -129,8 +274,27 @@ impl Handler {
         Ok(())
     }
 
+    /// Starts a ring's thread; opens the disk if it is not open. A disk that cannot be opened ends the connection: nothing is
+    /// served without the lock, and the frontend tries again when it reconnects.
+    fn start_worker(&self, index: u32, vring: Vring) -> Result<Worker> {
+        let told = self.geometry();
+        let active = self.served.drive.activate().map_err(|e| {
+            log::error!("the disk cannot be opened for the VM that starts: {e}");
+            Error::ReqHandlerError(io::Error::other(e.to_string()))
+        })?;
+        if self.geometry() != told {
+            self.served.channel.config_changed();
+        }
+        Worker::spawn(index as usize, vring, self.memory.clone(), active.disk, active.jobs).map_err(|e| {
+            log::error!("queue {index}: cannot start its thread and io_uring: {e}");
+            Error::ReqHandlerError(e)
+        })
+    }
+
     fn replace_memory(&mut self, map: GuestMap) -> Result<()> {
         // Requests in flight keep the old map until they have ended.
+        self.old_maps.retain(|map| map.strong_count() > 0);
+        self.old_maps.push(Arc::downgrade(&self.memory.memory().into_inner()));
         self.memory.lock().map_err(|_| Error::BackendInternalError)?.replace(map);
         Ok(())
     }
@@ -138,18 +302,10 @@ impl Handler {
     /// Looks at every ring that runs again. One that was out of reach while the frontend took its memory away and gave it
     /// back (it does so to change the size of a region) goes on.
     fn look_again(&mut self) -> Result<()> {
-        for index in 0..u32::from(self.geometry.num_queues) {
+        for index in 0..u32::from(self.num_queues) {
             if self.ring(index)?.running {
                 self.update(index)?;
             }
-        }
-        Ok(())
-    }
-
-    fn inflight_fits(&self, queues: u16, size: u16) -> Result<()> {
-        if usize::from(queues) > self.rings.len() || size > QUEUE_SIZE_MAX || !size.is_power_of_two() || queues == 0 {
-            log::error!("an inflight region for {queues} queues of {size} entries is not possible");
-            return Err(Error::InvalidParam);
         }
         Ok(())
     }
@@ -164,18 +320,6 @@ impl Handler {
                 Error::InvalidParam
             })
     }
-}
-
-/// What tracks the requests of a ring, if the frontend gave a region for that.
-fn part_of(inflight: Option<&Arc<Inflight>>, index: u32, vring: &Vring) -> Result<Option<Part>> {
-    let Some(inflight) = inflight else { return Ok(None) };
-    let size = vring.get_ref().get_queue().size();
-    let part = inflight.part(index as usize, size);
-    if part.is_none() {
-        log::error!("queue {index}: the inflight region has no room for a ring of {size} entries");
-        return Err(Error::InvalidParam);
-    }
-    Ok(part)
 }
 
 /// Maps one region that the frontend shares. Pages that the file does not have would be SIGBUS later.
@@ -209,6 +353,10 @@ fn prepare_event(file: &File) -> Result<()> {
     }
 }
 
+fn hung() -> Error {
+    Error::ReqHandlerError(io::Error::other("a queue's thread hangs in the kernel"))
+}
+
 fn memory_error(e: impl std::error::Error + Send + Sync + 'static) -> Error {
     Error::ReqHandlerError(io::Error::other(e))
 }
@@ -224,6 +372,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn reset_device(&mut self) -> Result<()> {
+        self.stop(|_| true)?;
         self.shut_down();
         for ring in &self.rings {
             ring.vring.set_enabled(false);
@@ -250,7 +399,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         }
         // Without protocol features there is no SET_VRING_ENABLE, and rings start enabled.
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
-            for index in 0..u32::from(self.geometry.num_queues) {
+            for index in 0..u32::from(self.num_queues) {
                 self.ring(index)?.vring.set_enabled(true);
                 self.update(index)?;
             }
@@ -358,9 +507,10 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
-        self.ring(index)?.vring.set_queue_ready(false);
-        self.update(index)?;
+        // First of all: a thread that hangs keeps its ring locked.
+        self.stop(|i| i == index as usize)?;
         let ring = self.ring(index)?;
+        ring.vring.set_queue_ready(false);
         let base = ring.vring.queue_next_avail();
         ring.vring.set_kick(None);
         ring.vring.set_call(None);
@@ -396,6 +546,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        if !enable {
+            self.stop(|i| i == index as usize)?;
+        }
         self.ring(index)?.vring.set_enabled(enable);
         self.update(index)
     }
@@ -404,6 +557,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Ok(VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE)
@@ -423,11 +577,19 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        Ok(self.geometry.config(offset as usize, size as usize))
+        Ok(self.geometry().config(offset as usize, size as usize))
     }
 
-    fn set_config(&mut self, _offset: u32, _buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
-        Err(Error::InvalidOperation("no field of the config space can be written"))
+    /// Only the cache mode can be written. Whatever is refused changes nothing, so the connection goes on.
+    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        let write_cache = match buf {
+            [byte @ (0 | 1)] if offset as usize == WRITEBACK_AT && !self.geometry().read_only => *byte == 1,
+            _ => return Err(Error::InvalidOperation("only the cache mode of a writable disk can be set, to 0 or 1")),
+        };
+        self.served.drive.set_write_cache(write_cache).map_err(|e| {
+            log::error!("cannot switch the write cache: {e}");
+            Error::InvalidOperation("the cache mode cannot be switched")
+        })
     }
 
     fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {
@@ -439,26 +601,15 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        let (queues, size) = (wanted.num_queues, wanted.queue_size);
-        self.inflight_fits(queues, size)?;
-        let file = Inflight::create(queues, size).map_err(|e| {
-            log::error!("cannot make an inflight region: {e}");
-            Error::ReqHandlerError(e)
-        })?;
-        Ok((VhostUserInflight::new(Inflight::size_of(queues, size) as u64, 0, queues, size), file))
+        inflight::get_fd(wanted, self.rings.len())
     }
 
     fn set_inflight_fd(&mut self, told: &VhostUserInflight, file: File) -> Result<()> {
-        self.inflight_fits(told.num_queues, told.queue_size)?;
         if self.rings.iter().any(|ring| ring.running) {
             log::error!("the frontend changes the inflight region while a ring runs");
             return Err(Error::InvalidParam);
         }
-        let opened = Inflight::open(&file, told.mmap_offset, told.mmap_size, told.num_queues, told.queue_size);
-        self.inflight = Some(Arc::new(opened.map_err(|why| {
-            log::error!("the frontend's inflight region cannot be used: {why}");
-            Error::InvalidParam
-        })?));
+        self.inflight = Some(inflight::set_fd(told, &file, self.rings.len())?);
         Ok(())
     }
 
@@ -477,6 +628,10 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
         Err(Error::InvalidOperation("not offered"))
+    }
+
+    fn set_backend_req_fd(&mut self, _backend: Backend) {
+        self.served.channel.accept();
     }
 
     fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {

@@ -7,15 +7,20 @@
 //! | [`worker`] | the thread of a queue |
 //! | [`inflight`] | what is in flight, for whoever comes after a crash |
 //! | [`replay`] | a chain by its head |
+//! | [`backend_channel`] | messages to the frontend |
+//! | [`revoke`] | takes guest memory away from transfers that hang |
 
+pub mod backend_channel;
 pub mod handler;
 pub mod inflight;
 pub mod replay;
+pub mod revoke;
 pub mod socket;
 pub mod worker;
 
-use crate::device::{Disk, Jobs};
+use crate::device::Drive;
 use crate::error::{Error, ErrorKind, Result};
+use backend_channel::{BackendChannel, SET_BACKEND_REQ_FD};
 use handler::Handler;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::RecvFlags;
@@ -23,6 +28,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use socket::{Inherited, Listening};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use vhost::vhost_user::BackendReqHandler;
@@ -49,6 +55,9 @@ const MESSAGE_BODY_MAX: u32 = 4096;
 const MESSAGE_TIME: Duration = Duration::from_secs(5);
 const MESSAGE_PAUSE: Duration = Duration::from_millis(2);
 
+/// How long the last flush may take. Nobody but a supervisor waits for it, so it is not bounded as a drain is.
+const CLOSE_TIME: Duration = Duration::from_secs(60);
+
 /// How long to wait when the host is short of descriptors or memory.
 const SHORTAGE_PAUSE: Duration = Duration::from_millis(100);
 
@@ -72,49 +81,124 @@ impl StopSignal {
     }
 }
 
-/// Serves `disk`: one connection after the other, until SIGTERM (or until the one connection of `--fd` ends). Requests in
+/// How to serve.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Queues to offer.
+    pub num_queues: u16,
+    /// How long a queue that has to stop may take for what is in flight.
+    pub drain_time: Duration,
+}
+
+/// A disk and whoever is connected to it: what the connections and the control socket share.
+#[derive(Debug)]
+pub struct Served {
+    /// The disk.
+    pub drive: Drive,
+    /// The way to the frontend of the connection there is.
+    pub channel: BackendChannel,
+}
+
+impl Served {
+    /// Makes the disk larger and tells the guest; false when nobody could be told (the guest sees it with its next start).
+    ///
+    /// # Errors
+    /// Those of [`Drive::resize`].
+    pub fn resize(&self, size: u64) -> Result<bool> {
+        self.drive.resize(size)?;
+        Ok(self.channel.config_changed())
+    }
+
+    /// Closes the disk, as no queue runs; `None` when the kernel does not end the flush, and the process must end.
+    fn let_go(self: &Arc<Self>) -> Option<Result<()>> {
+        let (done, wait) = channel();
+        let served = Arc::clone(self);
+        let closing = std::thread::Builder::new().name("vmar-close".into());
+        match closing.spawn(move || done.send(served.drive.inactivate())) {
+            Ok(_) => wait.recv_timeout(CLOSE_TIME).ok(),
+            Err(_) => Some(self.drive.inactivate()),
+        }
+    }
+
+    /// Ends the disk's life. A disk that hangs is left as a kill would leave it.
+    fn close(self: &Arc<Self>) -> Result<()> {
+        self.drive.end_trace();
+        match self.drive.ledger().stuck() {
+            0 => self.let_go().unwrap_or_else(|| Err(hangs("the last flush hangs"))),
+            n => Err(hangs(&format!("{n} requests hang"))),
+        }
+    }
+}
+
+/// Serves a disk: one connection after the other, until SIGTERM (or until the one connection of `--fd` ends). Requests in
 /// flight are finished before it returns.
 ///
 /// # Errors
 /// `Io` when the listening socket fails. A connection that fails is logged and the next one awaited.
-pub fn serve(disk: Disk, endpoint: Inherited, num_queues: u16, stop: &StopSignal) -> Result<()> {
+pub fn serve(served: &Arc<Served>, endpoint: Inherited, options: &Options, stop: &StopSignal) -> Result<()> {
     crate::io::file::raise_open_files();
-    let disk = Arc::new(disk);
-    let jobs = Arc::new(Jobs::new(Arc::clone(&disk)));
+    let server = Server { served, options, stop };
     let result = match endpoint {
-        Inherited::Connected(stream) => {
-            connection(&disk, &jobs, stream, num_queues, stop);
-            Ok(())
-        }
-        Inherited::Listening(listening) => accept_loop(&disk, &jobs, &listening, num_queues, stop),
+        Inherited::Connected(stream) => server.connection(stream).map(drop),
+        Inherited::Listening(listening) => server.accept_loop(&listening),
     };
-    disk.close()?;
-    result
+    result.and_then(|()| served.close())
 }
 
-fn accept_loop(
-    disk: &Arc<Disk>,
-    jobs: &Arc<Jobs>,
-    listening: &Listening,
-    queues: u16,
-    stop: &StopSignal,
-) -> Result<()> {
-    while ready(listening.as_fd(), stop) {
-        match listening.accept() {
-            Ok(Some(stream)) => {
-                if !connection(disk, jobs, stream, queues, stop) {
-                    return Ok(());
+/// What every connection needs.
+struct Server<'s> {
+    served: &'s Arc<Served>,
+    options: &'s Options,
+    stop: &'s StopSignal,
+}
+
+impl Server<'_> {
+    fn accept_loop(&self, listening: &Listening) -> Result<()> {
+        while ready(listening.as_fd(), self.stop) {
+            match listening.accept() {
+                Ok(Some(stream)) => {
+                    if !self.connection(stream)? {
+                        return Ok(());
+                    }
                 }
+                Ok(None) => {}
+                Err(e) if is_shortage(&e) => {
+                    log::error!("cannot accept a connection now: {e}");
+                    std::thread::sleep(SHORTAGE_PAUSE);
+                }
+                Err(e) => return Err(Error::io("the vhost-user socket", "accept a connection", e)),
             }
-            Ok(None) => {}
-            Err(e) if is_shortage(&e) => {
-                log::error!("cannot accept a connection now: {e}");
-                std::thread::sleep(SHORTAGE_PAUSE);
-            }
-            Err(e) => return Err(Error::io("the vhost-user socket", "accept a connection", e)),
         }
+        Ok(())
     }
-    Ok(())
+
+    /// Serves one connection to its end; false when a signal ended it.
+    ///
+    /// # Errors
+    /// When the kernel does not let go of a thread, and the process has to end.
+    fn connection(&self, stream: UnixStream) -> Result<bool> {
+        let handler = match Handler::new(Arc::clone(self.served), self.options.num_queues, self.options.drain_time) {
+            Ok(handler) => Arc::new(Mutex::new(handler)),
+            Err(e) => {
+                log::error!("cannot serve a connection: {e}");
+                return Ok(true);
+            }
+        };
+        log::info!("connected");
+        // The socket stays open until the last completion is published: QEMU takes its end for the end of this backend.
+        let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&handler));
+        let goes_on = messages(&mut requests, &self.served.channel, self.stop);
+        let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
+        handler.shut_down();
+        self.served.channel.clear();
+        if handler.is_hung() { Err(hangs("a thread hangs in a write")) } else { Ok(goes_on) }
+    }
+}
+
+/// The kernel does not end what was asked of it.
+fn hangs(what: &str) -> Error {
+    Error::new(ErrorKind::Io, "the host's disk", format!("does not answer: {what} in the kernel"))
+        .mend("nothing is lost if vmar is started again once the disk answers: the overlay goes on where it is")
 }
 
 /// Something that the host lacks for the moment.
@@ -122,27 +206,21 @@ fn is_shortage(e: &std::io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
 }
 
-/// Serves one connection to its end; false when a signal ended it.
-fn connection(disk: &Arc<Disk>, jobs: &Arc<Jobs>, stream: UnixStream, queues: u16, stop: &StopSignal) -> bool {
-    let handler = match Handler::new(Arc::clone(disk), Arc::clone(jobs), queues) {
-        Ok(handler) => Arc::new(Mutex::new(handler)),
-        Err(e) => {
-            log::error!("cannot serve a connection: {e}");
-            return true;
-        }
-    };
-    log::info!("connected");
-    let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&handler));
-    let goes_on = loop {
+/// Handles the messages of a connection to its end; false when a signal ended it.
+fn messages(requests: &mut BackendReqHandler<Mutex<Handler>>, channel: &BackendChannel, stop: &StopSignal) -> bool {
+    loop {
         // SAFETY: the descriptor belongs to `requests`, which lives longer than this borrow.
         let fd = unsafe { BorrowedFd::borrow_raw(requests.as_raw_fd()) };
         match next_message(fd, stop) {
             Next::Message => {}
-            Next::Stop => break false,
+            Next::Stop => return false,
             Next::Stalled => {
                 log::error!("the vhost-user connection ends: half a message, and nothing more came");
-                break true;
+                return true;
             }
+        }
+        if peek_header(fd).is_ok_and(|header| header.is_some_and(|h| h[0] == SET_BACKEND_REQ_FD)) {
+            channel.peek(fd);
         }
         if let Err(e) = requests.handle_request() {
             use vhost::vhost_user::Error as E;
@@ -156,11 +234,9 @@ fn connection(disk: &Arc<Disk>, jobs: &Arc<Jobs>, stream: UnixStream, queues: u1
                 // Anything else may leave the two sides with different ideas of the state: the frontend starts anew.
                 _ => log::error!("the vhost-user connection ends: {e}"),
             }
-            break true;
+            return true;
         }
-    };
-    handler.lock().unwrap_or_else(PoisonError::into_inner).shut_down();
-    goes_on
+    }
 }
 
 /// What there is to do on a connection.
@@ -200,17 +276,25 @@ fn next_message(fd: BorrowedFd<'_>, stop: &StopSignal) -> Next {
 /// True when handling the next message will not wait for more of it. An error or the end of the stream counts as one.
 fn is_whole(fd: BorrowedFd<'_>) -> bool {
     let Ok(there) = rustix::io::ioctl_fionread(fd) else { return true };
+    match peek_header(fd) {
+        // The third word: bytes of the body. The crate refuses a larger one without reading it.
+        Ok(Some([_, _, size])) => size > MESSAGE_BODY_MAX || there >= (MESSAGE_HEADER as u64) + u64::from(size),
+        Ok(None) => false,
+        Err(()) => true,
+    }
+}
+
+/// Request, flags and size of the next message; none if that much has not come, an error if no more will come.
+fn peek_header(fd: BorrowedFd<'_>) -> std::result::Result<Option<[u32; 3]>, ()> {
     let mut header = [0u8; MESSAGE_HEADER];
-    let peeked = rustix::net::recv(fd, &mut header, RecvFlags::PEEK | RecvFlags::DONTWAIT);
-    match peeked {
-        Ok((_, 0)) => true,
+    match rustix::net::recv(fd, &mut header, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+        Ok((_, 0)) => Err(()),
         Ok((_, MESSAGE_HEADER)) => {
-            // The third word: bytes of the body. The crate refuses a larger one without reading it.
-            let size = u32::from_le_bytes([header[8], header[9], header[10], header[11]]);
-            size > MESSAGE_BODY_MAX || there >= (MESSAGE_HEADER as u64) + u64::from(size)
+            let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+            Ok(Some([word(0), word(4), word(8)]))
         }
-        Ok(_) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => false,
-        Err(_) => true,
+        Ok(_) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(None),
+        Err(_) => Err(()),
     }
 }
 

@@ -3,6 +3,7 @@
 use super::inflight::{Part, Tracker};
 use super::replay::Shown;
 use super::{GuestMap, GuestMemory, Vring};
+use crate::device::request::Status;
 use crate::device::{Completion, Disk, Executor, Jobs, Mailbox, Request};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -11,8 +12,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 use vhost_user_backend::VringT;
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory as _, Permissions};
@@ -27,15 +29,35 @@ const AVAIL_F_NO_INTERRUPT: u16 = 1;
 enum Command {
     /// Serve the ring, starting with a look at it (a kick may have come before). What it has in flight is noted in `part`.
     Run { kick: File, write_through: bool, part: Option<Part> },
-    /// Take nothing more, finish what is in flight, publish it, then answer.
-    Stop { done: Sender<()> },
+    /// Take nothing more, finish what is in flight, publish it, then answer; at the deadline in any case.
+    Stop { done: Sender<Stopped>, deadline: Instant },
+    /// Give up what is still in flight, but publish nothing.
+    Abandon { done: Sender<()> },
+    /// Publish again, now that the memory of what was given up is revoked.
+    Publish { done: Sender<()> },
 }
+
+/// How a ring has stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stopped {
+    /// Nothing is in flight.
+    Drained,
+    /// The time is up, and the kernel or a job still works on this many requests.
+    Stuck(usize),
+    /// The time is up, and the thread itself does not answer: the kernel holds it in a write.
+    Hung,
+}
+
+/// How much later than asked a thread may answer before it counts as hung.
+const ANSWER_TIME: Duration = Duration::from_secs(2);
 
 /// A queue's thread, started when its ring first runs.
 pub struct Worker {
     commands: Sender<Command>,
     mailbox: Mailbox,
     thread: Option<JoinHandle<()>>,
+    /// The kernel may keep the thread, or what it works for, as long as it likes: it is not waited for.
+    detached: bool,
 }
 
 impl Worker {
@@ -54,7 +76,7 @@ impl Worker {
             let mailbox = mailbox.clone();
             move || {
                 // The ring must be made on the thread that uses it.
-                let executor = match Executor::new(disk, jobs, mailbox.clone()) {
+                let executor = match Executor::new(index, disk, jobs, mailbox.clone()) {
                     Ok(executor) => executor,
                     Err(e) => return drop(ready.send(Err(e))),
                 };
@@ -71,12 +93,13 @@ impl Worker {
                     again: VecDeque::new(),
                     ended: Vec::new(),
                     bad_heads: 0,
+                    held: false,
                 };
                 queue.run(receiver);
             }
         })?;
         started.recv().unwrap_or_else(|_| Err(io::Error::other("the queue thread died")))?;
-        Ok(Worker { commands, mailbox, thread: Some(thread) })
+        Ok(Worker { commands, mailbox, thread: Some(thread), detached: false })
     }
 
     /// Lets the ring run. A ring that was not running takes up what `part` has in flight.
@@ -84,12 +107,25 @@ impl Worker {
         self.tell(Command::Run { kick, write_through, part });
     }
 
-    /// Stops the ring and waits until nothing is in flight.
-    pub fn stop(&self) {
+    /// Gives up what a [`Stopped::Stuck`] ring still has in flight, with an I/O error. Nothing is published before
+    /// [`Worker::publish`]: in between, the caller revokes the guest memory (see [`super::revoke`]).
+    pub fn abandon(&mut self) {
+        self.detached = true;
         let (done, wait) = channel();
-        self.tell(Command::Stop { done });
-        // A dead thread has dropped its end, and there is nothing to wait for.
+        self.tell(Command::Abandon { done });
         let _ = wait.recv();
+    }
+
+    /// Ends what [`Worker::abandon`] began.
+    pub fn publish(&self) {
+        let (done, wait) = channel();
+        self.tell(Command::Publish { done });
+        let _ = wait.recv();
+    }
+
+    /// Leaves the thread alone from now on: it hangs.
+    pub fn detach(&mut self) {
+        self.detached = true;
     }
 
     fn tell(&self, command: Command) {
@@ -99,13 +135,14 @@ impl Worker {
 }
 
 impl Drop for Worker {
-    /// Drains and ends the thread.
+    /// Ends the thread, which drains first. One that was detached ends by itself when the kernel has let go of all that it
+    /// gave up.
     fn drop(&mut self) {
-        self.stop();
         let (closed, _) = channel();
         self.commands = closed;
         self.mailbox.wake();
         if let Some(thread) = self.thread.take()
+            && !self.detached
             && thread.join().is_err()
         {
             log::error!("a queue thread panicked");
@@ -131,6 +168,8 @@ struct Queue {
     /// What has ended and was not yet told to the tracker.
     ended: Vec<Completion>,
     bad_heads: u64,
+    /// What has ended must not be published yet.
+    held: bool,
 }
 
 /// What a look at the ring found.
@@ -157,13 +196,31 @@ impl Queue {
                         self.executor.set_write_through(write_through);
                         self.kick = (!self.fresh || self.take_up(part)).then_some(kick);
                     }
-                    Ok(Command::Stop { done }) => {
-                        self.drain();
+                    Ok(Command::Stop { done, deadline }) => {
+                        let stopped = self.drain(Some(deadline));
+                        self.kick = None;
+                        if stopped == Stopped::Drained {
+                            self.let_go();
+                        }
+                        let _ = done.send(stopped);
+                    }
+                    Ok(Command::Abandon { done }) => {
+                        self.held = true;
+                        self.executor.abandon(&mut self.ended);
+                        self.refuse_rest();
+                        drop(done);
+                    }
+                    Ok(Command::Publish { done }) => {
+                        self.held = false;
+                        self.publish();
                         self.let_go();
                         drop(done);
                     }
                     Err(std::sync::mpsc::TryRecvError::Empty) => break,
-                    Err(std::sync::mpsc::TryRecvError::Disconnected) => return,
+                    Err(std::sync::mpsc::TryRecvError::Disconnected) => {
+                        self.drain(None);
+                        return;
+                    }
                 }
             }
             self.collect();
@@ -244,8 +301,8 @@ impl Queue {
         {
             fds.push(PollFd::new(kick, PollFlags::IN));
         }
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        match poll(&mut fds, (busy && !full).then_some(&now)) {
+        let limit = if busy && !full { Some(Duration::ZERO) } else { self.executor.until_due() };
+        match poll(&mut fds, limit.map(timespec).as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }
@@ -275,9 +332,7 @@ impl Queue {
         let rounds = usize::from(self.vring.get_ref().get_queue().size()).div_ceil(BATCH);
         for _ in 0..rounds.max(1) {
             let looked = self.batch();
-            if let Err(e) = self.executor.submit() {
-                log::error!("queue {}: io_uring refuses work: {e}", self.index);
-            }
+            self.executor.submit();
             self.collect();
             self.publish();
             match looked {
@@ -348,14 +403,15 @@ impl Queue {
 
     /// Collects what has ended.
     fn collect(&mut self) {
-        if let Err(e) = self.executor.reap(&mut self.ended) {
-            log::error!("queue {}: io_uring gives no completions: {e}", self.index);
-        }
+        self.executor.reap(&mut self.ended);
     }
 
     /// Puts what has ended into the used ring and tells the guest, if it wants to be told. While the frontend is changing
     /// the memory map the ring may be out of reach; what has ended then waits for the next look.
     fn publish(&mut self) {
+        if self.held {
+            return;
+        }
         for done in self.ended.drain(..) {
             self.tracker.end(done);
         }
@@ -385,18 +441,55 @@ impl Queue {
         }
     }
 
-    /// Finishes what is in flight and publishes it.
-    fn drain(&mut self) {
+    /// Finishes what is in flight and publishes it. At the deadline, what waits for another try ends with an I/O error; what
+    /// the kernel has stays in flight. Without a deadline, also waits for what was given up.
+    fn drain(&mut self, deadline: Option<Instant>) -> Stopped {
         self.collect();
         self.resume();
-        while self.executor.in_flight() > 0 {
+        while self.has_work() || deadline.is_none() && self.executor.abandoned() > 0 {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                self.executor.give_up(&mut self.ended);
+                break;
+            }
+            // What ends early is not held back.
+            self.publish();
+            let limit = left.into_iter().chain(self.executor.until_due()).min();
             let mailbox = self.mailbox.clone();
-            let _ = poll(&mut [PollFd::from_borrowed_fd(mailbox.as_fd(), PollFlags::IN)], None);
+            let mut fds = [PollFd::from_borrowed_fd(mailbox.as_fd(), PollFlags::IN)];
+            let _ = poll(&mut fds, limit.map(timespec).as_ref());
             self.mailbox.clear();
             self.collect();
             self.resume();
         }
         self.publish();
+        match self.has_work() {
+            false => Stopped::Drained,
+            true => Stopped::Stuck(self.executor.in_flight() + self.again.len()),
+        }
+    }
+
+    /// True when something is in flight that can end.
+    fn has_work(&self) -> bool {
+        self.executor.in_flight() > 0 || !self.again.is_empty() && self.reaches_ring()
+    }
+
+    fn reaches_ring(&self) -> bool {
+        in_reach(self.vring.get_ref().get_queue(), &self.memory.memory().into_inner())
+    }
+
+    /// Ends what was to be started again with an I/O error, for a queue that must stop now.
+    fn refuse_rest(&mut self) {
+        let memory = self.memory.memory().into_inner();
+        let vring = self.vring.get_ref();
+        if in_reach(vring.get_queue(), &memory) {
+            for head in self.again.drain(..) {
+                let Some(chain) = Shown::new(&memory, head).chain(vring.get_queue()).map(Request::parse) else {
+                    continue;
+                };
+                self.ended.push(Completion { head, len: chain.finish(Status::IoErr) });
+            }
+        }
     }
 
     /// Starts what is to be started again, as far as there is room: it was taken, and so is to be finished.
@@ -411,9 +504,7 @@ impl Queue {
             && start_again(&mut self.again, &mut self.executor, &mut self.ended, queue, &memory) > 0
         {}
         drop(vring);
-        if let Err(e) = self.executor.submit() {
-            log::error!("queue {}: io_uring refuses work: {e}", self.index);
-        }
+        self.executor.submit();
         self.collect();
     }
 }
@@ -450,6 +541,12 @@ fn in_reach(queue: &virtio_queue::Queue, memory: &GuestMap) -> bool {
         && part(queue.used_ring(), 6 + 8 * size, Permissions::Write)
 }
 
+/// As poll takes it; rounded up to a millisecond, so that a wait for a moment does not end just before it.
+fn timespec(time: Duration) -> rustix::event::Timespec {
+    let ns = if time.is_zero() { 0 } else { time.subsec_millis() * 1_000_000 + 999_999 };
+    rustix::event::Timespec { tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX), tv_nsec: i64::from(ns) }
+}
+
 /// The driver set NO_INTERRUPT, which counts only without EVENT_IDX. The crate leaves this flag to us.
 fn interrupts_off(queue: &virtio_queue::Queue, memory: &GuestMap) -> bool {
     !queue.event_idx_enabled()
@@ -458,16 +555,24 @@ fn interrupts_off(queue: &virtio_queue::Queue, memory: &GuestMap) -> bool {
             .is_ok_and(|flags| u16::from_le(flags) & AVAIL_F_NO_INTERRUPT != 0)
 }
 
-/// Stops every worker at once, then waits for each: queues drain side by side.
-pub fn stop_all<'w>(workers: impl Iterator<Item = &'w Worker>) {
+/// Stops these workers' rings, and waits until nothing of them is in flight, or until the deadline. All at once: queues
+/// drain side by side.
+pub fn stop_all<'w>(workers: impl Iterator<Item = &'w Worker>, deadline: Instant) -> Vec<Stopped> {
     let waits: Vec<_> = workers
         .map(|worker| {
             let (done, wait) = channel();
-            worker.tell(Command::Stop { done });
+            worker.tell(Command::Stop { done, deadline });
             wait
         })
         .collect();
-    for wait in waits {
-        let _ = wait.recv();
-    }
+    let answer = |wait: Receiver<Stopped>| {
+        let limit = deadline.saturating_duration_since(Instant::now()) + ANSWER_TIME;
+        match wait.recv_timeout(limit) {
+            Ok(stopped) => stopped,
+            Err(RecvTimeoutError::Timeout) => Stopped::Hung,
+            // A dead thread has dropped its end, and there is nothing to wait for.
+            Err(RecvTimeoutError::Disconnected) => Stopped::Drained,
+        }
+    };
+    waits.into_iter().map(answer).collect()
 }

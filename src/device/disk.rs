@@ -11,7 +11,8 @@ use crate::units::{SECTOR_SIZE, to_usize};
 use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Where writes go.
 #[derive(Debug)]
@@ -27,29 +28,58 @@ pub enum Store {
 /// A disk, shared by its queue threads.
 #[derive(Debug)]
 pub struct Disk {
-    base: Base,
+    base: Arc<Base>,
     store: Store,
-    size: u64,
     serial: [u8; SERIAL_SIZE],
-    recorder: Option<Recorder>,
+    recorder: Arc<OnceLock<Recorder>>,
     /// A flush of the base file failed (`--blk-file`).
     flush_failed: AtomicBool,
+    /// Each write is durable before it completes.
+    write_through: AtomicBool,
+    /// Held while the cache mode changes.
+    changing: Mutex<()>,
 }
 
 impl Disk {
     /// A disk over `base`; its size is the overlay's, or the base's without one.
-    pub fn new(base: Base, store: Store, serial: [u8; SERIAL_SIZE], recorder: Option<Recorder>) -> Self {
-        let size = match &store {
-            Store::Overlay(o) | Store::ReadOnly(Some(o)) => o.size(),
-            Store::ReadOnly(None) | Store::InPlace => base.size(),
-        };
-        Disk { base, store, size, serial, recorder, flush_failed: AtomicBool::new(false) }
+    pub fn new(base: Arc<Base>, store: Store, serial: [u8; SERIAL_SIZE], recorder: Arc<OnceLock<Recorder>>) -> Self {
+        let write_through = matches!(&store, Store::Overlay(overlay) if !overlay.write_cache());
+        Disk {
+            base,
+            store,
+            serial,
+            recorder,
+            flush_failed: AtomicBool::new(false),
+            write_through: AtomicBool::new(write_through),
+            changing: Mutex::new(()),
+        }
+    }
+
+    /// Bytes; may grow while the disk is in use.
+    pub fn size(&self) -> u64 {
+        self.overlay().map_or_else(|| self.base.size(), Overlay::size)
+    }
+
+    /// Makes the disk larger, durably; what is new reads as zeros. Requests go on meanwhile.
+    ///
+    /// # Errors
+    /// `Usage` for a size that cannot be, `Unsupported` for a read-only disk. The size is the old one then.
+    pub fn resize(&self, size: u64) -> crate::Result<()> {
+        match &self.store {
+            Store::Overlay(overlay) => overlay.resize(size),
+            Store::InPlace => self.base.grow(size),
+            Store::ReadOnly(_) => {
+                let err = crate::Error::new(crate::ErrorKind::Unsupported, "the disk", "is served read-only");
+                Err(err.mend("serve it without --read-only to change its size"))
+            }
+        }
     }
 
     /// What the guest may know of it.
     pub fn geometry(&self, num_queues: u16) -> Geometry {
         // A trailing half sector cannot be addressed; image sizes are multiples of 512 and have none.
-        Geometry { size: self.size - self.size % SECTOR_SIZE, read_only: self.read_only(), num_queues }
+        let size = self.size() / SECTOR_SIZE * SECTOR_SIZE;
+        Geometry { size, read_only: self.read_only(), write_cache: !self.write_through(), num_queues }
     }
 
     /// True when writes are refused.
@@ -66,7 +96,7 @@ impl Disk {
     pub fn contains(&self, offset: u64, len: u64) -> bool {
         offset.is_multiple_of(SECTOR_SIZE)
             && len.is_multiple_of(SECTOR_SIZE)
-            && offset.checked_add(len).is_some_and(|end| end <= self.size)
+            && offset.checked_add(len).is_some_and(|end| end <= self.size())
     }
 
     /// Appends the pieces that make up `[offset, offset + len)`.
@@ -87,9 +117,14 @@ impl Disk {
 
     /// Writes the base reads of a plan into the trace, if one is recorded.
     pub fn record(&self, pieces: &[Piece]) {
-        if let Some(recorder) = &self.recorder {
+        if let Some(recorder) = self.recorder.get() {
             recorder.record(&self.base, pieces);
         }
+    }
+
+    /// Which of the images that its reads go to is its own, see [`Base::own_target`].
+    pub fn own_target(&self) -> Option<u32> {
+        self.base.own_target()
     }
 
     /// The file that holds a source, and the offset in it; `None` for zeros.
@@ -148,11 +183,37 @@ impl Disk {
         }
     }
 
-    /// Ends the disk's life in order: flush, close the overlay's session, end the trace.
-    pub fn close(&self) -> crate::Result<()> {
-        if let Some(recorder) = &self.recorder {
-            recorder.finish();
+    /// True when a write must be durable before it completes, as the guest has asked (CONFIG_WCE).
+    ///
+    /// Asked *after* the data was written: either this sees that the cache was switched off, or the flush that
+    /// [`Disk::set_write_cache`] does after switching it off sees the write. The fences of the two make it so.
+    pub fn write_through(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.write_through.load(Ordering::Relaxed)
+    }
+
+    /// Switches the write cache for all queues at once. When it goes off, all that has completed is durable on return.
+    /// On an error the mode is as it was. An overlay remembers the mode; with `--blk-file` it ends with the process, and the
+    /// guest is not asked again: a server that is started anew in the middle of a VM's life begins with the cache on.
+    pub fn set_write_cache(&self, on: bool) -> io::Result<()> {
+        let _one = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.read_only() {
+            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
         }
+        let before = self.write_through.swap(!on, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        if !on && let Err(e) = self.flush() {
+            self.write_through.store(before, Ordering::Relaxed);
+            return Err(e);
+        }
+        if let Store::Overlay(overlay) = &self.store {
+            overlay.set_write_cache(on);
+        }
+        Ok(())
+    }
+
+    /// Ends the disk's life in order: flush, and close the overlay's session.
+    pub fn close(&self) -> crate::Result<()> {
         match &self.store {
             Store::Overlay(overlay) => overlay.close(),
             Store::InPlace => self.flush().map_err(|e| crate::Error::io(self.base.path(0), "flush", e)),
@@ -204,7 +265,8 @@ fn zero_in_place(file: &File, offset: u64, len: u64, unmap: bool) -> io::Result<
     // The signal that is to end us must not fail a request.
     match rustix::io::retry_on_intr(|| rustix::fs::fallocate(file, mode, offset, len)) {
         Ok(()) => Ok(()),
-        Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(file, offset, len),
+        // INVAL: a block device whose blocks are larger than the range.
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::INVAL) => write_zeros(file, offset, len),
         Err(e) => Err(e.into()),
     }
 }

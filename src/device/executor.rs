@@ -8,12 +8,15 @@ use super::disk::Disk;
 use super::jobs::{Job, Jobs, Work};
 use super::mailbox::Mailbox;
 use super::request::{Kind, Request, Status};
+use super::retry::Pause;
+use super::stats::{Ledger, QueueStats};
 use crate::io::buf::{self, total_len};
 use crate::redirect::plan::Piece;
 use crate::redirect::reader::Reader;
 use crate::units::to_usize;
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// A request that has ended: its head goes back to the guest with this used length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,46 +31,85 @@ pub struct Completion {
 /// memory of its own, and each costs memory of ours by the pieces that its plan has.
 const BYTES_MAX: usize = 256 << 20;
 
+/// How long to wait when io_uring takes no work.
+const SUBMIT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How often a queue that must not take requests looks whether it may (see [`Ledger::stuck`]).
+const STUCK_PAUSE: Duration = Duration::from_millis(100);
+
 /// A request in flight, with the guest memory that its buffers lie in.
 struct InFlight<G> {
     head: u16,
     request: Request,
-    /// A write of a driver without a flush command: durable before it completes.
-    then_flush: bool,
+    since: Instant,
+    stage: Stage,
+    /// Set by its first failure that is tried again.
+    pause: Option<Pause>,
     _memory: G,
+}
+
+/// What a request in flight waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Its work.
+    Work,
+    /// A flush: the request is one, or a write of a driver that expects a write-through disk. A failure is final.
+    Flush,
+    /// Another try.
+    Paused,
+    /// Nothing: its head went back when the time for the drain was up. The kernel, or a job, may still use its buffers.
+    Abandoned,
 }
 
 /// The executor of one queue. `G` keeps guest memory mapped (an `Arc` of a memory snapshot).
 pub struct Executor<G> {
+    index: usize,
     disk: Arc<Disk>,
     jobs: Arc<Jobs>,
+    ledger: Arc<Ledger>,
     mailbox: Mailbox,
     reader: Reader,
     slots: Vec<Option<InFlight<G>>>,
     free: Vec<usize>,
+    /// Slots of those that wait for another try.
+    paused: Vec<usize>,
     in_flight: usize,
+    abandoned: usize,
     bytes: usize,
     failures: u64,
+    /// How often io_uring took no work, and when to try again.
+    refusals: u64,
+    submit_at: Option<Instant>,
     pieces: Vec<Piece>,
+    own_target: Option<u32>,
     /// The driver did not negotiate FLUSH: it expects a write-through disk (virtio 1.2, section 5.2.6.2).
     write_through: bool,
 }
 
 impl<G> Executor<G> {
-    /// An executor that raises `mailbox` when [`Executor::reap`] has something to tell. Must stay on this thread.
-    pub fn new(disk: Arc<Disk>, jobs: Arc<Jobs>, mailbox: Mailbox) -> io::Result<Self> {
+    /// The executor of queue `index`; raises `mailbox` when [`Executor::reap`] has something to tell. Must stay on this
+    /// thread.
+    pub fn new(index: usize, disk: Arc<Disk>, jobs: Arc<Jobs>, mailbox: Mailbox) -> io::Result<Self> {
         let reader = Reader::new(std::os::fd::AsFd::as_fd(&mailbox))?;
+        let own_target = disk.own_target();
         Ok(Executor {
+            index,
             disk,
+            ledger: Arc::clone(jobs.ledger()),
             jobs,
             mailbox,
             reader,
             slots: Vec::new(),
             free: Vec::new(),
+            paused: Vec::new(),
             in_flight: 0,
+            abandoned: 0,
             bytes: 0,
             failures: 0,
+            refusals: 0,
+            submit_at: None,
             pieces: Vec::new(),
+            own_target,
             write_through: false,
         })
     }
@@ -77,9 +119,22 @@ impl<G> Executor<G> {
         self.in_flight
     }
 
+    /// Requests that were given up (see [`Executor::abandon`]) and are not done with.
+    pub fn abandoned(&self) -> usize {
+        self.abandoned
+    }
+
     /// True when no more should be started before something has ended.
     pub fn is_full(&self) -> bool {
-        self.bytes >= BYTES_MAX
+        self.bytes >= BYTES_MAX || self.ledger.stuck() > 0
+    }
+
+    /// How long the queue may sleep if nothing wakes it.
+    pub fn until_due(&self) -> Option<Duration> {
+        let stuck = (self.ledger.stuck() > 0).then_some(STUCK_PAUSE);
+        let due = self.paused.iter().filter_map(|token| self.slots[*token].as_ref()?.pause.map(|p| p.due()));
+        let due = due.chain(self.submit_at).min().map(|due| due.saturating_duration_since(Instant::now()));
+        stuck.into_iter().chain(due).min()
     }
 
     /// Makes every write durable before it completes.
@@ -89,120 +144,264 @@ impl<G> Executor<G> {
 
     /// Starts a request; `Some` when it has ended already.
     pub fn start(&mut self, head: u16, request: Request, memory: G) -> Option<Completion> {
+        self.stats().begin();
+        let read_only = self.disk.read_only();
         let status = match &request.kind {
             Err(status) => *status,
             Ok(Kind::GetId) => {
                 buf::copy_to(&request.data, self.disk.serial());
                 Status::Ok
             }
-            Ok(Kind::Flush) if self.disk.read_only() => Status::Ok,
-            Ok(Kind::Flush) => return self.post(head, request, memory, Work::Flush),
-            Ok(Kind::Read { offset }) => {
-                let offset = *offset;
-                return self.read(head, offset, request, memory);
+            Ok(Kind::Flush) if read_only => Status::Ok,
+            Ok(Kind::Read { offset }) if !self.disk.contains(*offset, total_len(&request.data) as u64) => Status::IoErr,
+            Ok(Kind::Write { offset })
+                if read_only || !self.disk.contains(*offset, total_len(&request.data) as u64) =>
+            {
+                Status::IoErr
             }
-            Ok(Kind::Write { offset }) => {
-                let offset = *offset;
-                return self.write(head, offset, request, memory);
+            Ok(Kind::WriteZeroes(segments) | Kind::Discard(segments))
+                if read_only
+                    || !segments.iter().all(|s| self.disk.contains(s.offset, s.len) && zeroes_len_ok(s.len)) =>
+            {
+                Status::IoErr
             }
-            Ok(Kind::WriteZeroes(segments)) => {
-                let fits = |s: &super::request::Segment| self.disk.contains(s.offset, s.len) && zeroes_len_ok(s.len);
-                if self.disk.read_only() || !segments.iter().all(fits) {
-                    Status::IoErr
-                } else {
-                    let work = Work::WriteZeroes(segments.clone());
-                    return self.post(head, request, memory, work);
+            Ok(Kind::Read { .. } | Kind::Write { .. } | Kind::WriteZeroes(_) | Kind::Discard(_) | Kind::Flush) => {
+                let token = self.allot();
+                let mut stage = Stage::Work;
+                let Some(result) = self.attempt(token, &request, &mut stage) else {
+                    self.keep(
+                        token,
+                        InFlight { head, request, since: Instant::now(), stage, pause: None, _memory: memory },
+                    );
+                    return None;
+                };
+                if let Err(e) = &result
+                    && self.ledger.on_error().tries_again(e)
+                {
+                    self.keep(
+                        token,
+                        InFlight { head, request, since: Instant::now(), stage, pause: None, _memory: memory },
+                    );
+                    self.pause(token, e);
+                    return None;
                 }
+                self.release(token);
+                let status = self.status_of(&result, &request);
+                return Some(self.finish(head, &request, status, None));
             }
         };
-        Some(Completion { head, len: request.finish(status) })
+        Some(self.finish(head, &request, status, None))
     }
 
-    /// Hands what [`Executor::start`] queued to the kernel: once a batch.
-    pub fn submit(&mut self) -> io::Result<()> {
-        self.reader.submit()
+    /// Hands what [`Executor::start`] queued to the kernel: once a batch. What it does not take is offered again later.
+    pub fn submit(&mut self) {
+        let result = self.reader.submit();
+        self.submitted(&result);
     }
 
-    /// Appends the requests that have ended; never waits.
-    pub fn reap(&mut self, out: &mut Vec<Completion>) -> io::Result<()> {
+    /// Appends the requests that have ended, and tries again what is due; never waits.
+    pub fn reap(&mut self, out: &mut Vec<Completion>) {
         let mut ended = self.mailbox.take();
         let reaped = self.reader.reap(|token, result| ended.push((token, result)));
         // Whatever became of the ring: what has ended is told.
         for (token, result) in ended {
-            out.extend(self.end(token, result));
+            out.extend(self.end(to_usize(token), result));
         }
-        reaped
-    }
-
-    fn read(&mut self, head: u16, offset: u64, request: Request, memory: G) -> Option<Completion> {
-        let len = total_len(&request.data);
-        if !self.disk.contains(offset, len as u64) {
-            return Some(Completion { head, len: request.finish(Status::IoErr) });
-        }
-        let mut pieces = std::mem::take(&mut self.pieces);
-        pieces.clear();
-        self.disk.plan(offset, len, &mut pieces);
-        self.disk.record(&pieces);
-        let token = self.allot();
-        let disk = &self.disk;
-        let done = self.reader.read(token as u64, &pieces, &request.data, |source| disk.file_of(source));
-        self.pieces = pieces;
-        match done {
-            Some(result) => {
-                self.release(token);
-                Some(Completion { head, len: request.finish(status_of(&result, "read", &mut self.failures)) })
-            }
-            None => {
-                self.keep(token, InFlight { head, request, then_flush: false, _memory: memory });
-                None
-            }
+        self.submitted(&reaped);
+        if !self.paused.is_empty() {
+            self.try_again(out);
         }
     }
 
-    fn write(&mut self, head: u16, offset: u64, request: Request, memory: G) -> Option<Completion> {
-        if self.disk.read_only() || !self.disk.contains(offset, total_len(&request.data) as u64) {
-            return Some(Completion { head, len: request.finish(Status::IoErr) });
-        }
-        match self.disk.try_write(offset, &request.data) {
-            Ok(true) if self.write_through => self.post(head, request, memory, Work::Flush),
-            Ok(false) => {
-                let work = Work::Write { offset, bufs: request.data.clone() };
-                self.post(head, request, memory, work)
-            }
-            result => Some(Completion { head, len: request.finish(status_of(&result, "write", &mut self.failures)) }),
+    /// Ends the requests that wait for another try with an I/O error. For a queue that must stop now.
+    pub fn give_up(&mut self, out: &mut Vec<Completion>) {
+        for token in std::mem::take(&mut self.paused) {
+            let Some(flight) = self.slots[token].take() else { unreachable!("a paused request has a slot") };
+            out.push(self.complete(token, flight, Status::IoErr));
         }
     }
 
-    /// Gives work to a thread that may wait.
-    fn post(&mut self, head: u16, request: Request, memory: G, work: Work) -> Option<Completion> {
-        let token = self.allot();
-        let then_flush = self.write_through && !matches!(work, Work::Flush);
-        self.keep(token, InFlight { head, request, then_flush, _memory: memory });
+    /// Ends all that is in flight with an I/O error although the kernel or a job may still work on it: writes their
+    /// statuses and appends their completions. What they still use stays here until they are done with.
+    ///
+    /// The caller must not publish the completions before the guest memory behind them is revoked: the guest takes back its
+    /// buffers then, and a late transfer must neither change nor read them.
+    pub fn abandon(&mut self, out: &mut Vec<Completion>) {
+        self.give_up(out);
+        // What the kernel has not seen ends here.
+        let mut unseen = Vec::new();
+        self.reader.cancel_waiting(|token, result| unseen.push((token, result)));
+        for (token, result) in unseen {
+            out.extend(self.end(to_usize(token), result));
+        }
+        self.give_up(out);
+        for token in 0..self.slots.len() {
+            let Some(mut flight) = self.slots[token].take() else { continue };
+            if flight.stage != Stage::Abandoned {
+                flight.stage = Stage::Abandoned;
+                self.in_flight -= 1;
+                self.abandoned += 1;
+                self.bytes -= total_len(&flight.request.data);
+                self.ledger.stuck_begins();
+                out.push(self.finish(flight.head, &flight.request, Status::IoErr, Some(flight.since)));
+            }
+            self.slots[token] = Some(flight);
+        }
+    }
+
+    /// True when a write that was just done must be flushed before it completes.
+    fn writes_through(&self) -> bool {
+        self.write_through || self.disk.write_through()
+    }
+
+    /// One try at a request that makes sense: `Some` when it has ended by it, else [`Executor::reap`] will see it end under
+    /// `token`.
+    fn attempt(&mut self, token: usize, request: &Request, stage: &mut Stage) -> Option<io::Result<()>> {
+        *stage = Stage::Work;
+        let work = match &request.kind {
+            Ok(Kind::Read { offset }) => return self.read(token, *offset, request),
+            Ok(Kind::Write { offset }) => match self.disk.try_write(*offset, &request.data) {
+                Ok(true) if self.writes_through() => Work::Flush,
+                Ok(true) => return Some(Ok(())),
+                Ok(false) => Work::Write { offset: *offset, bufs: request.data.clone() },
+                Err(e) => return Some(Err(e)),
+            },
+            Ok(Kind::WriteZeroes(segments) | Kind::Discard(segments)) => Work::WriteZeroes(segments.clone()),
+            Ok(Kind::Flush) => Work::Flush,
+            Ok(Kind::GetId) | Err(_) => return Some(Ok(())),
+        };
+        if matches!(work, Work::Flush) {
+            *stage = Stage::Flush;
+        }
         self.jobs.post(Job::new(work, token as u64, self.mailbox.clone()));
         None
     }
 
+    fn read(&mut self, token: usize, offset: u64, request: &Request) -> Option<io::Result<()>> {
+        let mut pieces = std::mem::take(&mut self.pieces);
+        pieces.clear();
+        self.disk.plan(offset, total_len(&request.data), &mut pieces);
+        self.disk.record(&pieces);
+        self.stats().sources(&pieces, self.own_target);
+        let disk = &self.disk;
+        let done = self.reader.read(token as u64, &pieces, &request.data, |source| disk.file_of(source));
+        self.pieces = pieces;
+        done
+    }
+
     /// Takes a result into account; `Some` when the request has ended by it.
-    fn end(&mut self, token: u64, result: io::Result<()>) -> Option<Completion> {
-        let token = to_usize(token);
-        let slot = self.slots[token].as_mut();
-        let Some(flight) = slot else { unreachable!("a result names a request in flight") };
-        if flight.then_flush && result.is_ok() {
-            flight.then_flush = false;
-            self.jobs.post(Job::new(Work::Flush, token as u64, self.mailbox.clone()));
-            return None;
+    fn end(&mut self, token: usize, result: io::Result<()>) -> Option<Completion> {
+        let Some(mut flight) = self.slots[token].take() else { unreachable!("a result names a request in flight") };
+        match (&result, flight.stage) {
+            (_, Stage::Abandoned) => {
+                self.abandoned -= 1;
+                self.free.push(token);
+                if self.ledger.stuck_ends() {
+                    log::warn!("the kernel has let go of all requests that were given up; the disk goes on");
+                }
+                return None;
+            }
+            // A write is done; the driver wants it durable.
+            (Ok(()), Stage::Work) if !matches!(flight.request.kind, Ok(Kind::Read { .. })) && self.writes_through() => {
+                flight.stage = Stage::Flush;
+                self.slots[token] = Some(flight);
+                self.jobs.post(Job::new(Work::Flush, token as u64, self.mailbox.clone()));
+                return None;
+            }
+            (Err(e), Stage::Work) if self.ledger.on_error().tries_again(e) => {
+                self.slots[token] = Some(flight);
+                self.pause(token, e);
+                return None;
+            }
+            (Err(_), Stage::Flush) => self.ledger.set_flush_failed(),
+            _ => {}
         }
-        let what = match flight.request.kind {
-            Ok(Kind::Read { .. }) => "read",
-            Ok(Kind::Flush) => "flush",
-            _ => "write",
-        };
-        let status = status_of(&result, what, &mut self.failures);
-        let done = Completion { head: flight.head, len: flight.request.finish(status) };
+        let status = self.status_of(&result, &flight.request);
+        Some(self.complete(token, flight, status))
+    }
+
+    /// Lets a request that failed wait for another try.
+    fn pause(&mut self, token: usize, error: &io::Error) {
+        let Some(flight) = self.slots[token].as_mut() else { unreachable!("a paused request has a slot") };
+        let now = Instant::now();
+        let first = flight.pause.is_none();
+        flight.pause = Some(flight.pause.map_or_else(|| Pause::first(now), |pause| pause.next(now)));
+        flight.stage = Stage::Paused;
+        let what = name_of(&flight.request);
+        self.paused.push(token);
+        if first && self.ledger.retry_begins() {
+            log::error!(
+                "a {what} failed: {error}; it is tried again until it works, and the guest waits (--on-error retry)"
+            );
+        }
+    }
+
+    /// Tries again what is due.
+    fn try_again(&mut self, out: &mut Vec<Completion>) {
+        let now = Instant::now();
+        let due = |slot: &Option<InFlight<G>>| slot.as_ref().and_then(|f| f.pause).is_some_and(|p| p.due() <= now);
+        let (ready, later) = std::mem::take(&mut self.paused).into_iter().partition(|token| due(&self.slots[*token]));
+        self.paused = later;
+        let ready: Vec<usize> = ready;
+        let tried = !ready.is_empty();
+        for token in ready {
+            self.stats().retry();
+            let Some(mut flight) = self.slots[token].take() else { unreachable!("a paused request has a slot") };
+            let result = self.attempt(token, &flight.request, &mut flight.stage);
+            self.slots[token] = Some(flight);
+            if let Some(result) = result {
+                // Without write-through: `attempt` has seen to the flush.
+                out.extend(self.end(token, result));
+            }
+        }
+        if tried {
+            self.submit();
+        }
+    }
+
+    /// Ends a request in flight.
+    fn complete(&mut self, token: usize, flight: InFlight<G>, status: Status) -> Completion {
         self.bytes -= total_len(&flight.request.data);
-        self.slots[token] = None;
+        if flight.pause.is_some() && self.ledger.retry_ends() {
+            log::warn!("no request waits for another try any more");
+        }
         self.release(token);
-        Some(done)
+        self.finish(flight.head, &flight.request, status, Some(flight.since))
+    }
+
+    /// Tells the guest how a request ended, and counts it.
+    fn finish(&self, head: u16, request: &Request, status: Status, since: Option<Instant>) -> Completion {
+        self.stats().end(request, status, since.map(|since| since.elapsed()));
+        Completion { head, len: request.finish(status) }
+    }
+
+    /// The guest sees only that it failed; the log says why, each time that the count of failures has doubled: a guest can
+    /// repeat what fails as often as it likes.
+    fn status_of(&mut self, result: &io::Result<()>, request: &Request) -> Status {
+        let Err(e) = result else { return Status::Ok };
+        self.failures += 1;
+        if self.failures.is_power_of_two() {
+            log::error!("{} failed: {e} (failure {} of queue {})", name_of(request), self.failures, self.index);
+        }
+        Status::IoErr
+    }
+
+    /// Sees to what io_uring refused: without another try those reads would wait for the next wake of the queue.
+    fn submitted(&mut self, result: &io::Result<()>) {
+        match result {
+            Ok(()) => self.submit_at = None,
+            Err(e) => {
+                self.submit_at = Some(Instant::now() + SUBMIT_PAUSE);
+                self.refusals += 1;
+                if self.refusals.is_power_of_two() {
+                    log::error!("queue {}: io_uring refuses work: {e} (refusal {})", self.index, self.refusals);
+                }
+            }
+        }
+    }
+
+    fn stats(&self) -> &QueueStats {
+        self.ledger.queue(self.index)
     }
 
     fn keep(&mut self, token: usize, flight: InFlight<G>) {
@@ -224,6 +423,15 @@ impl<G> Executor<G> {
     }
 }
 
+/// What the log calls a request.
+fn name_of(request: &Request) -> &'static str {
+    match request.kind {
+        Ok(Kind::Read { .. }) => "read",
+        Ok(Kind::Flush) => "flush",
+        _ => "write",
+    }
+}
+
 impl<G> Drop for Executor<G> {
     /// A queue drains before it ends. If it could not (a panic), threads may still use the guest memory of what is in
     /// flight: then that memory stays mapped for good.
@@ -231,21 +439,6 @@ impl<G> Drop for Executor<G> {
         if self.slots.iter().any(Option::is_some) {
             log::error!("a queue ends with requests in flight");
             std::mem::forget(std::mem::take(&mut self.slots));
-        }
-    }
-}
-
-/// The guest sees only that it failed; the log says why, each time that the count of failures has doubled: a guest can
-/// repeat what fails as often as it likes.
-fn status_of<T>(result: &io::Result<T>, what: &str, failures: &mut u64) -> Status {
-    match result {
-        Ok(_) => Status::Ok,
-        Err(e) => {
-            *failures += 1;
-            if failures.is_power_of_two() {
-                log::error!("{what} failed: {e} (failure {failures} of this queue)");
-            }
-            Status::IoErr
         }
     }
 }

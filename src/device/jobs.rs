@@ -6,11 +6,12 @@
 use super::disk::Disk;
 use super::mailbox::Mailbox;
 use super::request::Segment;
+use super::stats::Ledger;
 use crate::io::buf::IoBuf;
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 /// Something to do, and where its result goes. The buffers are pieces of guest memory that the poster keeps mapped until
 /// it has taken the result from the mailbox.
@@ -66,14 +67,38 @@ pub enum Work {
 #[derive(Debug)]
 pub struct Jobs {
     disk: Arc<Disk>,
-    slow: Mutex<Option<Sender<Job>>>,
-    flush: Mutex<Option<Sender<Job>>>,
+    ledger: Arc<Ledger>,
+    slow: Mutex<Option<Desk>>,
+    flush: Mutex<Option<Desk>>,
+}
+
+/// A thread, and where its jobs go.
+#[derive(Debug)]
+struct Desk {
+    jobs: Sender<Job>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Jobs {
-    /// No thread yet.
-    pub fn new(disk: Arc<Disk>) -> Self {
-        Jobs { disk, slow: Mutex::new(None), flush: Mutex::new(None) }
+    /// No thread yet. What happens to the requests of all queues goes to `ledger`.
+    pub fn new(disk: Arc<Disk>, ledger: Arc<Ledger>) -> Self {
+        Jobs { disk, ledger, slow: Mutex::new(None), flush: Mutex::new(None) }
+    }
+
+    /// What is kept on the requests of the disk.
+    pub fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
+    }
+
+    /// Ends the threads when they have done what they were given. They hold the disk, which is free on return.
+    pub fn end(&self) {
+        for slot in [&self.slow, &self.flush] {
+            let desk = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let Some(Desk { jobs, thread }) = desk else { continue };
+            drop(jobs);
+            // One that has panicked is gone too, and has said so.
+            let _ = thread.map(JoinHandle::join);
+        }
     }
 
     /// Hands a job over. If its thread cannot be made the job fails by its mailbox. A thread that has ended (by a panic) is
@@ -85,7 +110,7 @@ impl Jobs {
         };
         let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
         let job = match slot.as_ref() {
-            Some(sender) => match sender.send(job) {
+            Some(desk) => match desk.jobs.send(job) {
                 Ok(()) => return,
                 Err(failed) => failed.0,
             },
@@ -94,10 +119,10 @@ impl Jobs {
         let (sender, receiver) = channel();
         let disk = Arc::clone(&self.disk);
         match thread::Builder::new().name(name.into()).spawn(move || run(&disk, receiver)) {
-            Ok(_) => {
+            Ok(thread) => {
                 // The receiver lives, so this cannot fail; if it did, the job would end by being dropped.
                 let _ = sender.send(job);
-                *slot = Some(sender);
+                *slot = Some(Desk { jobs: sender, thread: Some(thread) });
             }
             Err(e) => {
                 log::error!("cannot start the thread {name}: {e}");
@@ -145,7 +170,7 @@ mod tests {
     fn disk() -> Arc<Disk> {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(4096).unwrap();
-        Arc::new(Disk::new(Base::flat(file.path(), true).unwrap(), Store::InPlace, [0; 20], None))
+        Arc::new(Disk::new(Arc::new(Base::flat(file.path(), true).unwrap()), Store::InPlace, [0; 20], Arc::default()))
     }
 
     fn results(mailbox: &Mailbox, count: usize) -> Vec<(u64, bool)> {
@@ -164,9 +189,9 @@ mod tests {
     #[test]
     fn a_job_whose_thread_dies_fails_and_the_next_one_gets_a_new_thread() {
         let mailbox = Mailbox::new().unwrap();
-        let jobs = Jobs::new(disk());
+        let jobs = Jobs::new(disk(), Arc::new(Ledger::new(crate::device::OnError::Report, 1)));
         let (sender, receiver) = channel::<Job>();
-        *jobs.flush.lock().unwrap() = Some(sender);
+        *jobs.flush.lock().unwrap() = Some(Desk { jobs: sender, thread: None });
         for token in [1, 2] {
             jobs.post(Job::new(Work::Flush, token, mailbox.clone()));
         }

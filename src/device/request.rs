@@ -3,8 +3,8 @@
 use crate::io::buf::{self, IoBuf};
 use crate::units::SECTOR_SIZE;
 use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
-    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_queue::DescriptorChain;
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
@@ -12,7 +12,7 @@ use vm_memory::{GuestAddress, GuestMemory, Permissions};
 /// Bytes of the request header: type u32, reserved u32, sector u64, little-endian.
 const HEADER_SIZE: usize = 16;
 
-/// Bytes of a write-zeroes segment: sector u64, count u32, flags u32, little-endian.
+/// Bytes of a segment of a discard or write-zeroes request: sector u64, count u32, flags u32, little-endian.
 pub const SEGMENT_SIZE: usize = 16;
 
 /// The serial that GET_ID answers with: 20 bytes, not terminated when full.
@@ -21,7 +21,7 @@ pub const SERIAL_SIZE: usize = 20;
 /// Descriptors that a chain may have. QEMU's own limit is 1,024; a guest that follows SEG_MAX stays far below.
 const CHAIN_MAX: usize = 1024;
 
-/// The most write-zeroes segments that one request may carry (and what the config space offers).
+/// The most segments that one discard or write-zeroes request may carry (and what the config space offers).
 pub const SEGMENTS_MAX: u32 = 1;
 
 /// How a request ended, as the guest sees it.
@@ -66,9 +66,11 @@ pub enum Kind {
     GetId,
     /// Make ranges read as zeros.
     WriteZeroes(Vec<Segment>),
+    /// Give the space of ranges back. Afterwards they read as zeros, as with plain QEMU.
+    Discard(Vec<Segment>),
 }
 
-/// One range of a write-zeroes request.
+/// One range of a discard or write-zeroes request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// Byte offset on the disk.
@@ -119,10 +121,19 @@ impl Request {
             VIRTIO_BLK_T_OUT => (offset.map(|offset| Kind::Write { offset }), readable),
             VIRTIO_BLK_T_FLUSH => (Ok(Kind::Flush), Vec::new()),
             VIRTIO_BLK_T_GET_ID => (Ok(Kind::GetId), writable),
-            VIRTIO_BLK_T_WRITE_ZEROES => (parse_segments(&readable).map(Kind::WriteZeroes), Vec::new()),
+            VIRTIO_BLK_T_WRITE_ZEROES => (parse_segments(&readable, false).map(Kind::WriteZeroes), Vec::new()),
+            VIRTIO_BLK_T_DISCARD => (parse_segments(&readable, true).map(Kind::Discard), Vec::new()),
             _ => (Err(Status::Unsupported), Vec::new()),
         };
         Request { kind, data, status }
+    }
+
+    /// Bytes that it is about: transferred, or made to read as zeros.
+    pub fn bytes(&self) -> u64 {
+        match &self.kind {
+            Ok(Kind::WriteZeroes(segments) | Kind::Discard(segments)) => segments.iter().map(|s| s.len).sum(),
+            _ => buf::total_len(&self.data) as u64,
+        }
     }
 
     /// Tells the guest how it ended. Returns the used length: the bytes that were written to its memory.
@@ -205,8 +216,9 @@ fn push_slices<M: GuestMemory + ?Sized>(
     true
 }
 
-/// The segments of a write-zeroes request (section 5.2.6: flags other than UNMAP are reserved).
-fn parse_segments(data: &[IoBuf]) -> Result<Vec<Segment>, Status> {
+/// The segments of a discard or write-zeroes request (section 5.2.6: reserved flags are "unsupported", and so is UNMAP in a
+/// discard).
+fn parse_segments(data: &[IoBuf], discard: bool) -> Result<Vec<Segment>, Status> {
     let len = buf::total_len(data);
     if len == 0 || !len.is_multiple_of(SEGMENT_SIZE) || len / SEGMENT_SIZE > SEGMENTS_MAX as usize {
         return Err(Status::IoErr);
@@ -216,11 +228,11 @@ fn parse_segments(data: &[IoBuf]) -> Result<Vec<Segment>, Status> {
     let mut cursor = crate::codec::Cursor::new(&bytes);
     let mut segments = Vec::with_capacity(len / SEGMENT_SIZE);
     while let (Some(sector), Some(count), Some(flags)) = (cursor.u64_le(), cursor.u32_le(), cursor.u32_le()) {
-        if flags & !1 != 0 {
+        if flags & !u32::from(!discard) != 0 {
             return Err(Status::Unsupported);
         }
         let offset = sector.checked_mul(SECTOR_SIZE).ok_or(Status::IoErr)?;
-        segments.push(Segment { offset, len: u64::from(count) * SECTOR_SIZE, unmap: flags & 1 != 0 });
+        segments.push(Segment { offset, len: u64::from(count) * SECTOR_SIZE, unmap: discard || flags & 1 != 0 });
     }
     Ok(segments)
 }

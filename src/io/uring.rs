@@ -152,7 +152,17 @@ impl Uring {
             self.run_deferred()?;
             self.take(&mut finished);
         }
-        if self.waiting.is_empty() { Ok(()) } else { self.submit() }
+        // Also what an earlier call that failed has left in the submission queue.
+        if self.waiting.is_empty() && self.ring.submission().is_empty() { Ok(()) } else { self.submit() }
+    }
+
+    /// Lets the reads fail that were not handed to the kernel.
+    pub fn cancel_waiting(&mut self, mut finished: impl FnMut(Finished)) {
+        for index in std::mem::take(&mut self.waiting) {
+            let Some(op) = self.ops[index].take() else { unreachable!("a waiting operation has a slot") };
+            self.free.push(index);
+            finished(Finished { token: op.token, result: Err(io::Error::from_raw_os_error(libc::ECANCELED)) });
+        }
     }
 
     /// Takes what is in the completion queue.

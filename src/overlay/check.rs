@@ -3,7 +3,7 @@
 use super::layout::index;
 use super::scan::{self, Fault};
 use super::session::{self, Ending};
-use super::{BaseIdentity, open_file, read_metadata, stopped};
+use super::{BaseIdentity, check_base, open_file, read_metadata, stopped};
 use crate::error::{Error, Result};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,8 @@ use std::sync::atomic::Ordering;
 pub struct Info {
     /// Bytes of the disk.
     pub size: u64,
+    /// Bytes that it can grow to.
+    pub capacity: u64,
     /// The base image that it was made for.
     pub base: BaseIdentity,
     /// The path of that image.
@@ -57,6 +59,22 @@ impl SessionInfo {
     }
 }
 
+/// What the header of an overlay says of its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Look {
+    /// Bytes of the disk.
+    pub size: u64,
+    /// False if the guest had switched the write cache off when the overlay was last closed.
+    pub write_cache: bool,
+}
+
+/// Makes sure, by its header alone, that the file at `path` is an overlay for this base; takes no lock.
+pub fn look(path: &Path, base: BaseIdentity) -> Result<Look> {
+    let (_, header, _) = read_metadata(path, open_file(path, true)?)?;
+    check_base(path, &header, Some(base))?;
+    Ok(Look { size: header.size, write_cache: !header.write_through() })
+}
+
 /// What the overlay at `path` is and holds; the live bitmap is used if there is one in `state_dir`.
 pub fn inspect(path: &Path, state_dir: &Path) -> Result<Info> {
     let file = open_file(path, true)?;
@@ -79,7 +97,8 @@ pub fn inspect(path: &Path, state_dir: &Path) -> Result<Info> {
     };
     scan::all(&disk, &layout, Err, count).map_err(|stop| stopped(path, stop))?;
     Ok(Info {
-        size: layout.size,
+        size: header.size,
+        capacity: layout.capacity,
         base: header.extension.base,
         backing: header.backing,
         session,

@@ -23,12 +23,14 @@ use plan::{Layout, Piece};
 use rustix::fs::FlockOperation;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// An open base: the map of its image and every image that the map points to.
 pub struct Base {
     layout: Layout<Mapping>,
     targets: Vec<Open>,
-    size: u64,
+    /// Bytes; only that of a flat base changes.
+    size: AtomicU64,
 }
 
 /// An open target.
@@ -68,7 +70,7 @@ impl Base {
                 .mend("restore the map that belongs to this library"));
         }
         let targets = map.targets().map(|(target, _)| open_target(library, &path, target)).collect::<Result<_>>()?;
-        Ok(Base { layout: Layout::Mapped(Box::new(map)), targets, size: record.size })
+        Ok(Base { layout: Layout::Mapped(Box::new(map)), targets, size: AtomicU64::new(record.size) })
     }
 
     /// A raw file read as it is (`--blk-file`), opened for writing if `writable`.
@@ -77,21 +79,7 @@ impl Base {
     /// Besides those of opening: a size that is no multiple of 512, and a file without any write permission when it is to
     /// be written (images of a library are made read-only; root's own rights do not count).
     pub fn flat(path: &Path, writable: bool) -> Result<Base> {
-        use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-        let failed = |e| Error::io(path, "open", e);
-        let meta = std::fs::metadata(path).map_err(failed)?;
-        if !meta.is_file() && !meta.file_type().is_block_device() {
-            return Err(Error::file(ErrorKind::Unsupported, path, "is neither a regular file nor a block device"));
-        }
-        if writable && meta.permissions().mode() & 0o222 == 0 {
-            return Err(Error::file(
-                ErrorKind::Unsupported,
-                path,
-                "is read-only; vmar makes the images of a library so",
-            )
-            .mend("serve it with --read-only, or through --image and --overlay"));
-        }
-        let file = File::options().read(true).write(writable).open(path).map_err(failed)?;
+        let file = open_flat(path, writable)?;
         // One writer, or any number of readers. (Only vmar looks at this lock; QEMU's are another kind.)
         let lock =
             if writable { FlockOperation::NonBlockingLockExclusive } else { FlockOperation::NonBlockingLockShared };
@@ -99,18 +87,44 @@ impl Base {
             return Err(Error::file(ErrorKind::Busy, path, "another vmar serves this file")
                 .mend("stop that server, or serve it with --read-only in both"));
         }
-        let size = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|e| failed(e.into()))?;
-        if size % SECTOR_SIZE != 0 || size == 0 || size > IMAGE_SIZE_MAX {
-            let cause = format!("has {size} bytes; a disk has a multiple of {SECTOR_SIZE}, up to 16 TiB");
-            return Err(Error::file(ErrorKind::Unsupported, path, cause));
-        }
+        let size = flat_size(path, &file)?;
         let open = Open { id: ImageId(0), path: path.to_path_buf(), file };
-        Ok(Base { layout: Layout::Flat, targets: vec![open], size })
+        Ok(Base { layout: Layout::Flat, targets: vec![open], size: AtomicU64::new(size) })
+    }
+
+    /// Looks whether [`Base::flat`] could open the file, but for the lock, which it does not take; gives its size.
+    pub fn look_flat(path: &Path, writable: bool) -> Result<u64> {
+        flat_size(path, &open_flat(path, writable)?)
     }
 
     /// Bytes of the image.
     pub fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Makes a flat base larger: a regular file grows, by zeros; a block device has grown already. Durable on return.
+    ///
+    /// # Errors
+    /// `Usage` for a size that is less than now or can be no disk's.
+    pub fn grow(&self, size: u64) -> Result<()> {
+        let Open { path, file, .. } = &self.targets[0];
+        let refuse = |cause: String, mend: &str| Err(Error::file(ErrorKind::Usage, path, cause).mend(mend));
+        let now = self.size();
+        if size < now || size % SECTOR_SIZE != 0 || size > IMAGE_SIZE_MAX {
+            let cause = format!("cannot have {size} bytes: it has {now} and does not shrink");
+            return refuse(cause, "give a multiple of 512, up to 16 TiB");
+        }
+        let there = flat_size(path, file)?;
+        if there < size {
+            if !file.metadata().map_err(|e| Error::io(path, "look at", e))?.is_file() {
+                return refuse(format!("is a device of {there} bytes"), "make the device larger first");
+            }
+            file.set_len(size)
+                .and_then(|()| file.sync_all())
+                .map_err(|e| Error::io(path, "make the file larger", e))?;
+        }
+        self.size.store(size, Ordering::Release);
+        Ok(())
     }
 
     /// The file of a target of the map.
@@ -131,10 +145,48 @@ impl Base {
         self.targets[target as usize].id
     }
 
+    /// Which of the targets is the image itself; `None` when all that it holds is read from other images.
+    pub fn own_target(&self) -> Option<u32> {
+        match &self.layout {
+            Layout::Flat => Some(0),
+            Layout::Mapped(map) => {
+                let own = map.source().image;
+                self.targets.iter().position(|t| t.id == own).and_then(|at| u32::try_from(at).ok())
+            }
+        }
+    }
+
     /// Appends the pieces that `[offset, offset + len)` is made of; the first is byte `at` of the request.
     pub fn plan(&self, offset: u64, len: usize, at: usize, out: &mut Vec<Piece>) {
-        plan::plan_base(&self.layout, self.size, offset, len, at, out);
+        plan::plan_base(&self.layout, self.size(), offset, len, at, out);
     }
+}
+
+/// Opens a raw file.
+fn open_flat(path: &Path, writable: bool) -> Result<File> {
+    use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+    let failed = |e| Error::io(path, "open", e);
+    let meta = std::fs::metadata(path).map_err(failed)?;
+    if !meta.is_file() && !meta.file_type().is_block_device() {
+        return Err(Error::file(ErrorKind::Unsupported, path, "is neither a regular file nor a block device"));
+    }
+    if writable && meta.permissions().mode() & 0o222 == 0 {
+        return Err(Error::file(ErrorKind::Unsupported, path, "is read-only; vmar makes the images of a library so")
+            .mend("serve it with --read-only, or through --image and --overlay"));
+    }
+    let file = File::options().read(true).write(writable).open(path).map_err(failed)?;
+    Ok(file)
+}
+
+/// The size of a raw file or block device, if it can be a disk's.
+fn flat_size(path: &Path, file: &File) -> Result<u64> {
+    let size =
+        rustix::fs::seek(file, rustix::fs::SeekFrom::End(0)).map_err(|e| Error::io(path, "look at", e.into()))?;
+    if size % SECTOR_SIZE != 0 || size == 0 || size > IMAGE_SIZE_MAX {
+        let cause = format!("has {size} bytes; a disk has a multiple of {SECTOR_SIZE}, up to 16 TiB");
+        return Err(Error::file(ErrorKind::Unsupported, path, cause));
+    }
+    Ok(size)
 }
 
 /// Opens one target of a map and makes sure that it is the image that the map means.

@@ -6,7 +6,8 @@
 use super::plan::{Piece, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::buf::{IoBuf, advance, fill_zero, slice_into};
-use crate::io::{nowait, uring::Uring};
+use crate::io::nowait;
+use crate::io::uring::{Finished, Uring};
 use crate::units::to_usize;
 use std::fs::File;
 use std::io;
@@ -103,18 +104,13 @@ impl Reader {
     /// Tells which requests have all their bytes, or failed; never waits.
     pub fn reap(&mut self, mut done: impl FnMut(u64, io::Result<()>)) -> io::Result<()> {
         let Reader { ring, pending, free, .. } = self;
-        ring.reap(|finished| {
-            let slot = to_usize(finished.token);
-            let p = &mut pending[slot];
-            p.left -= 1;
-            if let Err(e) = finished.result {
-                p.error.get_or_insert(e);
-            }
-            if p.left == 0 {
-                free.push(slot);
-                done(p.token, p.error.take().map_or(Ok(()), Err));
-            }
-        })
+        ring.reap(|finished| finish(pending, free, finished, &mut done))
+    }
+
+    /// Lets all sub-reads fail that the kernel has not seen yet.
+    pub fn cancel_waiting(&mut self, mut done: impl FnMut(u64, io::Result<()>)) {
+        let Reader { ring, pending, free, .. } = self;
+        ring.cancel_waiting(|finished| finish(pending, free, finished, &mut done));
     }
 
     fn allot(&mut self, token: u64) -> usize {
@@ -129,5 +125,24 @@ impl Reader {
                 self.pending.len() - 1
             }
         }
+    }
+}
+
+/// Takes the end of a sub-read into account.
+fn finish(
+    pending: &mut [Pending],
+    free: &mut Vec<usize>,
+    finished: Finished,
+    done: &mut impl FnMut(u64, io::Result<()>),
+) {
+    let slot = to_usize(finished.token);
+    let p = &mut pending[slot];
+    p.left -= 1;
+    if let Err(e) = finished.result {
+        p.error.get_or_insert(e);
+    }
+    if p.left == 0 {
+        free.push(slot);
+        done(p.token, p.error.take().map_or(Ok(()), Err));
     }
 }

@@ -11,7 +11,7 @@ const NONE: u8 = 0xEE;
 
 const H: u64 = HEADERS;
 const S: u64 = STATUSES;
-/// Write-zeroes segments.
+/// Segments of discards and write-zeroes.
 const Z: u64 = HEADERS + 0x100;
 /// An address that is in no region.
 const WILD: u64 = 0x9999_0000_0000;
@@ -22,6 +22,7 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
 const WRITE_ZEROES: u32 = 13;
 
 struct Case {
@@ -42,8 +43,8 @@ fn read(name: &'static str, data: &[D], status: u8, len: u32) -> Case {
     case(name, IN, 8, [&[r(H, 16)], data, &[w(S, 1)]].concat(), status, len)
 }
 
-fn zeroes(name: &'static str, len: u32, status: u8) -> Case {
-    case(name, WRITE_ZEROES, 0, vec![r(H, 16), r(Z, len), w(S, 1)], status, 1)
+fn segment(name: &'static str, kind: u32, len: u32) -> Case {
+    case(name, kind, 0, vec![r(H, 16), r(Z, len), w(S, 1)], IOERR, 1)
 }
 
 /// Chains that are the same in a ring and in an indirect table.
@@ -105,30 +106,42 @@ fn chains() -> Vec<Case> {
         case("no place for the identity", GET_ID, 0, vec![r(H, 16), w(S, 1)], OK, 1),
         case("long identity", GET_ID, 0, vec![r(H, 16), w(DATA, 4096), w(S, 1)], OK, 21),
         case("SCSI command", 2, 0, vec![r(H, 16), w(DATA, 512), w(S, 1)], UNSUPP, 1),
-        case("discard", 11, 0, vec![r(H, 16), r(Z, 16), w(S, 1)], UNSUPP, 1),
         case("secure erase", 14, 0, vec![r(H, 16), r(Z, 16), w(S, 1)], UNSUPP, 1),
         case("last type there is", u32::MAX, 0, vec![r(H, 16), r(DATA, 512), w(DATA, 512), w(S, 1)], UNSUPP, 1),
-        zeroes("no segment", 0, IOERR),
-        zeroes("part of a segment", 15, IOERR),
-        zeroes("a segment and a byte", 17, IOERR),
-        zeroes("two segments", 32, IOERR),
+        segment("no segment", WRITE_ZEROES, 0),
+        segment("part of a segment", WRITE_ZEROES, 15),
+        segment("a segment and a byte", WRITE_ZEROES, 17),
+        segment("two segments", WRITE_ZEROES, 32),
+        segment("no segment to discard", DISCARD, 0),
+        segment("part of a segment to discard", DISCARD, 15),
+        segment("two segments to discard", DISCARD, 32),
         case("65,536 segments", WRITE_ZEROES, 0, vec![r(H, 16), r(DATA, 1 << 20), w(S, 1)], IOERR, 1),
     ]
 }
 
-/// Write-zeroes segments: sector, count, flags.
-fn segments() -> Vec<(&'static str, u64, u32, u32, u8)> {
+/// Segments: type of the request, sector, count, flags.
+fn segments() -> Vec<(&'static str, u32, u64, u32, u32, u8)> {
+    const Z: u32 = WRITE_ZEROES;
+    const D: u32 = DISCARD;
     vec![
-        ("zeroes", 6160, 8, 0, OK),
-        ("zeroes and unmap", 6176, 16, 1, OK),
-        ("zeroes of nothing", 6200, 0, 0, OK),
-        ("a reserved flag", 0, 8, 2, UNSUPP),
-        ("all flags", 0, 8, u32::MAX, UNSUPP),
-        ("zeroes across the end", SECTORS - 1, 2, 0, IOERR),
-        ("zeroes past the end", SECTORS, 1, 0, IOERR),
-        ("more than is allowed", 0, u32::MAX, 0, IOERR),
-        ("a sector that overflows", u64::MAX, 1, 0, IOERR),
-        ("a sum that overflows", u64::MAX / 512, 8, 1, IOERR),
+        ("zeroes", Z, 6160, 8, 0, OK),
+        ("zeroes and unmap", Z, 6176, 16, 1, OK),
+        ("zeroes of nothing", Z, 6200, 0, 0, OK),
+        ("a reserved flag", Z, 0, 8, 2, UNSUPP),
+        ("all flags", Z, 0, 8, u32::MAX, UNSUPP),
+        ("zeroes across the end", Z, SECTORS - 1, 2, 0, IOERR),
+        ("zeroes past the end", Z, SECTORS, 1, 0, IOERR),
+        ("more than is allowed", Z, 0, u32::MAX, 0, IOERR),
+        ("a sector that overflows", Z, u64::MAX, 1, 0, IOERR),
+        ("a sum that overflows", Z, u64::MAX / 512, 8, 1, IOERR),
+        ("discard", D, 6208, 16, 0, OK),
+        ("a discard that is not aligned", D, 6241, 11, 0, OK),
+        ("a discard of nothing", D, 6300, 0, 0, OK),
+        ("a discard with unmap", D, 0, 8, 1, UNSUPP),
+        ("a discard with a reserved flag", D, 0, 8, 1 << 31, UNSUPP),
+        ("a discard across the end", D, SECTORS - 1, 2, 0, IOERR),
+        ("a discard of more than is allowed", D, 0, u32::MAX, 0, IOERR),
+        ("a discard whose sector overflows", D, u64::MAX, 1, 0, IOERR),
     ]
 }
 
@@ -213,8 +226,8 @@ fn all_chains(features: u64, indirect: bool) {
             assert_eq!(f.get(DATA + len as u64, 1), [0x5A], "{}: not a byte more", c.name);
         }
     }
-    for (name, sector, count, flags, status) in segments() {
-        f.header(H, WRITE_ZEROES, 0);
+    for (name, kind, sector, count, flags, status) in segments() {
+        f.header(H, kind, 0);
         f.put(Z, &[&sector.to_le_bytes()[..], &count.to_le_bytes(), &flags.to_le_bytes()].concat());
         place(&mut f, &[r(H, 16), r(Z, 3), r(Z + 3, 13), w(S, 1)]);
         send(&mut f, name, status, 1, &old);
@@ -224,6 +237,8 @@ fn all_chains(features: u64, indirect: bool) {
     want[6150 * 512..6151 * 512].copy_from_slice(&[&[0x5B; 240][..], &[0; 64], &[0x5B; 208]].concat());
     want[6160 * 512..6168 * 512].fill(0);
     want[6176 * 512..6192 * 512].fill(0);
+    want[6208 * 512..6224 * 512].fill(0);
+    want[6241 * 512..6252 * 512].fill(0);
     let got = target.content();
     let wrong: Vec<usize> = (0..SECTORS as usize).filter(|s| got[s * 512..][..512] != want[s * 512..][..512]).collect();
     assert!(wrong.is_empty(), "sectors {wrong:?}");
@@ -291,6 +306,7 @@ fn a_read_only_disk_refuses_what_changes_it() {
         ("write", OUT, r(DATA, 512), IOERR),
         ("write of nothing", OUT, r(DATA, 0), IOERR),
         ("write zeroes", WRITE_ZEROES, r(Z, 16), IOERR),
+        ("discard", DISCARD, r(Z, 16), IOERR),
         ("flush", FLUSH, r(DATA, 0), OK),
     ] {
         f.header(H, kind, 0);

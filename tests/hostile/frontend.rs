@@ -26,6 +26,7 @@ pub const GET_PROTOCOL_FEATURES: u32 = 15;
 pub const SET_PROTOCOL_FEATURES: u32 = 16;
 pub const SET_VRING_ENABLE: u32 = 18;
 pub const GET_CONFIG: u32 = 24;
+pub const SET_CONFIG: u32 = 25;
 pub const RESET_DEVICE: u32 = 34;
 pub const ADD_MEM_REG: u32 = 37;
 pub const REM_MEM_REG: u32 = 38;
@@ -281,6 +282,21 @@ impl Frontend {
         u64::from_le_bytes(self.reply().unwrap().try_into().unwrap())
     }
 
+    /// Reads the config space.
+    pub fn config(&mut self, offset: u32, size: u32) -> Vec<u8> {
+        let head: Vec<u8> = [offset, size, 0].iter().flat_map(|w| w.to_le_bytes()).collect();
+        self.send(GET_CONFIG, VERSION, &[&head[..], &vec![0; size as usize]].concat(), &[]);
+        let body = self.reply().unwrap();
+        assert_eq!(body[..12], head);
+        body[12..].to_vec()
+    }
+
+    /// Writes to the config space; whether it was taken.
+    pub fn set_config(&mut self, offset: u32, bytes: &[u8]) -> bool {
+        let head: Vec<u8> = [offset, bytes.len() as u32, 0].iter().flat_map(|w| w.to_le_bytes()).collect();
+        self.ask(SET_CONFIG, &[&head[..], bytes].concat(), &[]).unwrap() == 0
+    }
+
     /// Stops a ring; gives its base.
     pub fn stop_ring(&mut self, q: usize) -> u16 {
         let index = self.rings[q].index;
@@ -430,6 +446,32 @@ impl Frontend {
             out.extend(self.take(q));
         }
         out
+    }
+
+    /// An ordinary write of a repeated byte through queue `q`, which must succeed.
+    pub fn write(&mut self, q: usize, sector: u64, len: u32, byte: u8) {
+        self.put(SCRATCH, &vec![byte; len as usize]);
+        self.order(q, 1, sector, len);
+    }
+
+    /// Write-zeroes of `count` sectors, or a discard, which must succeed.
+    pub fn zero(&mut self, q: usize, sector: u64, count: u32, discard: bool) {
+        self.put(SCRATCH, &[&sector.to_le_bytes()[..], &count.to_le_bytes(), &[0; 4]].concat());
+        self.order(q, if discard { 11 } else { 13 }, 0, 16);
+    }
+
+    /// A request with `len` bytes of SCRATCH for the device to read.
+    fn order(&mut self, q: usize, kind: u32, sector: u64, len: u32) {
+        let (header, status) = (HEADERS + 0xF00, STATUSES + 0xF00);
+        let table = self.rings[q].desc();
+        self.header(header, kind, sector);
+        self.put(status, &[0xEE]);
+        self.table(table, 0, &Frontend::chain(0, &[r(header, 16), r(SCRATCH, len), w(status, 1)]));
+        let old = self.rings[q].avail;
+        self.offer(q, &[0]);
+        self.kick_if_wanted(q, old);
+        assert_eq!(self.wait(q, 1), [(0, 1)]);
+        assert_eq!(self.get(status, 1), [0]);
     }
 
     /// An ordinary read through queue `q`.

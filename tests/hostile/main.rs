@@ -5,6 +5,7 @@
 mod chains;
 #[path = "../common/mod.rs"]
 mod common;
+mod config;
 mod frontend;
 mod inflight;
 mod random;
