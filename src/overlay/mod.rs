@@ -216,6 +216,8 @@ impl Overlay {
         let dirty = Dirty::new(if opts.read_only { 0 } else { index(layout.clusters) });
 
         let ending = session::ending(&disk, path, &header, &layout, opts.state_dir)?;
+        // Writes that no flush has covered may still be in the page cache.
+        let unsynced = !matches!(ending, Ending::Closed | Ending::OtherBoot);
         let live = match ending {
             Ending::Killed(live) => Some(live),
             Ending::Closed | Ending::KilledThenQemu => None,
@@ -242,7 +244,7 @@ impl Overlay {
                 load(path, &disk, &header, &layout, &words)?;
                 Words::Private(words)
             }
-            None => begin(path, &disk, &layout, &mut header, opts.state_dir)?,
+            None => begin(path, &disk, &layout, &mut header, opts.state_dir, unsynced)?,
         };
         Ok(Overlay {
             path: path.to_path_buf(),
@@ -326,7 +328,8 @@ impl Overlay {
         self.closed.store(true, Ordering::Release);
         let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
         header.set_write_through(!self.write_cache());
-        write_header(&self.disk, &mut header, Session::CLOSED).map_err(|e| Error::io(&self.path, "close", e))?;
+        // If this sync fails nothing is lost: all data was flushed above.
+        write_header(&self.disk, &mut header, Session::CLOSED, || {}).map_err(|e| Error::io(&self.path, "close", e))?;
         self.words.remove()?;
         // Whoever waits for it need not wait until the last reader has dropped it.
         crate::io::lock::unlock(self.disk.bare()).map_err(|e| Error::io(&self.path, "unlock", e))
@@ -441,13 +444,21 @@ fn go_on(path: &Path, disk: &Disk, header: &mut Header, words: &Words) -> Result
     words.end_counting(header.extension.flushes);
     if header.has_foreign_autoclear() {
         let session = header.extension.session;
-        write_header(disk, header, session).map_err(|e| Error::io(path, "go on with the session in", e))?;
+        let written = write_header(disk, header, session, || words.set_failed());
+        written.map_err(|e| Error::io(path, "go on with the session in", e))?;
     }
     Ok(())
 }
 
 /// Begins a session: the live bitmap first, then the header that names it, so that a session that is open always had one.
-fn begin(path: &Path, disk: &Disk, layout: &Layout, header: &mut Header, state_dir: &Path) -> Result<Words> {
+fn begin(
+    path: &Path,
+    disk: &Disk,
+    layout: &Layout,
+    header: &mut Header,
+    state_dir: &Path,
+    unsynced: bool,
+) -> Result<Words> {
     let session = session::begin(session::boot_id()?)?;
     let id = LiveId::of(disk.bare(), session, layout.clusters).map_err(|e| Error::io(path, "look at", e))?;
     let mut live = LiveFile::create(state_dir, &id)?;
@@ -460,12 +471,19 @@ fn begin(path: &Path, disk: &Disk, layout: &Layout, header: &mut Header, state_d
     live.publish()?;
     // If this fails half-way, the new bitmap stays: the header may name it by now, and if it does not, `remove_stale` of
     // the next open takes it away.
-    write_header(disk, header, session).map_err(|e| Error::io(path, "open a session in", e))?;
+    let sync_failed = || {
+        if unsynced {
+            live.set_failed();
+        }
+    };
+    write_header(disk, header, session, sync_failed).map_err(|e| Error::io(path, "open a session in", e))?;
     live::remove_stale(state_dir, &id);
     Ok(Words::Live(live))
 }
 
-fn write_header(disk: &Disk, header: &mut Header, session: Session) -> io::Result<()> {
+/// Writes the header, durably. The kernel tells of a failed sync only once, and it may have been about data that a killed
+/// process wrote: `sync_failed` has to see to it that no later flush says that this data is safe.
+fn write_header(disk: &Disk, header: &mut Header, session: Session, sync_failed: impl FnOnce()) -> io::Result<()> {
     disk.write(header.with_session(session), 0)?;
-    disk.sync_all()
+    disk.sync_all().inspect_err(|_| sync_failed())
 }

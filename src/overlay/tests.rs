@@ -477,6 +477,33 @@ fn bits_of_other_writers_go_also_from_a_session_that_is_taken_up() {
     assert_eq!(fs::read(fx.path()).unwrap()[88..96], [0x80, 0, 0, 0, 0, 0, 0, 0]);
 }
 
+/// The sync that an open does for the header may be the one that hears of lost data of the process before.
+#[test]
+fn a_sync_that_fails_while_a_session_is_taken_up_is_final_too() {
+    // Ours and another writer's bit; no bit at all, as QEMU leaves it when it opens the file for writing.
+    for (bits, flushed) in [([0x80, 0, 0, 0, 0, 0, 0, 1], false), ([0; 8], true)] {
+        let fx = Fx::new();
+        let o = fx.open(false).unwrap();
+        write(&o, 0, 2048).unwrap();
+        if flushed {
+            o.flush().unwrap();
+        }
+        write(&o, 0, 2048).unwrap();
+        drop(o);
+        let file = File::options().write(true).open(fx.path()).unwrap();
+        file.write_all_at(&bits, 88).unwrap();
+        let probe = Arc::new(Probe::default());
+        probe.fail_after(1, libc::EIO);
+        let state_dir = fx.dir.path().join("state");
+        let opts = OpenOptions { read_only: false, state_dir: &state_dir, base: None, discard_unflushed: false };
+        let faults = Some(Arc::clone(&probe) as Arc<dyn Faults>);
+        Overlay::open_with_faults(&fx.path(), &opts, faults).unwrap_err();
+        assert!(matches!(probe.take()[..], [Event::Write { at: 0, .. }, Event::SyncAll]));
+        let err = fx.open(false).unwrap_err();
+        assert!(err.to_string().contains("a flush of it failed in its last session"), "{err}");
+    }
+}
+
 #[test]
 fn the_write_cache_stays_off_over_a_kill_and_over_a_close() {
     let fx = Fx::new();
