@@ -112,7 +112,7 @@ pub(super) fn seat(disk: &Disk, layout: &Layout, unseated: &Unseated) -> io::Res
             let at = layout.bitmap_at(piece.start) - 8;
             let mut entries = vec![0; index((piece.end - piece.start) * L2_ENTRY)];
             disk.read(&mut entries, at)?;
-            for (cluster, entry) in piece.zip(entries.as_chunks_mut::<{ L2_ENTRY as usize }>().0) {
+            for (cluster, entry) in piece.zip(entries.as_chunks_mut::<{ index(L2_ENTRY) }>().0) {
                 entry[..8].copy_from_slice(&layout.descriptor(cluster).to_be_bytes());
             }
             disk.write(&entries, at)
