@@ -36,6 +36,8 @@ pub(super) struct Unseated {
     cursor: usize,
     /// The first one whose place is counted once although no descriptor points there.
     counted: Option<u64>,
+    /// The file is shorter than it was made; no data is missing.
+    pub is_short: bool,
 }
 
 impl Unseated {
@@ -64,12 +66,6 @@ impl Unseated {
         self.ranges.iter().map(|r| r.end - r.start).sum()
     }
 
-    /// True if a file of `len` bytes lacks nothing but them.
-    pub fn cover_the_end(&self, len: u64, layout: &Layout) -> bool {
-        let missing = len.saturating_sub(layout.data) >> CLUSTER_BITS;
-        len >= layout.data && self.ranges.last().is_some_and(|r| r.start <= missing && r.end == layout.clusters)
-    }
-
     /// A cluster that is counted may hold a dirty bitmap of QEMU, as long as the header says that those are valid.
     pub fn check_bitmaps(&self, header: &Header) -> Result<(), Fault> {
         match self.counted {
@@ -87,11 +83,12 @@ impl Unseated {
 /// The old bytes of a cluster never come to light: it has no data bits. They are given back, and what lies behind the end
 /// of the disk in its last subcluster becomes zeros, which everyone else relies on.
 pub(super) fn seat(disk: &Disk, layout: &Layout, unseated: &Unseated) -> io::Result<()> {
+    if unseated.is_short {
+        disk.file().set_len(layout.file_len())?;
+        disk.sync_all()?;
+    }
     if unseated.ranges.is_empty() {
         return Ok(());
-    }
-    if disk.bare().metadata()?.len() < layout.file_len() {
-        disk.bare().set_len(layout.file_len())?;
     }
     for range in &unseated.ranges {
         let (at, len) = (layout.data + range.start * CLUSTER, (range.end - range.start) * CLUSTER);
@@ -112,7 +109,7 @@ pub(super) fn seat(disk: &Disk, layout: &Layout, unseated: &Unseated) -> io::Res
             let at = layout.bitmap_at(piece.start) - 8;
             let mut entries = vec![0; index((piece.end - piece.start) * L2_ENTRY)];
             disk.read(&mut entries, at)?;
-            for (cluster, entry) in piece.zip(entries.as_chunks_mut::<{ L2_ENTRY as usize }>().0) {
+            for (cluster, entry) in piece.zip(entries.as_chunks_mut::<{ index(L2_ENTRY) }>().0) {
                 entry[..8].copy_from_slice(&layout.descriptor(cluster).to_be_bytes());
             }
             disk.write(&entries, at)
@@ -153,6 +150,15 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::path::{Path, PathBuf};
     use std::sync::Arc;
+
+    struct Zeros;
+
+    impl super::super::BaseRead for Zeros {
+        fn read_base(&self, _offset: u64, buf: &mut [u8]) -> io::Result<()> {
+            buf.fill(0);
+            Ok(())
+        }
+    }
 
     const SIZE: u64 = 20 * CLUSTER + 1536;
 
@@ -239,21 +245,39 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_was_cut_off_where_clusters_are_free_gets_its_length_back() {
+    fn a_file_that_was_cut_off_behind_its_data_gets_its_length_back() {
         let dir = tempfile::tempdir().unwrap();
         let path = new_overlay(dir.path());
         free(&path, &[18, 19, 20]);
-        let (_, _, layout) = metadata(&path);
-        let cut = |cluster: u64| {
-            File::options().write(true).open(&path).unwrap().set_len(layout.data + cluster * CLUSTER).unwrap();
+        let (disk, _, layout) = metadata(&path);
+        // Three subclusters of data.
+        disk.write(&0x4u64.to_be_bytes(), layout.bitmap_at(17)).unwrap();
+        let cut = |subclusters: u64| {
+            let len = layout.data + 17 * CLUSTER + subclusters * SUB;
+            File::options().write(true).open(&path).unwrap().set_len(len).unwrap();
         };
         let state_dir = &dir.path().join("state");
         let options = OpenOptions { read_only: false, state_dir, base: None, discard_unflushed: false };
-        cut(17);
+        cut(2);
         assert!(Overlay::open(&path, &options).unwrap_err().to_string().contains("is cut off"));
-        cut(18);
+        cut(3);
+        let len = fs::metadata(&path).unwrap().len();
         assert!(Overlay::open(&path, &OpenOptions { read_only: true, ..options }).is_ok());
-        assert_eq!(fs::metadata(&path).unwrap().len(), layout.data + 18 * CLUSTER, "reading changes nothing");
+        assert_eq!(fs::metadata(&path).unwrap().len(), len, "reading changes nothing");
+        // With data in the live bitmap only, it is another matter.
+        let o = Overlay::open(&path, &options).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().len(), layout.file_len());
+        let mut sector = [7; 512];
+        // SAFETY: `sector` outlives the write and is not touched meanwhile.
+        let piece = unsafe { crate::io::IoBuf::from_raw(sector.as_mut_ptr(), 512) };
+        o.write(19 * CLUSTER, &[piece], &Zeros).unwrap();
+        drop(o);
+        cut(3);
+        // Its seal is gone too, where there are seals.
+        let err = Overlay::open(&path, &options).unwrap_err().to_string();
+        assert!(err.contains("is cut off") || err.contains("--discard-unflushed"), "{err}");
+        let options = OpenOptions { discard_unflushed: true, ..options };
+        fs::remove_dir_all(state_dir).unwrap();
         Overlay::open(&path, &options).unwrap().close().unwrap();
         assert_eq!(fs::metadata(&path).unwrap().len(), layout.file_len());
     }

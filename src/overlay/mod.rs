@@ -426,12 +426,19 @@ fn take_up(
     read_only: bool,
 ) -> Result<Words> {
     let words = live.words();
+    let mut end = 0;
     let compare = |cluster, durable| {
-        if !read_only && words[index(cluster)].load(Ordering::Acquire) != durable {
+        let word = words[index(cluster)].load(Ordering::Acquire);
+        end = scan::data_end(layout, cluster, word).max(end);
+        if !read_only && word != durable {
             dirty.mark(index(cluster));
         }
     };
     let unseated = scan_all(path, disk, header, layout, compare)?;
+    let len = disk.file().metadata().map_err(|e| Error::io(path, "look at", e))?.len();
+    if len < end {
+        return Err(stopped(path, Stop::Fault(scan::cut_off(len, layout))));
+    }
     if !read_only {
         seat(path, disk, layout, &unseated)?;
         return Ok(Words::Live(live));

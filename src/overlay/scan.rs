@@ -3,7 +3,7 @@
 use super::adopt::Unseated;
 use super::bits::is_valid;
 use super::disk::Disk;
-use super::layout::{CLUSTER, CLUSTER_BITS, COPIED, L2_ENTRY, Layout, index};
+use super::layout::{CLUSTER, CLUSTER_BITS, COPIED, L2_ENTRY, Layout, SUB, index};
 use std::io;
 
 /// Metadata is read in pieces of this many bytes.
@@ -57,20 +57,32 @@ pub(super) fn all(
     disk: &Disk,
     layout: &Layout,
     mut fault: impl FnMut(Fault) -> Result<(), Fault>,
-    word: impl FnMut(u64, u64),
+    mut word: impl FnMut(u64, u64),
 ) -> Result<Unseated, Stop> {
+    let mut end = 0;
+    let word = |cluster, bitmap| {
+        end = data_end(layout, cluster, bitmap).max(end);
+        word(cluster, bitmap);
+    };
     l1(disk, layout, &mut fault)?;
     let mut unseated = l2(disk, layout, &mut fault, word)?;
     refcounts(disk, layout, &mut unseated, &mut fault)?;
-    // The length comes last: of a disk that QEMU has made larger, the cluster that is missing says more.
+    // QEMU cuts a file off behind its last data, or has never made it longer.
     let len = disk.bare().metadata()?.len();
-    if len < layout.file_len() && !unseated.cover_the_end(len, layout) {
+    if len < end {
         fault(cut_off(len, layout)).map_err(Stop::Fault)?;
     }
+    unseated.is_short = len < layout.file_len();
     Ok(unseated)
 }
 
-/// The file is shorter than it must be.
+/// Where the data of a cluster with this bitmap ends in the file; 0 if it has none.
+pub(super) fn data_end(layout: &Layout, cluster: u64, bitmap: u64) -> u64 {
+    let subs = u64::from(u64::BITS - (bitmap & 0xffff_ffff).leading_zeros());
+    if subs == 0 { 0 } else { layout.data + (cluster * CLUSTER + subs * SUB).min(layout.size) }
+}
+
+/// The file is shorter than its data.
 pub(super) fn cut_off(len: u64, layout: &Layout) -> Fault {
     Fault::Corrupt(format!("is cut off: {len} bytes in place of {}", layout.file_len()))
 }

@@ -85,7 +85,7 @@ fn wrong_usage_is_status_2_and_help_is_0() {
         let out = vmar(args);
         assert_eq!(out.status, 2, "{args:?}: {}", out.stderr);
     }
-    for verb in ["create", "info", "check"] {
+    for verb in ["create", "info", "check", "relayout", "commit", "resize"] {
         assert_eq!(vmar(&["overlay", verb, "--help"]).status, 0);
     }
 }
@@ -143,4 +143,98 @@ fn create_makes_a_disk_that_plain_qemu_reads_like_the_image() {
     let out = vmar(&["--library", library, "overlay", "create", "/tmp/none", "--image", "web", "--size", "1M"]);
     assert_eq!(out.status, 2);
     assert!(out.stderr.contains("is smaller than its base"), "{}", out.stderr);
+}
+
+/// A library with one image, `web`, on the fixture's base.
+fn library(fx: &Fixture) -> String {
+    let library = path_str(&fx.dir.path().join("lib")).to_string();
+    assert_eq!(vmar(&["library", "init", &library]).status, 0);
+    let web = format!("web={}", path_str(&fx.base_path));
+    let out = vmar(&["--library", &library, "image", "add", &web]);
+    assert_eq!(out.status, 0, "{}", out.stderr);
+    library
+}
+
+#[test]
+fn the_life_of_an_overlay_that_came_from_qemu() {
+    let fx = Fixture::new();
+    let library = library(&fx);
+    let state_dir = fx.state_dir();
+    let run = |args: &[&str]| vmar(&[&["--library", &library, "overlay"], args].concat());
+    let ok = |args: &[&str]| {
+        let out = run(args);
+        assert_eq!(out.status, 0, "{args:?}: {}", out.stderr);
+        out.stdout
+    };
+    let path = |name| fx.dir.path().join(name);
+    let (other, file, raw) = (path("other.qcow2"), path("vm.qcow2"), path("vm.raw"));
+    let (other, file, raw) = (path_str(&other), path_str(&file), path_str(&raw));
+    qemu(&["qemu-img", "create", "-q", "-f", "qcow2", "-b", path_str(&fx.base_path), "-F", "raw", other, "5M"]);
+    qemu(&["qemu-io", "-f", "qcow2", "-c", "write -P 7 1M 100k", "-c", "write -z 2M 64k", other]);
+    let mut want = fx.base.clone();
+    want.resize(5 << 20, 0);
+    want[1 << 20..(1 << 20) + 102_400].fill(7);
+    want[2 << 20..(2 << 20) + 65536].fill(0);
+
+    let said = ok(&["create", file, "--image", "web", "--from", other, "--max-size", "8M"]);
+    assert!(said.contains("a disk of 5.0 MiB on image web"), "{said}");
+    let info = json(&["overlay", "info", file, "--state-dir", path_str(&state_dir)]);
+    assert_eq!((info["size"].as_u64(), info["capacity"].as_u64()), (Some(5 << 20), Some(8 << 20)));
+    assert!(ok(&["info", file, "--state-dir", path_str(&state_dir)]).contains("capacity 8.0 MiB"));
+
+    let state = ["--state-dir", path_str(&state_dir)];
+    let said = ok(&[&["resize", file, "6M"], &state[..]].concat());
+    assert!(said.contains("a disk of 6.0 MiB"), "{said}");
+    want.resize(6 << 20, 0);
+    let out = run(&[&["resize", file, "1M"], &state[..]].concat());
+    assert!(out.status == 2 && out.stderr.contains("cannot shrink"), "{}", out.stderr);
+
+    qemu(&["qemu-io", "-f", "qcow2", "-d", "unmap", "-c", "discard 1M 1M", "-c", "write -P 9 1536k 64k", file]);
+    want[1 << 20..2 << 20].fill(0);
+    want[3 << 19..(3 << 19) + 65536].fill(9);
+    let out = run(&["check", file]);
+    assert!(out.status == 1 && out.stderr.contains("'vmar overlay relayout"), "{}", out.stderr);
+    let out = vmar(&["overlay", "check", file, "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&out.stdout).unwrap();
+    assert_eq!((&report["relayout"], &report["clean"]), (&true.into(), &false.into()));
+    assert!(ok(&[&["relayout", file], &state[..]].concat()).contains("a disk of 6.0 MiB"));
+    assert!(ok(&["check", file]).ends_with(": clean\n"));
+    let out = vmar(&["overlay", "check", file, "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&out.stdout).unwrap();
+    assert_eq!((&report["relayout"], &report["freed_clusters"]), (&false.into(), &0.into()));
+
+    // With the image of the library, and with the backing file.
+    assert!(ok(&[&["commit", file, "--to", raw], &state[..]].concat()).contains("a disk of 6.0 MiB"));
+    assert!(std::fs::read(raw).unwrap() == want);
+    std::fs::remove_file(raw).unwrap();
+    let out = vmar(&[&["overlay", "commit", file, "--to", raw], &state[..]].concat());
+    assert_eq!(out.status, 0, "{}", out.stderr);
+    assert!(std::fs::read(raw).unwrap() == want);
+    let out = run(&[&["commit", file, "--to", raw], &state[..]].concat());
+    assert!(out.status == 1 && out.stderr.contains("exists already"), "{}", out.stderr);
+    // An image that changed since is not merged with.
+    std::fs::remove_file(raw).unwrap();
+    patch(&fx.base_path, 0, b"changed");
+    let out = run(&[&["commit", file, "--to", raw], &state[..]].concat());
+    assert!(out.status == 1 && out.stderr.contains("modification time"), "{}", out.stderr);
+    assert!(!Path::new(raw).exists());
+}
+
+#[test]
+fn an_overlay_in_use_is_neither_rewritten_nor_committed() {
+    let fx = Fixture::new();
+    let o = fx.open();
+    let (file, state_dir) = (path_str(&fx.overlay), fx.state_dir());
+    let to = fx.dir.path().join("new");
+    for args in [
+        &["relayout", file][..],
+        &["resize", file, "8M"],
+        &["commit", file, "--to", path_str(&to)],
+        &["relayout", file, "--out", path_str(&to)],
+    ] {
+        let out = vmar(&[&["overlay"], args, &["--state-dir", path_str(&state_dir)]].concat());
+        assert!(out.status == 1 && out.stderr.contains("is in use by another process"), "{args:?}: {}", out.stderr);
+    }
+    assert!(!to.exists());
+    o.close().unwrap();
 }

@@ -132,6 +132,10 @@ fn metadata_that_is_not_at_home() {
         assert!(found.contains(inner), "{found} for {why}");
     }
     let fx = Fixture::new();
+    let o = fx.open();
+    write(&o, &fx, fx.size() - 512, &[1; 512]);
+    o.close().unwrap();
+    drop(o);
     File::options().write(true).open(&fx.overlay).unwrap().set_len(DATA_START + (4 << 20) - 1).unwrap();
     refused(&fx, &fx.overlay, Corrupt, "is cut off");
 }

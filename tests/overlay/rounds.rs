@@ -90,6 +90,8 @@ impl Model {
                 _ if self.is_whole(sub, at, len) => From::Zero,
                 From::Zero => From::Zero,
                 From::DataOrZero => From::DataOrZero,
+                // QEMU may have noted zeros for whole clusters when the disk ended in one of them.
+                From::Base if sub as u64 >= SIZE / SUB as u64 => From::DataOrZero,
                 _ if by_qemu => From::DataOrZero,
                 _ => From::Data,
             };

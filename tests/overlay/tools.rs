@@ -353,3 +353,27 @@ fn an_overlay_that_was_replaced_while_somebody_waited_for_it_is_not_opened() {
         assert!(err.to_string().contains("was replaced by another vmar meanwhile"), "{err}");
     });
 }
+
+#[test]
+fn an_overlay_of_format_1_is_rewritten() {
+    let fx = Fixture::new();
+    let o = fx.open();
+    write(&o, &fx, 1024, &[3; 5120]);
+    o.write_zeroes(MIB as u64, 70_000 / 512 * 512, true, &fx).unwrap();
+    let want = read_all(&o, &fx);
+    o.close().unwrap();
+    drop(o);
+    // Format 1 had neither capacity nor counter; an extension that nobody knows takes their room.
+    let extension = 136;
+    patch(&fx.overlay, extension - 4, &104u32.to_be_bytes());
+    patch(&fx.overlay, extension, &1u32.to_be_bytes());
+    patch(&fx.overlay, extension + 104, &[0x12, 0x34, 0x56, 0x78, 0, 0, 0, 8]);
+    qemu_check(&fx.overlay);
+    let err = fx.try_open().unwrap_err().to_string();
+    assert!(err.contains("'vmar overlay relayout"), "{err}");
+    relayout(&fx, |o| o.capacity = Some(8 << 20)).unwrap();
+    qemu_check(&fx.overlay);
+    assert!(convert(&fx) == want);
+    let o = fx.open();
+    assert!(read_all(&o, &fx) == want && o.capacity() == 8 << 20 && o.base() == fx.identity());
+}
