@@ -528,10 +528,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
         let ring = self.ring(u32::from(index))?;
         file.as_ref().map_or(Ok(()), prepare_event)?;
         ring.vring.set_call(file);
-        // Completions published between the old descriptor and the new one would go unnoticed.
-        if ring.running {
-            let _ = ring.vring.signal_used_queue();
-        }
+        // Completions published between the old descriptor and the new one would go unnoticed, also those of an earlier
+        // connection. libvhost-user signals here whether the ring runs or not, and QEMU's own test waits for it.
+        let _ = ring.vring.signal_used_queue();
         Ok(())
     }
 

@@ -229,8 +229,11 @@ fn push_slices<M: GuestMemory + ?Sized>(
 /// discard).
 fn parse_segments(data: &[IoBuf], discard: bool) -> Result<Vec<Segment>, Status> {
     let len = buf::total_len(data);
-    if len == 0 || !len.is_multiple_of(SEGMENT_SIZE) || len / SEGMENT_SIZE > SEGMENTS_MAX as usize {
+    if len == 0 || !len.is_multiple_of(SEGMENT_SIZE) {
         return Err(Status::IoErr);
+    }
+    if len / SEGMENT_SIZE > SEGMENTS_MAX as usize {
+        return Err(Status::Unsupported);
     }
     let mut bytes = vec![0u8; len];
     buf::copy_from(data, &mut bytes);

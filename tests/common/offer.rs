@@ -18,6 +18,7 @@ const GET_MAX_MEM_SLOTS: u32 = 36;
 const VERSION: u32 = 1;
 const REPLY: u32 = 4;
 
+pub const F_LOG_ALL: u32 = 26;
 pub const F_PROTOCOL_FEATURES: u32 = 30;
 pub const P_MQ: u32 = 0;
 pub const P_CONFIG: u32 = 9;
@@ -48,7 +49,7 @@ pub const FEATURES: &[(u32, &str)] = &[
     (16, "SECURE_ERASE"),
     (17, "ZONED"),
     (24, "NOTIFY_ON_EMPTY"),
-    (26, "VHOST_F_LOG_ALL"),
+    (F_LOG_ALL, "VHOST_F_LOG_ALL"),
     (27, "ANY_LAYOUT"),
     (28, "INDIRECT_DESC"),
     (29, "EVENT_IDX"),
@@ -136,7 +137,8 @@ pub fn ask(socket: &Path) -> io::Result<Offer> {
     // Acknowledged is only what is used here.
     let used = offer.protocol & (1 << P_MQ | 1 << P_CONFIG | 1 << P_CONFIGURE_MEM_SLOTS);
     send(&mut stream, SET_PROTOCOL_FEATURES, &used.to_le_bytes())?;
-    send(&mut stream, SET_FEATURES, &(offer.features & (1 << F_PROTOCOL_FEATURES | 1 << 32)).to_le_bytes())?;
+    // Everything, as most drivers take it (the cache mode in the config space depends on it), but for the log of pages.
+    send(&mut stream, SET_FEATURES, &(offer.features & !(1 << F_LOG_ALL)).to_le_bytes())?;
     if offer.has_protocol(P_MQ) {
         offer.queues = Some(get(&mut stream, GET_QUEUE_NUM)?);
     }

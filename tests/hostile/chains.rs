@@ -43,8 +43,8 @@ fn read(name: &'static str, data: &[D], status: u8, len: u32) -> Case {
     case(name, IN, 8, [&[r(H, 16)], data, &[w(S, 1)]].concat(), status, len)
 }
 
-fn segment(name: &'static str, kind: u32, len: u32) -> Case {
-    case(name, kind, 0, vec![r(H, 16), r(Z, len), w(S, 1)], IOERR, 1)
+fn segment(name: &'static str, kind: u32, len: u32, status: u8) -> Case {
+    case(name, kind, 0, vec![r(H, 16), r(Z, len), w(S, 1)], status, 1)
 }
 
 /// Chains that are the same in a ring and in an indirect table.
@@ -108,14 +108,14 @@ fn chains() -> Vec<Case> {
         case("SCSI command", 2, 0, vec![r(H, 16), w(DATA, 512), w(S, 1)], UNSUPP, 1),
         case("secure erase", 14, 0, vec![r(H, 16), r(Z, 16), w(S, 1)], UNSUPP, 1),
         case("last type there is", u32::MAX, 0, vec![r(H, 16), r(DATA, 512), w(DATA, 512), w(S, 1)], UNSUPP, 1),
-        segment("no segment", WRITE_ZEROES, 0),
-        segment("part of a segment", WRITE_ZEROES, 15),
-        segment("a segment and a byte", WRITE_ZEROES, 17),
-        segment("two segments", WRITE_ZEROES, 32),
-        segment("no segment to discard", DISCARD, 0),
-        segment("part of a segment to discard", DISCARD, 15),
-        segment("two segments to discard", DISCARD, 32),
-        case("65,536 segments", WRITE_ZEROES, 0, vec![r(H, 16), r(DATA, 1 << 20), w(S, 1)], IOERR, 1),
+        segment("no segment", WRITE_ZEROES, 0, IOERR),
+        segment("part of a segment", WRITE_ZEROES, 15, IOERR),
+        segment("a segment and a byte", WRITE_ZEROES, 17, IOERR),
+        segment("two segments", WRITE_ZEROES, 32, UNSUPP),
+        segment("no segment to discard", DISCARD, 0, IOERR),
+        segment("part of a segment to discard", DISCARD, 15, IOERR),
+        segment("two segments to discard", DISCARD, 32, UNSUPP),
+        case("65,536 segments", WRITE_ZEROES, 0, vec![r(H, 16), r(DATA, 1 << 20), w(S, 1)], UNSUPP, 1),
     ]
 }
 
