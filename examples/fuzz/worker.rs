@@ -134,7 +134,7 @@ fn fuzz<T: Fuzz>(target: &mut T, args: &Args, file: &Path) {
                 target.recover();
                 if failures.insert(class(&why)) {
                     let small = smaller(target, &input, &why);
-                    let kept = Kept { target: args.target.clone(), why, input: small };
+                    let kept = Kept { target: args.target.clone(), why: why.replace('\n', " "), input: small };
                     progress.failures.push(keep(&args.failures, &kept));
                     eprintln!("FAILURE {}", progress.failures.last().unwrap());
                 }

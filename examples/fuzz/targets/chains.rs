@@ -131,12 +131,11 @@ impl Session {
         f.ok(SET_FEATURES, &bits.to_le_bytes(), &[]);
         f.event_idx = input.event_idx;
         f.rings.clear();
+        let zeros = vec![0; (RINGS_END - RAM) as usize];
+        f.put(RAM, &zeros);
+        memory.put(RAM, &zeros);
         for q in 0..usize::from(input.rings.clamp(1, 4)) {
             f.add_ring(q as u32, 1 << input.size_bits.clamp(3, 8));
-            let ring = &f.rings[q];
-            let (desc, zeros) = (ring.desc(), [0; 0xC000]);
-            f.put(desc, &zeros);
-            memory.put(desc, &zeros);
             f.start_ring(q, 0);
         }
         Ok(())
@@ -257,7 +256,8 @@ impl Session {
                 return Err(format!("head {}: used length {len}, but {room} bytes could be written", item.head));
             }
             let status = v.status.map(|at| f.get(at, 1)[0]);
-            seen.note(format!("{:?} {:?} {status:?} {}", v.kind.filter(|k| *k < 16), v.sure, char::from(b'a' + len.min(2) as u8)));
+            let shape = (v.writes.len().min(3), v.reads.len().min(4), len.min(2), v.sure == Sure::Good, v.sure == Sure::Bad);
+            seen.exact((v.kind.map(|k| k.min(32)), status.filter(|s| *s < 4), shape, f.event_idx, loose || item.muddled));
             if loose || item.muddled {
                 effects.push((v.effect.clone(), None));
                 continue;
@@ -478,7 +478,8 @@ fn untouched(maps: &[memmap2::MmapRaw; 2], memory: &Memory, mut writes: Vec<Rang
             let stop = addr - start;
             if at < stop && now[at as usize..stop as usize] != want[at as usize..stop as usize] {
                 let byte = (at..stop).find(|&b| now[b as usize] != want[b as usize]);
-                return Err(format!("memory at {:#x?} was written, which no chain named", byte.map(|b| b + start)));
+                let addr = byte.map_or(0, |b| b + start);
+                return Err(format!("memory at {addr:#x} was written, which no chain named"));
             }
             at = at.max(stop + len);
         }

@@ -104,7 +104,7 @@ impl Config {
                         _ => break false,
                     }
                 };
-            seen.note(format!("set {} alive {alive} {}", step.set, char::from(b'a' + answers)));
+            seen.exact((step.set, alive, answers, fits, step.flags.min(2), step.need_reply));
             if !alive {
                 self.frontend = None;
                 server.alive()?;

@@ -138,7 +138,7 @@ fn answers(map: Map<Vec<u8>>, seen: &mut Seen) -> Result<(), String> {
         }
     }
     let size = map.source().size;
-    seen.note(format!("taken: {} targets, {} sections", targets.len().min(4), map.layout().sections.ilog2()));
+    seen.note(format!("taken: {} targets, {} sections", targets.len().min(4), map.layout().sections.max(1).ilog2()));
     let layout = Layout::Mapped(Box::new(map));
     let mut pieces: Vec<Piece> = Vec::new();
     for (offset, len) in [(0, 1 << 20), (size / 1024 * 512, 70_000), (size.saturating_sub(512), 8192)] {

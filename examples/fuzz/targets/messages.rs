@@ -92,8 +92,8 @@ const REQUESTS_MAX: u64 = 48;
 const LOG_ALL: u64 = 1 << 26;
 const MORE_PROTOCOL: u64 = 1 << 1 | 1 << 12 | 1 << 5;
 
-/// How long an answer may take before it is taken for none.
-const PATIENCE: Duration = Duration::from_millis(300);
+/// How long an answer may take: generous, the machine may have much else to do.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 fn memfd(size: u64, bytes: &[u8]) -> OwnedFd {
     let fd = memfd_create("fuzz", MemfdFlags::CLOEXEC).unwrap();
@@ -328,26 +328,47 @@ impl Connection {
         self.f.send_raw(&[header, body.to_vec()].concat(), &borrowed)
     }
 
-    /// The next answer, if one comes: request, body.
-    fn answer(&mut self, patience: Duration) -> Option<(u32, Vec<u8>)> {
-        let time = Timespec { tv_sec: 0, tv_nsec: i64::from(patience.subsec_nanos()) };
-        let ready = poll(&mut [PollFd::new(&self.f.stream, PollFlags::IN)], Some(&time)).unwrap_or(0);
-        if ready == 0 {
-            return None;
-        }
-        self.f.stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
-        let mut header = [0u8; 12];
-        self.f.stream.read_exact(&mut header).ok()?;
+    /// The next answer: request, body; none if the server hangs up.
+    ///
+    /// # Panics
+    /// If it does neither: then it hangs.
+    fn answer(&mut self) -> Option<(u32, Vec<u8>)> {
+        self.f.stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut read = |len: usize| -> Option<Vec<u8>> {
+            let mut bytes = vec![0; len];
+            match self.f.stream.read_exact(&mut bytes) {
+                Ok(()) => Some(bytes),
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => panic!("no answer in {PATIENCE:?}"),
+                Err(_) => None,
+            }
+        };
+        let header = read(12)?;
         let size = u32::from_le_bytes(header[8..].try_into().unwrap());
-        let mut body = vec![0; size.min(8192) as usize];
-        self.f.stream.read_exact(&mut body).ok()?;
+        let body = read(size.min(8192) as usize)?;
         Some((u32::from_le_bytes(header[..4].try_into().unwrap()), body))
+    }
+
+    /// What it answers to everything so far: it is asked a question more, whose answer comes last. `None`: it hung up.
+    fn answers(&mut self, questions: usize) -> Option<Vec<(u32, Vec<u8>)>> {
+        self.send(GET_FEATURES, VERSION, &[], None, &[]).ok()?;
+        let (mut out, mut left) = (Vec::new(), questions + 1);
+        loop {
+            let answer = self.answer()?;
+            left -= usize::from(answer.0 == GET_FEATURES);
+            if left == 0 {
+                return Some(out);
+            }
+            out.push(answer);
+        }
     }
 
     /// Sends a message that wants an acknowledgement; true if it was one of success.
     fn ask(&mut self, request: u32, body: &[u8], fds: &[Fd]) -> bool {
-        self.send(request, VERSION | NEED_REPLY, body, None, fds).is_ok()
-            && self.answer(PATIENCE).is_some_and(|(_, body)| body == [0; 8])
+        self.send(request, VERSION | NEED_REPLY, body, None, fds).is_ok() && self.acknowledged()
+    }
+
+    fn acknowledged(&mut self) -> bool {
+        self.answers(0).is_some_and(|all| all.first().is_some_and(|(_, body)| body == &[0; 8]))
     }
 
     fn words(words: &[u64]) -> Vec<u8> {
@@ -369,7 +390,7 @@ impl Connection {
 
     fn get(&mut self, request: u32) -> Option<u64> {
         self.send(request, VERSION, &[], None, &[]).ok()?;
-        let (_, body) = self.answer(PATIENCE)?;
+        let (_, body) = self.answer()?;
         Some(u64::from_le_bytes(body.try_into().ok()?))
     }
 
@@ -391,7 +412,7 @@ impl Connection {
             && self.ask(SET_VRING_ADDR, &Self::words(&[word, USER + desc, USER + used, USER + avail, 0]), &[])
             && [(SET_VRING_KICK, kick), (SET_VRING_CALL, call)].into_iter().all(|(request, fd)| {
                 let sent = self.f.try_send(request, VERSION | NEED_REPLY, &word.to_le_bytes(), &[fd.as_fd()]);
-                sent.is_ok() && self.answer(PATIENCE).is_some_and(|(_, body)| body == [0; 8])
+                sent.is_ok() && self.acknowledged()
             })
             && self.ask(SET_VRING_ENABLE, &Frontend::body32(index, 1), &[]);
         self.started.retain(|s| *s != q);
@@ -431,9 +452,13 @@ impl Connection {
         if self.send(GET_INFLIGHT_FD, VERSION, &[Self::words(&[0, 0]), tail].concat(), None, &[]).is_err() {
             return;
         }
-        let time = Timespec { tv_sec: 0, tv_nsec: i64::from(PATIENCE.subsec_nanos()) };
-        if poll(&mut [PollFd::new(&self.f.stream, PollFlags::IN)], Some(&time)).unwrap_or(0) == 0 {
+        // A server without inflight regions says nothing; then the answer to the next question comes at once.
+        if self.send(GET_FEATURES, VERSION, &[], None, &[]).is_err() {
             return;
+        }
+        let time = Timespec { tv_sec: PATIENCE.as_secs() as i64, tv_nsec: 0 };
+        if poll(&mut [PollFd::new(&self.f.stream, PollFlags::IN)], Some(&time)).unwrap_or(0) == 0 {
+            panic!("no answer in {PATIENCE:?}");
         }
         let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -442,19 +467,23 @@ impl Connection {
         let Ok(got) = recvmsg(&self.f.stream, buf, &mut control, RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC) else {
             return;
         };
+        if bytes[0] == GET_FEATURES as u8 {
+            return;
+        }
         let fd = control.drain().find_map(|m| match m {
             RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
             _ => None,
         });
         let Some(fd) = fd else { return };
-        if got.bytes < 32 {
+        // 12 bytes of header, 20 of body; the answer to the other question may have come along.
+        if got.bytes < 32 || got.bytes < 52 && self.answer().is_none() {
             return;
         }
         for (at, word) in changes {
             let _ = rustix::io::pwrite(&fd, &word.to_le_bytes(), u64::from(*at));
         }
-        let _ = self.f.try_send(SET_INFLIGHT_FD, VERSION | NEED_REPLY, &bytes[12..got.bytes], &[fd.as_fd()]);
-        self.answer(PATIENCE);
+        let _ = self.f.try_send(SET_INFLIGHT_FD, VERSION | NEED_REPLY, &bytes[12..32], &[fd.as_fd()]);
+        self.answers(0);
         self.kept.borrow_mut().push(fd);
     }
 
@@ -463,12 +492,15 @@ impl Connection {
         Ok(match step {
             Step::Send { request, flags, body, claims, fds } => {
                 let sent = self.send(*request, *flags, body, *claims, fds).is_ok();
-                let whole = claims.is_none_or(|c| c as usize <= body.len());
-                let wants = flags & NEED_REPLY != 0 || matches!(request, 1 | 11 | 15 | 17 | 24 | 31 | 36);
-                let answer = if whole && wants { self.answer(PATIENCE) } else { self.answer(Duration::ZERO) };
-                let said = answer.as_ref().map(|(_, body)| (body.len(), body.first().map(|b| *b > 0)));
-                seen.note(format!("{} {sent} {said:?}", char::from_u32(65 + request % 64).unwrap_or('?')));
-                sent && whole
+                // Bytes too few swallow what comes next, bytes too many are the next message.
+                let whole = claims.is_none_or(|c| c as usize == body.len());
+                if !sent || !whole {
+                    return Ok(false);
+                }
+                let answers = self.answers(usize::from(*request == GET_FEATURES));
+                let said = answers.as_ref().map(|all| all.iter().map(|a| (a.1.len() > 8, a.1.first().map(|b| *b > 0))).collect::<Vec<_>>());
+                seen.exact((request.min(&64), said));
+                answers.is_some()
             }
             Step::Raw { bytes } => self.f.send_raw(bytes, &[]).is_ok() && bytes.is_empty(),
             Step::Handshake { features } => self.handshake(*features),
@@ -483,7 +515,7 @@ impl Connection {
             Step::Stop { ring } => {
                 self.started.retain(|s| *s != usize::from(*ring));
                 let sent = self.send(GET_VRING_BASE, VERSION, &Frontend::body32((*ring).into(), 0), None, &[]);
-                sent.is_ok() && self.answer(PATIENCE).is_some()
+                sent.is_ok() && self.answers(0).is_some()
             }
             Step::Inflight { queues, size, changes } => {
                 self.inflight(*queues, *size, changes);
@@ -505,9 +537,9 @@ impl Connection {
             }
             Step::Log { size, offset, fd, on } => {
                 let _ = self.send(SET_LOG_BASE, VERSION | NEED_REPLY, &Self::words(&[*size, *offset]), None, &[*fd]);
-                self.answer(PATIENCE);
+                self.answers(0);
                 let _ = self.send(SET_LOG_FD, VERSION | NEED_REPLY, &[], None, &[Fd::Eventfd]);
-                self.answer(PATIENCE);
+                self.answers(0);
                 let bits = FEATURES | if *on { LOG_ALL } else { 0 };
                 seen.note(format!("log {}", self.ask(SET_FEATURES, &bits.to_le_bytes(), &[])));
                 true
@@ -526,11 +558,16 @@ impl Messages {
         let mut waiting = Vec::new();
         for step in &input.steps {
             match step {
-                Step::Reconnect => c = Connection::new(server),
+                Step::Reconnect => {
+                    // They would be served before the new one.
+                    waiting.clear();
+                    c = Connection::new(server);
+                }
                 Step::Queue if waiting.len() < 4 => waiting.push(UnixStream::connect(&server.socket).unwrap()),
                 Step::Queue => {}
                 step => {
                     if !c.step(step, &content, seen)? {
+                        waiting.clear();
                         c = Connection::new(server);
                     }
                 }

@@ -59,8 +59,13 @@ impl Seen {
     /// Notes an event. Numbers in the text do not count: "block 7" and "block 8" are the same event.
     pub fn note(&mut self, what: impl std::fmt::Display) {
         let text: String = what.to_string().chars().filter(|c| !c.is_ascii_digit()).collect();
+        self.exact(text);
+    }
+
+    /// The same where numbers count.
+    pub fn exact(&mut self, what: impl Hash) {
         let mut hash = DefaultHasher::new();
-        text.hash(&mut hash);
+        what.hash(&mut hash);
         self.0.push(hash.finish());
     }
 }

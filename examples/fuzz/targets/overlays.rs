@@ -216,11 +216,10 @@ impl Place {
         if read(&overlay, &made.base)? != want {
             return Err("the disk changed elsewhere than it was written".into());
         }
-        if kill {
-            drop(overlay);
-        } else {
+        if !kill {
             overlay.close().map_err(|e| format!("close: {e}"))?;
         }
+        drop(overlay);
         let again = self.open(made, true).map_err(|e| format!("taken once, then refused: {e}"))?;
         if read(&again, &made.base)? != want {
             return Err("the disk is another one after it was opened again".into());
