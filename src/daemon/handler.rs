@@ -3,6 +3,7 @@
 //! `vhost-user-backend` brings a handler of its own, but it is private and leaves no room for what a disk needs later
 //! (an inflight region, a config-change message, several connections); only its vrings are used here.
 
+use super::inflight::{Inflight, Part};
 use super::worker::{self, Worker};
 use super::{GuestMap, GuestMemory, Vring};
 use crate::device::{Disk, Geometry, Jobs};
@@ -54,6 +55,7 @@ pub struct Handler {
     mappings: Vec<Mapping>,
     rings: Vec<Ring>,
     features: u64,
+    inflight: Option<Arc<Inflight>>,
 }
 
 impl Handler {
@@ -66,7 +68,7 @@ impl Handler {
         };
         let rings = (0..num_queues).map(|_| ring()).collect::<io::Result<_>>()?;
         let geometry = disk.geometry(num_queues);
-        Ok(Handler { disk, jobs, geometry, memory, mappings: Vec::new(), rings, features: 0 })
+        Ok(Handler { disk, jobs, geometry, memory, mappings: Vec::new(), rings, features: 0, inflight: None })
     }
 
     /// Finishes what is in flight and ends the queue threads.
@@ -89,7 +91,7 @@ impl Handler {
     /// Starts or stops the ring's thread, as kick, enable and addresses now say. A ring that (re)starts is looked at
     /// without waiting for a kick: QEMU sends none after reconnecting.
     fn update(&mut self, index: u32) -> Result<()> {
-        let Handler { disk, jobs, memory, rings, features, .. } = self;
+        let Handler { disk, jobs, memory, rings, features, inflight, .. } = self;
         let ring = rings.get_mut(index as usize).ok_or(Error::InvalidParam)?;
         let (runs, kick) = {
             let state = ring.vring.get_ref();
@@ -109,6 +111,7 @@ impl Handler {
             // SAFETY: the clone was just made and its number taken; the File is its only owner.
             unsafe { File::from_raw_fd(raw) }
         };
+        let part = part_of(inflight.as_ref(), index, &ring.vring)?;
         if ring.worker.is_none() {
             let vring = ring.vring.clone();
             let worker = Worker::spawn(index as usize, vring, memory.clone(), Arc::clone(disk), Arc::clone(jobs))
@@ -120,7 +123,7 @@ impl Handler {
         }
         let write_through = *features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
         if let Some(worker) = &ring.worker {
-            worker.run(kick, write_through);
+            worker.run(kick, write_through, part);
         }
         ring.running = true;
         Ok(())
@@ -143,6 +146,14 @@ impl Handler {
         Ok(())
     }
 
+    fn inflight_fits(&self, queues: u16, size: u16) -> Result<()> {
+        if usize::from(queues) > self.rings.len() || size > QUEUE_SIZE_MAX || !size.is_power_of_two() || queues == 0 {
+            log::error!("an inflight region for {queues} queues of {size} entries is not possible");
+            return Err(Error::InvalidParam);
+        }
+        Ok(())
+    }
+
     fn guest_address(&self, user: u64) -> Result<u64> {
         self.mappings
             .iter()
@@ -153,6 +164,18 @@ impl Handler {
                 Error::InvalidParam
             })
     }
+}
+
+/// What tracks the requests of a ring, if the frontend gave a region for that.
+fn part_of(inflight: Option<&Arc<Inflight>>, index: u32, vring: &Vring) -> Result<Option<Part>> {
+    let Some(inflight) = inflight else { return Ok(None) };
+    let size = vring.get_ref().get_queue().size();
+    let part = inflight.part(index as usize, size);
+    if part.is_none() {
+        log::error!("queue {index}: the inflight region has no room for a ring of {size} entries");
+        return Err(Error::InvalidParam);
+    }
+    Ok(part)
 }
 
 /// Maps one region that the frontend shares. Pages that the file does not have would be SIGBUS later.
@@ -207,6 +230,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             ring.vring.set_queue_ready(false);
         }
         self.features = 0;
+        self.inflight = None;
         Ok(())
     }
 
@@ -381,6 +405,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE)
     }
 
@@ -413,12 +438,28 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Err(Error::InvalidOperation("not offered"))
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(Error::InvalidOperation("not offered"))
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let (queues, size) = (wanted.num_queues, wanted.queue_size);
+        self.inflight_fits(queues, size)?;
+        let file = Inflight::create(queues, size).map_err(|e| {
+            log::error!("cannot make an inflight region: {e}");
+            Error::ReqHandlerError(e)
+        })?;
+        Ok((VhostUserInflight::new(Inflight::size_of(queues, size) as u64, 0, queues, size), file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        Err(Error::InvalidOperation("not offered"))
+    fn set_inflight_fd(&mut self, told: &VhostUserInflight, file: File) -> Result<()> {
+        self.inflight_fits(told.num_queues, told.queue_size)?;
+        if self.rings.iter().any(|ring| ring.running) {
+            log::error!("the frontend changes the inflight region while a ring runs");
+            return Err(Error::InvalidParam);
+        }
+        let opened = Inflight::open(&file, told.mmap_offset, told.mmap_size, told.num_queues, told.queue_size);
+        self.inflight = Some(Arc::new(opened.map_err(|why| {
+            log::error!("the frontend's inflight region cannot be used: {why}");
+            Error::InvalidParam
+        })?));
+        Ok(())
     }
 
     fn set_device_state_fd(

@@ -5,8 +5,12 @@
 //! | [`socket`] | the listening socket |
 //! | [`handler`] | the messages of a connection |
 //! | [`worker`] | the thread of a queue |
+//! | [`inflight`] | what is in flight, for whoever comes after a crash |
+//! | [`replay`] | a chain by its head |
 
 pub mod handler;
+pub mod inflight;
+pub mod replay;
 pub mod socket;
 pub mod worker;
 

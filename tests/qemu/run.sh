@@ -9,75 +9,22 @@ cd "$(dirname "$0")/../.."
 export VMAR_BIN=${VMAR_BIN:-${CARGO_TARGET_DIR:-target}/debug/vmar}
 [ -x "$VMAR_BIN" ] || cargo build --locked
 VMAR_BIN=$(realpath "$VMAR_BIN")
-cache=$PWD/build/test-guest
 work=$(mktemp -d -t vmar-qemu.XXXXXX)
 passed=0
 
 fail() { echo "tests/qemu/run.sh: $* (logs: $work)" >&2; exit 1; }
 pass() { passed=$((passed + 1)); echo "ok $passed - $*"; }
 
-# The kernel's package is unpacked, not installed: it is the guest's, not this machine's.
-make_kernel() {
-  [ ! -e "$cache/vmlinuz" ] || return 0
-  mkdir -p "$cache/deb" && rm -rf "$cache/root"
-  local package
-  package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
-  [ -n "$package" ] || { apt-get update -qq
-    package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1); }
-  (cd "$cache/deb" && apt-get download -qq "$package" 2>/dev/null)
-  dpkg -x "$cache"/deb/linux-image-*.deb "$cache/root"
-  cp "$cache"/root/boot/vmlinuz-* "$cache/vmlinuz"
-}
-
-make_initramfs() {
-  local tree=$cache/initramfs version part
-  version=$(basename "$cache"/root/lib/modules/*)
-  rm -rf "$tree"
-  mkdir -p "$tree"/{bin,proc,sys,dev,mnt} "$tree/lib/modules/$version/kernel"
-  cp "$cache/root/lib/modules/$version"/modules.{builtin,order} "$tree/lib/modules/$version/"
-  for part in drivers/virtio drivers/block/virtio_blk.ko fs/ext4 fs/jbd2 fs/mbcache.ko lib crypto; do
-    (cd "$cache/root/lib/modules/$version/kernel" && [ ! -e "$part" ] ||
-      cp -a --parents "$part" "$tree/lib/modules/$version/kernel/")
-  done
-  depmod -b "$tree" "$version"
-  cp "$(command -v busybox)" "$tree/bin/busybox"
-  cp tests/qemu/init "$tree/init"
-  chmod +x "$tree/init"
-  (cd "$tree" && find . | cpio --quiet -o -H newc | gzip -1) >"$cache/initrd"
-}
-
-# make_image NAME SEED: 96 MiB, a partition at 1 MiB with ext4; most files are the same in both images.
-make_image() {
-  local name=$1 files=$work/files-$1
-  mkdir -p "$files/share"
-  for module in "$cache"/root/lib/modules/*/kernel/drivers/net/ethernet/*; do
-    cp -r "$module" "$files/share/"
-    [ "$(du -sm "$files/share" | cut -f1)" -lt 30 ] || break
-  done
-  cp "$cache/vmlinuz" "$files/share/"
-  head -c 3000000 /dev/urandom >"$files/only-$name"
-  (cd "$files" && find . -type f -print0 | sort -z | xargs -0 sha256sum >"$work/sums" && mv "$work/sums" SUMS)
-  mke2fs -q -t ext4 -d "$files" "$work/$name.fs" 95M >/dev/null
-  truncate -s 1M "$work/$name.raw"
-  # One partition, type 83, from sector 2048 on.
-  printf '2048,,83\n' >"$work/table"
-  cat "$work/$name.fs" >>"$work/$name.raw"
-  sfdisk -q "$work/$name.raw" <"$work/table" >/dev/null 2>&1
-  rm -rf "$work/$name.fs" "$files"
-  cp "$cache/vmlinuz" "$work/$name.vmlinuz"
-  cp "$cache/initrd" "$work/$name.initrd"
-  echo "console=ttyS0 panic=-1 quiet vmar.name=$name" >"$work/$name.cmdline"
-}
-
 echo "preparing the guest in $work"
 # shellcheck source=qemu-scripts/common.sh
 . qemu-scripts/common.sh
-need_qemu
-need cpio:cpio busybox:busybox-static sfdisk:fdisk depmod:kmod
-make_kernel
-make_initramfs
-make_image left
-make_image right
+# shellcheck source=tests/qemu/guest.sh
+. tests/qemu/guest.sh
+guest_need
+guest_kernel
+guest_initramfs "$work/initrd" tests/qemu/init
+guest_image left "$work/initrd"
+guest_image right "$work/initrd"
 
 vmar() { "$VMAR_BIN" --library "$work/library" "$@"; }
 vmar library init "$work/library"
