@@ -75,7 +75,7 @@ fn create(common: &Common, file: &Path, image: &str, size: Option<u64>) -> Resul
     let backing = std::path::absolute(&raw).map_err(|e| Error::io(&raw, "find", e))?;
     let size = size.unwrap_or(record.size);
     let base = BaseIdentity { digest: record.digest, generation: record.generation, size: record.size };
-    overlay::create(file, &CreateOptions { backing: &backing, base, size })?;
+    overlay::create(file, &CreateOptions { backing: &backing, base, size, capacity: size })?;
     println!("{}: a disk of {} on image {image}", file.display(), human_bytes(size));
     Ok(())
 }
@@ -135,6 +135,7 @@ fn print_info(info: &Info) {
 fn info_json(info: &Info) -> serde_json::Value {
     serde_json::json!({
         "size": info.size,
+        "capacity": info.capacity,
         "base": {
             "path": info.backing.display().to_string(),
             "digest": hex(&info.base.digest),

@@ -72,6 +72,12 @@ pub(super) fn set_zero(words: &[AtomicU64], subs: Range<u64>, changed: impl FnMu
     change(words, subs, |word, mask| (word | mask << 32) & !mask, changed);
 }
 
+/// Marks those subclusters of a range that are data as reading zeros and leaves the others; calls `changed` with each word
+/// that became another one.
+pub(super) fn data_to_zero(words: &[AtomicU64], subs: Range<u64>, changed: impl FnMut(usize)) {
+    change(words, subs, |word, mask| (word & !mask) | (word & mask) << 32, changed);
+}
+
 /// The one place that changes words: a compare-and-swap that sets one bit of a subcluster and clears its twin.
 /// Release: who sees the bit sees the data that was written before it.
 fn change(words: &[AtomicU64], subs: Range<u64>, f: impl Fn(u64, u64) -> u64, mut changed: impl FnMut(usize)) {

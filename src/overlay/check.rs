@@ -14,6 +14,8 @@ use std::sync::atomic::Ordering;
 pub struct Info {
     /// Bytes of the disk.
     pub size: u64,
+    /// Bytes that it can grow to.
+    pub capacity: u64,
     /// The base image that it was made for.
     pub base: BaseIdentity,
     /// The path of that image.
@@ -79,7 +81,8 @@ pub fn inspect(path: &Path, state_dir: &Path) -> Result<Info> {
     };
     scan::all(&disk, &layout, Err, count).map_err(|stop| stopped(path, stop))?;
     Ok(Info {
-        size: layout.size,
+        size: header.size,
+        capacity: layout.capacity,
         base: header.extension.base,
         backing: header.backing,
         session,

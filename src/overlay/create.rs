@@ -14,15 +14,21 @@ use std::path::{Path, PathBuf};
 
 /// Makes a new overlay at `path`. Never overwrites; the file appears complete and durable or not at all.
 ///
-/// It takes 256 KiB per GiB of the disk (L2 tables) plus 32 KiB per GiB (refcounts); the data area is a hole.
+/// It takes 256 KiB per GiB of the capacity (L2 tables) plus 32 KiB per GiB (refcounts); the data area is a hole.
 pub fn create(path: &Path, opts: &CreateOptions<'_>) -> Result<()> {
     check_options(path, opts)?;
     if fs::symlink_metadata(path).is_ok() {
         return Err(exists(path));
     }
-    let layout = Layout::new(opts.size);
-    let extension =
-        Extension { base: opts.base, l2_start: layout.l2, data_start: layout.data, session: Session::CLOSED };
+    let layout = Layout::new(opts.size, opts.capacity);
+    let extension = Extension {
+        base: opts.base,
+        l2_start: layout.l2,
+        data_start: layout.data,
+        session: Session::CLOSED,
+        capacity: layout.capacity,
+        flushes: 0,
+    };
     let header = header::encode(path, &layout, opts.backing, &extension)?;
     let dir = match path.parent() {
         Some(dir) if !dir.as_os_str().is_empty() => dir,
@@ -47,6 +53,11 @@ fn check_options(path: &Path, opts: &CreateOptions<'_>) -> Result<()> {
     }
     if opts.size > IMAGE_SIZE_MAX {
         return refuse(format!("a disk of {} bytes is larger than 16 TiB, the most that vmar handles", opts.size));
+    }
+    if opts.capacity < opts.size || !opts.capacity.is_multiple_of(SECTOR_SIZE) || opts.capacity > IMAGE_SIZE_MAX {
+        let cause = format!("a disk of {} bytes cannot have a capacity of {}", opts.size, opts.capacity);
+        let mend = format!("give a multiple of 512 from {} bytes to 16 TiB (--capacity)", opts.size);
+        return Err(Error::file(ErrorKind::Usage, path, cause).mend(mend));
     }
     if opts.size < opts.base.size {
         return refuse(format!("the disk ({} bytes) is smaller than its base ({} bytes)", opts.size, opts.base.size));

@@ -33,10 +33,15 @@ const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 /// "VMAR".
 pub(super) const EXT_VMAR: u32 = 0x564d_4152;
 /// Version of our extension.
-const EXT_VERSION: u32 = 1;
-const EXT_LEN: usize = 104;
-/// Where session and boot ID stand in our extension.
+const EXT_VERSION: u32 = 2;
+const EXT_LEN: usize = 120;
+/// What version 1 had of it.
+const EXT_LEN_1: usize = 104;
+/// Where session and boot ID, and the flush counter stand in our extension.
 const EXT_SESSION_AT: usize = 72;
+const EXT_FLUSHES_AT: usize = 112;
+/// Where size and autoclear bits stand in the header.
+const SIZE_AT: usize = 24;
 const AUTOCLEAR_AT: usize = 88;
 
 /// Our header extension.
@@ -46,6 +51,10 @@ pub(super) struct Extension {
     pub l2_start: u64,
     pub data_start: u64,
     pub session: Session,
+    /// Bytes of disk that the metadata is laid out for.
+    pub capacity: u64,
+    /// Counts the flushes that changed something; never goes back while a session is open.
+    pub flushes: u64,
 }
 
 /// The session part of the extension: all zeros when the overlay was stopped cleanly.
@@ -76,23 +85,31 @@ impl Extension {
         }
         out.extend(self.session.id);
         out.extend(self.session.boot);
+        out.extend(self.capacity.to_be_bytes());
+        out.extend(self.flushes.to_be_bytes());
         let mut array = [0; EXT_LEN];
         array.copy_from_slice(&out);
         array
     }
 
-    fn parse(path: &Path, bytes: &[u8]) -> Result<Extension> {
+    /// With `old_of`, the size of the disk, version 1 is taken too: it had no room to grow.
+    fn parse(path: &Path, bytes: &[u8], old_of: Option<u64>) -> Result<Extension> {
         let mut c = Cursor::new(bytes);
         let version = c.u32_be().ok_or_else(|| short(path))?;
-        if version != EXT_VERSION {
-            return Err(Error::file(
-                ErrorKind::Unsupported,
-                path,
-                format!("vmar overlay format {version}; this vmar knows format {EXT_VERSION}"),
-            )
-            .mend("use the vmar that wrote it, or a newer one"));
+        let mut longer = bytes.to_vec();
+        if let (1, Some(size)) = (version, old_of) {
+            longer.truncate(EXT_LEN_1);
+            longer.extend(size.to_be_bytes());
+            longer.extend([0; 8]);
+        } else if version != EXT_VERSION {
+            let cause = format!("vmar overlay format {version}; this vmar knows format {EXT_VERSION}");
+            let mend = match version {
+                1 => format!("rewrite it with 'vmar overlay relayout {}'", path.display()),
+                _ => "use the vmar that wrote it, or a newer one".to_string(),
+            };
+            return Err(Error::file(ErrorKind::Unsupported, path, cause).mend(mend));
         }
-        if bytes.len() != EXT_LEN {
+        if longer.len() != EXT_LEN {
             return Err(short(path));
         }
         let parse = |c: &mut Cursor| {
@@ -102,10 +119,17 @@ impl Extension {
                 l2_start: c.u64_be()?,
                 data_start: c.u64_be()?,
                 session: Session { id: c.array()?, boot: c.array()? },
+                capacity: c.u64_be()?,
+                flushes: c.u64_be()?,
             })
         };
+        let mut c = Cursor::new(&longer[4..]);
         parse(&mut c).ok_or_else(|| short(path))
     }
+}
+
+fn wrong(path: &Path, what: &str, found: u64) -> Error {
+    Error::file(ErrorKind::Corrupt, path, format!("{what} is {found}, which vmar never writes"))
 }
 
 fn short(path: &Path) -> Error {
@@ -197,6 +221,17 @@ fn feature_names() -> Vec<u8> {
 impl Header {
     /// Parses and checks the first cluster of a file (`bytes` may be shorter for a shorter file).
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Header> {
+        Header::parse_versions(path, bytes, false)
+    }
+
+    /// The same, for rewriting a file: one with version 1 of our extension is taken as if its capacity were its size. Such a
+    /// header must not be written back.
+    #[allow(dead_code)] // for `relayout`
+    pub fn parse_also_old(path: &Path, bytes: &[u8]) -> Result<Header> {
+        Header::parse_versions(path, bytes, true)
+    }
+
+    fn parse_versions(path: &Path, bytes: &[u8], also_old: bool) -> Result<Header> {
         let bytes = bytes.get(..index(CLUSTER)).unwrap_or(bytes);
         let fields = Fields::read(bytes).ok_or_else(|| {
             if bytes.get(..4) == Some(&MAGIC.to_be_bytes()) {
@@ -211,8 +246,12 @@ impl Header {
             return Err(no_overlay(path, "is a qcow2 file, but vmar did not make it (no vmar header extension)"));
         };
         let payload = bytes.get(extension_at..extension_at + extension_len).ok_or_else(|| short(path))?;
-        let extension = Extension::parse(path, payload)?;
+        let extension = Extension::parse(path, payload, also_old.then_some(fields.size))?;
         fields.check_geometry(path)?;
+        let capacity = extension.capacity;
+        if capacity == 0 || !capacity.is_multiple_of(SECTOR_SIZE) || capacity > IMAGE_SIZE_MAX {
+            return Err(wrong(path, "the capacity in vmar's extension", capacity));
+        }
 
         let (name_at, name_len) = (index(fields.backing_at), fields.backing_len as usize);
         let name = name_at.checked_add(name_len).and_then(|end| bytes.get(name_at..end));
@@ -241,6 +280,11 @@ impl Header {
         self.autoclear & AUTOCLEAR_VMAR != 0
     }
 
+    /// True if some other writer has left autoclear bits of its own.
+    pub fn has_foreign_autoclear(&self) -> bool {
+        self.autoclear & !AUTOCLEAR_VMAR != 0
+    }
+
     /// The bytes to write at offset 0 for another session. Nothing but the session and the autoclear bits changes, and
     /// nothing moves: whichever sectors of this write reach the disk before a power cut, the header can be parsed.
     /// Bits that are not ours are cleared, as the qcow2 specification asks of a writer that does not maintain what
@@ -253,6 +297,29 @@ impl Header {
         self.bytes[at..at + 16].copy_from_slice(&session.id);
         self.bytes[at + 16..at + 32].copy_from_slice(&session.boot);
         &self.bytes
+    }
+
+    /// The bytes of another virtual size, and where they go: one aligned word, which no power cut tears.
+    pub fn with_size(&mut self, size: u64) -> ([u8; 8], u64) {
+        self.size = size;
+        self.patch(SIZE_AT, size)
+    }
+
+    /// The bytes of another flush counter, and where they go: one aligned word, which no power cut tears.
+    pub fn with_flushes(&mut self, flushes: u64) -> ([u8; 8], u64) {
+        self.extension.flushes = flushes;
+        self.patch(self.extension_at + EXT_FLUSHES_AT, flushes)
+    }
+
+    /// Where the flush counter is in the file.
+    pub fn flushes_at(&self) -> u64 {
+        (self.extension_at + EXT_FLUSHES_AT) as u64
+    }
+
+    fn patch(&mut self, at: usize, value: u64) -> ([u8; 8], u64) {
+        let word = value.to_be_bytes();
+        self.bytes[at..at + 8].copy_from_slice(&word);
+        (word, at as u64)
     }
 }
 
@@ -359,9 +426,7 @@ impl Fields {
 
     /// What vmar chose at creation and nobody changes afterwards.
     fn check_geometry(&self, path: &Path) -> Result<()> {
-        let wrong = |what: &str, found: u64| {
-            Err(Error::file(ErrorKind::Corrupt, path, format!("{what} is {found}, which vmar never writes")))
-        };
+        let wrong = |what: &str, found: u64| Err(wrong(path, what, found));
         if self.incompatible & INCOMPATIBLE_EXTENDED_L2 == 0 {
             return wrong("the feature bit of extended L2 entries", 0);
         }

@@ -1,4 +1,5 @@
-//! Where everything in the file is: a pure function of the disk's size (see `FORMAT.md`).
+//! Where everything in the file is: a pure function of the capacity, the largest size that the disk may grow to (see
+//! `FORMAT.md`).
 //!
 //! ```text
 //! | header | refcount table | refcount blocks | L1 | every L2 table, in order | data area |
@@ -36,12 +37,15 @@ pub(super) const fn index(n: u64) -> usize {
     n as usize
 }
 
-/// The layout of an overlay for a disk of `size` bytes.
+/// The layout of an overlay for a disk that can grow to `capacity` bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
-    /// Virtual size of the disk.
+    /// Virtual size of the disk in the header that this was made for. Nothing else depends on it, and it grows while the
+    /// overlay is open: `Overlay::size` is the one that counts then.
     pub size: u64,
-    /// Data clusters, a partial last one included.
+    /// Bytes of disk that there is room for.
+    pub capacity: u64,
+    /// Data clusters of the capacity, a partial last one included.
     pub clusters: u64,
     pub refcount_table: u64,
     pub refcount_table_clusters: u64,
@@ -55,9 +59,10 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    /// The layout for a disk of `size` bytes (at most 16 TiB; the caller has checked that).
-    pub fn new(size: u64) -> Layout {
-        let clusters = size.div_ceil(CLUSTER);
+    /// The layout for a disk of `size` bytes that can grow to `capacity` (not less, at most 16 TiB; the caller has checked
+    /// that).
+    pub fn new(size: u64, capacity: u64) -> Layout {
+        let clusters = capacity.div_ceil(CLUSTER);
         let l2_tables = clusters.div_ceil(L2_ENTRIES);
         let l1_clusters = (l2_tables * 8).div_ceil(CLUSTER);
         // Refcount blocks count themselves and their table too. The number grows with the total and the total with the
@@ -77,6 +82,7 @@ impl Layout {
         let l2 = l1 + l1_clusters * CLUSTER;
         Layout {
             size,
+            capacity,
             clusters,
             refcount_table: CLUSTER,
             refcount_table_clusters: table,
@@ -116,6 +122,9 @@ impl Layout {
 
     /// Compares with what a header says; the text names the first difference.
     pub fn agrees_with(&self, header: &Header) -> Result<(), String> {
+        if header.size > self.capacity {
+            return Err(format!("a disk of {} bytes has no room in a capacity of {}", header.size, self.capacity));
+        }
         let fields = [
             ("the refcount table", header.refcount_table, self.refcount_table),
             (
@@ -141,7 +150,7 @@ mod tests {
 
     #[test]
     fn a_gigabyte_takes_256_kib_of_l2_tables() {
-        let l = Layout::new(1 << 30);
+        let l = Layout::new(1 << 29, 1 << 30);
         assert_eq!((l.clusters, l.l2_tables), (16384, 4));
         assert_eq!((l.refcount_table_clusters, l.refcount_block_count), (1, 1));
         assert_eq!(
@@ -159,7 +168,7 @@ mod tests {
             sizes.extend((0..40).map(|back| (border - back) * CLUSTER));
         }
         for size in sizes {
-            let l = Layout::new(size);
+            let l = Layout::new(512, size);
             assert!(l.clusters * CLUSTER >= size && (l.clusters - 1) * CLUSTER < size);
             assert!(l.refcount_block_count * REFCOUNTS >= l.file_clusters(), "{size}");
             assert!((l.refcount_block_count - 1) * REFCOUNTS < l.file_clusters(), "{size}");

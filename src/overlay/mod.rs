@@ -18,9 +18,10 @@
 //! | `create` | writes a new file |
 //! | `bits` | words of subcluster states, runs, dirty marks |
 //! | `live` | the live bitmap file |
+//! | `seal` | tells whether the file was written anew under a session |
 //! | `session` | file lock, boot ID, which bitmap is the truth |
 //! | `lock` | range locks of writers |
-//! | `write`, `flush` | the two things that change an overlay |
+//! | `write`, `flush`, `resize` | the three things that change an overlay |
 //! | `disk` | the only place from which the file is written and synced |
 //! | `check` | what `vmar overlay info` and `check` show |
 
@@ -33,7 +34,9 @@ mod header;
 mod layout;
 mod live;
 mod lock;
+mod resize;
 mod scan;
+mod seal;
 mod session;
 #[cfg(test)]
 mod tests;
@@ -81,6 +84,9 @@ pub struct CreateOptions<'a> {
     pub base: BaseIdentity,
     /// Bytes of the disk: a multiple of 512, not less than the base, at most 16 TiB.
     pub size: u64,
+    /// Bytes that the disk can grow to while it is in use: a multiple of 512, not less than `size`, at most 16 TiB. Each
+    /// GiB of it costs 288 KiB of metadata in the file and 128 KiB of tmpfs while the overlay is open.
+    pub capacity: u64,
 }
 
 /// How to open an overlay.
@@ -118,9 +124,28 @@ impl Words {
         }
     }
 
+    fn live(&self) -> Option<&LiveFile> {
+        match self {
+            Words::Live(live) => Some(live),
+            Words::Private(_) => None,
+        }
+    }
+
     fn set_failed(&self) {
-        if let Words::Live(live) = self {
+        if let Some(live) = self.live() {
             live.set_failed();
+        }
+    }
+
+    fn begin_counting(&self, flushes: u64) {
+        if let Some(live) = self.live() {
+            live.begin_counting(flushes);
+        }
+    }
+
+    fn end_counting(&self, flushes: u64) {
+        if let Some(live) = self.live() {
+            live.end_counting(flushes);
         }
     }
 
@@ -141,6 +166,9 @@ pub struct Overlay {
     path: PathBuf,
     disk: Disk,
     layout: Layout,
+    /// Bytes of the disk. Grows, and only in `resize`.
+    size: AtomicU64,
+    resizing: Mutex<()>,
     header: Mutex<Header>,
     words: Words,
     dirty: Dirty,
@@ -178,7 +206,13 @@ impl Overlay {
             Ending::Lost(loss) => return Err(loss.refusal(path, &header, opts.state_dir)),
         };
         let words = match live {
-            Some(live) => take_up(path, &disk, &layout, live, &dirty, opts.read_only)?,
+            Some(live) => {
+                let words = take_up(path, &disk, &layout, live, &dirty, opts.read_only)?;
+                if !opts.read_only {
+                    go_on(path, &disk, &mut header, &words)?;
+                }
+                words
+            }
             None if opts.read_only => {
                 let words: Box<[AtomicU64]> = (0..layout.clusters).map(|_| AtomicU64::new(0)).collect();
                 load(path, &disk, &layout, &words)?;
@@ -190,6 +224,8 @@ impl Overlay {
             path: path.to_path_buf(),
             disk,
             layout,
+            size: AtomicU64::new(header.size),
+            resizing: Mutex::new(()),
             words,
             dirty,
             locks: RangeLocks::default(),
@@ -202,9 +238,14 @@ impl Overlay {
         })
     }
 
-    /// Bytes of the disk.
+    /// Bytes of the disk, now.
     pub fn size(&self) -> u64 {
-        self.layout.size
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Bytes that the disk can grow to.
+    pub fn capacity(&self) -> u64 {
+        self.layout.capacity
     }
 
     /// The base image that it was made for.
@@ -232,8 +273,22 @@ impl Overlay {
     /// bitmap: no allocation, no lock, no system call. What is behind the end of the disk is not covered.
     pub fn runs(&self, offset: u64, len: u64) -> Runs<'_> {
         debug_assert!(offset.is_multiple_of(SECTOR_SIZE) && len.is_multiple_of(SECTOR_SIZE), "{offset}+{len}");
-        let end = offset.saturating_add(len).min(self.layout.size);
+        let end = offset.saturating_add(len).min(self.size());
         Runs::new(self.words.get(), offset..end)
+    }
+
+    /// False while the guest has its disk's write cache switched off (CONFIG_WCE): every write then has to be followed by a
+    /// [`flush`](Self::flush), which is the caller's business.
+    pub fn write_cache(&self) -> bool {
+        !self.words.live().is_some_and(LiveFile::write_through)
+    }
+
+    /// Remembers what the guest chose, also for the process that comes after this one is killed: QEMU does not tell it
+    /// again after a reconnect. A session begins with the cache on. Does nothing on an overlay that is only read.
+    pub fn set_write_cache(&self, on: bool) {
+        if let Some(live) = self.words.live() {
+            live.set_write_through(!on);
+        }
     }
 
     /// Stops cleanly: flushes, closes the session in the file, removes the live bitmap. Waits for writes in flight; later
@@ -268,7 +323,7 @@ fn read_metadata(path: &Path, file: File) -> Result<(Disk, Header, Layout)> {
     let mut bytes = vec![0; index(len.min(CLUSTER))];
     disk.file().read_exact_at(&mut bytes, 0).map_err(|e| Error::io(path, "read", e))?;
     let header = Header::parse(path, &bytes)?;
-    let layout = Layout::new(header.size);
+    let layout = Layout::new(header.size, header.extension.capacity);
     layout.agrees_with(&header).map_err(|what| stopped(path, Stop::Fault(Fault::Layout(what))))?;
     if len < layout.data {
         return Err(stopped(path, Stop::Fault(scan::cut_off(len, &layout))));
@@ -325,12 +380,24 @@ fn take_up(path: &Path, disk: &Disk, layout: &Layout, live: LiveFile, dirty: &Di
     Ok(Words::Private(words.iter().map(|w| AtomicU64::new(w.load(Ordering::Acquire))).collect()))
 }
 
+/// What a session that is taken up needs besides its words.
+fn go_on(path: &Path, disk: &Disk, header: &mut Header, words: &Words) -> Result<()> {
+    words.end_counting(header.extension.flushes);
+    if header.has_foreign_autoclear() {
+        let session = header.extension.session;
+        write_header(disk, header, session).map_err(|e| Error::io(path, "go on with the session in", e))?;
+    }
+    Ok(())
+}
+
 /// Begins a session: the live bitmap first, then the header that names it, so that a session that is open always had one.
 fn begin(path: &Path, disk: &Disk, layout: &Layout, header: &mut Header, state_dir: &Path) -> Result<Words> {
     let session = session::begin(session::boot_id()?)?;
     let id = LiveId::of(disk.file(), session, layout.clusters).map_err(|e| Error::io(path, "look at", e))?;
     let mut live = LiveFile::create(state_dir, &id)?;
     load(path, disk, layout, live.words())?;
+    live.end_counting(header.extension.flushes);
+    live.set_seal(seal::set(disk.file()));
     live.publish()?;
     // If this fails half-way, the new bitmap stays: the header may name it by now, and if it does not, `remove_stale` of
     // the next open takes it away.

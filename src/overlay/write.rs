@@ -59,6 +59,11 @@ impl Span {
     }
 }
 
+/// The subclusters that a range of bytes touches.
+fn subs_of(range: &Range<u64>) -> Range<u64> {
+    range.start >> SUB_BITS..range.end.div_ceil(SUB)
+}
+
 /// Zeros to write, a subcluster of them.
 static ZEROS: [u8; SUB_LEN] = [0; SUB_LEN];
 
@@ -77,9 +82,10 @@ impl Overlay {
     /// `Ok(true)`: done. `Ok(false)`: nothing was done, because a subcluster that is covered only partly has to be filled,
     /// or somebody else is changing one of them; the caller goes to `write` on a thread that may block.
     pub fn try_write(&self, offset: u64, bufs: &[IoBuf]) -> io::Result<bool> {
-        let span = self.span(offset, total_len(bufs) as u64)?;
-        let Some(_guard) = self.locks.try_lock(span.subs()) else { return Ok(false) };
+        let range = self.range(offset, total_len(bufs) as u64)?;
+        let Some(_guard) = self.locks.try_lock(subs_of(&range)) else { return Ok(false) };
         self.check_open()?;
+        let span = self.span(range);
         if span.partial_head && self.state(span.first_sub) != State::Data
             || span.partial_tail && self.state(span.end_sub - 1) != State::Data
         {
@@ -96,17 +102,18 @@ impl Overlay {
     /// On an error the bits are not set, so what was in no overlay before still is not; sectors that were data before may
     /// hold old or new content, as on any disk.
     pub fn write(&self, offset: u64, bufs: &[IoBuf], base: &dyn BaseRead) -> io::Result<()> {
-        let span = self.span(offset, total_len(bufs) as u64)?;
-        let _guard = self.locks.lock(span.subs());
+        let range = self.range(offset, total_len(bufs) as u64)?;
+        let _guard = self.locks.lock(subs_of(&range));
         self.check_open()?;
-        self.write_locked(span, bufs, base)
+        self.write_locked(self.span(range), bufs, base)
     }
 
     /// Makes `[offset, offset + len)` (multiples of 512) read as zeros; with `unmap` the space in the file is given back.
     pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool, base: &dyn BaseRead) -> io::Result<()> {
-        let span = self.span(offset, len)?;
-        let _guard = self.locks.lock(span.subs());
+        let range = self.range(offset, len)?;
+        let _guard = self.locks.lock(subs_of(&range));
         self.check_open()?;
+        let span = self.span(range);
         let whole = span.whole_subs();
         if whole.start >= whole.end {
             // One partial subcluster, or two that meet.
@@ -134,13 +141,13 @@ impl Overlay {
         }
         // SAFETY: ZEROS is static, and `write_locked` only writes from it.
         let zeros = unsafe { piece_of(&ZEROS[..index(range.end - range.start)]) };
-        self.write_locked(Span::new(range.start, range.end, self.layout.size), &[zeros], base)
+        self.write_locked(self.span(range), &[zeros], base)
     }
 
     /// A write whose range lock is held: one `pwritev` of the list between what fills its first and last subcluster.
     fn write_locked(&self, span: Span, bufs: &[IoBuf], base: &dyn BaseRead) -> io::Result<()> {
         let first = span.first_sub << SUB_BITS;
-        let last_end = (span.end_sub << SUB_BITS).min(self.layout.size);
+        let last_end = (span.end_sub << SUB_BITS).min(self.size());
         let (mut head, mut tail) = ([0; SUB_LEN], [0; SUB_LEN]);
         let head = &mut head[..index(span.start - first)];
         let tail = &mut tail[..index(last_end - span.end)];
@@ -178,7 +185,7 @@ impl Overlay {
         Ok(true)
     }
 
-    fn state(&self, sub: u64) -> State {
+    pub(super) fn state(&self, sub: u64) -> State {
         state_in_word(self.words.get()[index(sub / SUBS)].load(Ordering::Acquire), sub % SUBS)
     }
 
@@ -186,25 +193,29 @@ impl Overlay {
         bits::set_data(self.words.get(), subs, |word| self.dirty.mark(word));
     }
 
+    /// The span of a checked range, whose lock is held: only then does the disk not end elsewhere a moment later.
+    fn span(&self, range: Range<u64>) -> Span {
+        Span::new(range.start, range.end, self.size())
+    }
+
     /// Checks a range that may come from a guest.
-    fn span(&self, offset: u64, len: u64) -> io::Result<Span> {
+    fn range(&self, offset: u64, len: u64) -> io::Result<Range<u64>> {
         if self.read_only {
             return Err(io::Error::from_raw_os_error(libc::EROFS));
         }
-        let end = offset.checked_add(len).filter(|end| *end <= self.layout.size);
+        let size = self.size();
+        let end = offset.checked_add(len).filter(|end| *end <= size);
         match end {
-            Some(end) if offset.is_multiple_of(SECTOR_SIZE) && len.is_multiple_of(SECTOR_SIZE) => {
-                Ok(Span::new(offset, end, self.layout.size))
-            }
+            Some(end) if offset.is_multiple_of(SECTOR_SIZE) && len.is_multiple_of(SECTOR_SIZE) => Ok(offset..end),
             _ => Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                format!("bytes {offset}+{len} are not whole sectors of a disk of {} bytes", self.layout.size),
+                format!("bytes {offset}+{len} are not whole sectors of a disk of {size} bytes"),
             )),
         }
     }
 
     /// Called with a range lock held: `close` takes all of them before it says that it is closed.
-    fn check_open(&self) -> io::Result<()> {
+    pub(super) fn check_open(&self) -> io::Result<()> {
         if self.closed.load(Ordering::Acquire) { Err(io::Error::other("the overlay is closed")) } else { Ok(()) }
     }
 }

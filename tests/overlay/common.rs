@@ -14,6 +14,7 @@ pub struct Fixture {
     pub base: Vec<u8>,
     pub overlay: PathBuf,
     size: u64,
+    pub capacity: u64,
 }
 
 impl BaseRead for Fixture {
@@ -36,13 +37,17 @@ impl Fixture {
     }
 
     pub fn with_sizes(base_size: u64, size: u64) -> Fixture {
+        Fixture::with_capacity(base_size, size, size)
+    }
+
+    pub fn with_capacity(base_size: u64, size: u64, capacity: u64) -> Fixture {
         let dir = tempfile::tempdir().unwrap();
         let base_path = dir.path().join("base.raw");
         // Every sector is different, so that a wrong one shows.
         let base: Vec<u8> = (0..base_size / 512).flat_map(|s| [(s * 37 % 251) as u8 + 1; 512]).collect();
         fs::write(&base_path, &base).unwrap();
         let overlay = dir.path().join("o.qcow2");
-        let fx = Fixture { dir, base_path, base, overlay, size };
+        let fx = Fixture { dir, base_path, base, overlay, size, capacity };
         overlay::create(&fx.overlay, &fx.create_options()).unwrap();
         fx
     }
@@ -56,7 +61,7 @@ impl Fixture {
     }
 
     pub fn create_options(&self) -> CreateOptions<'_> {
-        CreateOptions { backing: &self.base_path, base: self.identity(), size: self.size }
+        CreateOptions { backing: &self.base_path, base: self.identity(), size: self.size, capacity: self.capacity }
     }
 
     pub fn state_dir(&self) -> PathBuf {

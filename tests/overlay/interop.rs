@@ -56,8 +56,12 @@ fn the_header_is_golden() {
     let fx = Fixture::with_sizes(MIB, 3 << 30);
     let path = fx.dir.path().join("golden.qcow2");
     let base = BaseIdentity { digest: [0xd1; 32], generation: 7, size: MIB };
-    overlay::create(&path, &CreateOptions { backing: Path::new("/images/web.raw"), base, size: 3 << 30 }).unwrap();
-    let mut bytes = vec![0; 384];
+    overlay::create(
+        &path,
+        &CreateOptions { backing: Path::new("/images/web.raw"), base, size: 3 << 30, capacity: 5 << 30 },
+    )
+    .unwrap();
+    let mut bytes = vec![0; 400];
     File::open(&path).unwrap().read_exact_at(&mut bytes, 0).unwrap();
     let dump: Vec<String> = bytes.chunks(16).map(vmar::codec::hex).collect();
     assert_eq!(dump.join("\n"), include_str!("header.hex").trim_end());
@@ -87,6 +91,9 @@ fn create_never_overwrites_and_leaves_nothing_behind() {
         (CreateOptions { size: 1000, ..opts }, "multiple of 512"),
         (CreateOptions { size: (16 << 40) + 512, ..opts }, "larger than 16 TiB"),
         (CreateOptions { size: 512, ..opts }, "smaller than its base"),
+        (CreateOptions { capacity: opts.size - 512, ..opts }, "cannot have a capacity of"),
+        (CreateOptions { capacity: opts.size + 100, ..opts }, "cannot have a capacity of"),
+        (CreateOptions { capacity: (16 << 40) + 512, ..opts }, "cannot have a capacity of"),
         (CreateOptions { backing: Path::new("base.raw"), ..opts }, "not absolute"),
         (CreateOptions { backing: Path::new(&format!("/{}", "x".repeat(1023))), ..opts }, "qcow2 takes 1023"),
     ] {
@@ -361,4 +368,97 @@ fn a_commit_to_a_copy_of_the_base_gives_the_disk() {
     drop(o);
     qemu(&["qemu-img", "commit", "-q", "-f", "qcow2", path_str(&fx.overlay)]);
     assert!(fs::read(&fx.base_path).unwrap() == want);
+}
+
+#[test]
+fn room_to_grow_does_not_disturb_qemu() {
+    // The disk ends in the middle of a subcluster, and several L2 tables before its capacity.
+    let fx = Fixture::with_capacity(MIB, 5 * MIB + 512, 1 << 30);
+    qemu_check(&fx.overlay);
+    qemu_io(&fx, &["write -P 7 0 512", "write -P 8 5m 512", "write -z 1m 64k"]);
+    qemu_check(&fx.overlay);
+    assert_eq!(overlay::check(&fx.overlay).unwrap(), Vec::<String>::new());
+    let mut want = fx.base.clone();
+    want.resize(fx.size() as usize, 0);
+    want[..512].fill(7);
+    want[5 * MIB as usize..].fill(8);
+    let o = fx.open();
+    assert_eq!((o.size(), o.capacity()), (fx.size(), 1 << 30));
+    assert!(read_all(&o, &fx) == want);
+    o.close().unwrap();
+    drop(o);
+    assert!(convert(&fx) == want);
+    // vmar's growth, with the session open.
+    let o = fx.open();
+    o.resize(5 * MIB + 1024).unwrap();
+    qemu_check(&fx.overlay);
+    drop(o);
+    want.resize(5 * MIB as usize + 1024, 0);
+    assert!(convert(&fx) == want);
+    let o = fx.open();
+    assert!(read_all(&o, &fx) == want);
+    o.close().unwrap();
+    drop(o);
+    // QEMU's own growth moves nothing as long as there is room.
+    qemu(&["qemu-img", "resize", "-q", "-f", "qcow2", path_str(&fx.overlay), "6M"]);
+    qemu_check(&fx.overlay);
+    want.resize(6 * MIB as usize, 0);
+    let o = fx.open();
+    assert!(read_all(&o, &fx) == want);
+    o.close().unwrap();
+}
+
+#[test]
+fn what_qemu_cut_off_does_not_come_back_when_the_disk_grows() {
+    let fx = Fixture::with_capacity(MIB, 2 * MIB, 3 * MIB);
+    let mut want = fx.base.clone();
+    want.resize(3 * MIB as usize, 0);
+    let o = fx.open();
+    let end = 2 * MIB as usize;
+    write(&o, &fx, 2 * MIB - 16384, &[9; 16384]);
+    want[end - 16384..end].fill(9);
+    o.close().unwrap();
+    drop(o);
+    // Inside the last cluster and in the middle of a subcluster: QEMU keeps the data behind the new end, and its bits.
+    let cut = 2 * MIB - 8192 + 512;
+    qemu(&["qemu-img", "resize", "-q", "--shrink", "-f", "qcow2", path_str(&fx.overlay), &cut.to_string()]);
+    want[cut as usize..end].fill(0);
+    let o = fx.open();
+    assert_eq!(o.size(), cut);
+    o.resize(cut + 1024).unwrap();
+    assert!(read_all(&o, &fx) == want[..cut as usize + 1024]);
+    // Killed: the live bitmap and the file tell the same story.
+    drop(o);
+    let o = fx.open();
+    o.resize(3 * MIB).unwrap();
+    assert!(read_all(&o, &fx) == want);
+    o.close().unwrap();
+    drop(o);
+    qemu_check(&fx.overlay);
+    assert!(convert(&fx) == want);
+}
+
+#[test]
+fn sizes_that_the_disk_cannot_have() {
+    let fx = Fixture::with_capacity(MIB, 2 * MIB, 3 * MIB);
+    let o = fx.open();
+    for (size, why) in [
+        (2 * MIB - 512, "cannot shrink"),
+        (0, "cannot shrink"),
+        (2 * MIB + 100, "must be a multiple of 512"),
+        (3 * MIB + 512, "more than its capacity of 3145728 bytes"),
+        (u64::MAX - 511, "more than its capacity"),
+    ] {
+        let err = o.resize(size).unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::Usage);
+        assert!(err.to_string().contains(why) && err.to_string().contains("; "), "{err}");
+        assert_eq!(o.size(), 2 * MIB);
+    }
+    o.resize(2 * MIB).unwrap();
+    o.close().unwrap();
+    assert!(o.resize(3 * MIB).unwrap_err().to_string().contains("closed"));
+    drop(o);
+    let reader = fx.open_read_only().unwrap();
+    assert!(reader.resize(3 * MIB).unwrap_err().to_string().contains("reading only"));
+    assert_eq!(reader.size(), 2 * MIB);
 }

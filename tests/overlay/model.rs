@@ -7,7 +7,9 @@ use vmar::overlay::Overlay;
 /// Base and disk end in the middle of a subcluster, of different clusters.
 const BASE_SIZE: u64 = 3 * 65536 + 2560;
 const SIZE: u64 = 5 * 65536 + 512;
-const SECTORS: u64 = SIZE / 512;
+/// As far as it can grow, in the middle of a subcluster too.
+const CAPACITY: u64 = 7 * 65536 + 1024;
+const SECTORS: u64 = CAPACITY / 512;
 
 #[derive(Clone, Debug)]
 enum Op {
@@ -30,6 +32,12 @@ enum Op {
     Flush {
         look: bool,
     },
+    /// The disk becomes so many sectors larger, or as large as it can be.
+    Grow {
+        sectors: u64,
+        /// While four threads write around its old end.
+        busy: bool,
+    },
     /// Clean stop, then open.
     Reopen,
     /// Dropped without a close, then opened: what kill -9 does.
@@ -47,6 +55,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => (range(), any::<bool>()).prop_map(|((sector, sectors), unmap)| Op::WriteZeroes { sector, sectors, unmap }),
         1 => (range(), 1u8..).prop_map(|((sector, sectors), fill)| Op::Parallel { sector, sectors, fill }),
         2 => any::<bool>().prop_map(|look| Op::Flush { look }),
+        2 => (prop_oneof![0u64..8, 0u64..200], any::<bool>()).prop_map(|(sectors, busy)| Op::Grow { sectors, busy }),
         1 => Just(Op::Reopen),
         2 => Just(Op::Kill),
     ]
@@ -62,8 +71,52 @@ fn bytes_of(fill: u8, sector: u64, sectors: u64) -> Vec<u8> {
     (sector..sector + sectors).flat_map(|s| sector_of(fill, s)).collect()
 }
 
-fn apply(fx: &Fixture, o: Overlay, model: &mut [u8], op: &Op) -> Overlay {
-    match *op {
+/// The part of a range that is on the disk: the range was drawn for the largest disk.
+fn clip(op: &Op, disk_sectors: u64) -> Op {
+    let clip = |sector: u64, sectors: u64| (sector.min(disk_sectors), sectors.min(disk_sectors.saturating_sub(sector)));
+    match op.clone() {
+        Op::Write { sector, sectors, fill } => {
+            let (sector, sectors) = clip(sector, sectors);
+            Op::Write { sector, sectors, fill }
+        }
+        Op::WriteZeroes { sector, sectors, unmap } => {
+            let (sector, sectors) = clip(sector, sectors);
+            Op::WriteZeroes { sector, sectors, unmap }
+        }
+        Op::Parallel { sector, sectors, fill } => {
+            let (sector, sectors) = clip(sector, sectors);
+            Op::Parallel { sector, sectors, fill }
+        }
+        other => other,
+    }
+}
+
+fn grow(fx: &Fixture, o: &Overlay, model: &mut Vec<u8>, sectors: u64, busy: bool) {
+    let old = model.len() as u64 / 512;
+    let new = (old + sectors).min(SECTORS);
+    std::thread::scope(|s| {
+        if busy {
+            for t in 0..4 {
+                s.spawn(move || {
+                    for n in (old - 12..old).filter(|n| n % 4 == t) {
+                        write(o, fx, n * 512, &sector_of(0x77, n));
+                    }
+                });
+            }
+        }
+        o.resize(new * 512).unwrap();
+    });
+    if busy {
+        let bytes = bytes_of(0x77, old - 12, 12);
+        model[((old - 12) * 512) as usize..].copy_from_slice(&bytes);
+    }
+    model.resize((new * 512) as usize, 0);
+    assert_eq!(o.size(), new * 512);
+}
+
+fn apply(fx: &Fixture, o: Overlay, model: &mut Vec<u8>, op: &Op) -> Overlay {
+    match clip(op, model.len() as u64 / 512) {
+        Op::Grow { sectors, busy } => grow(fx, &o, model, sectors, busy),
         Op::Write { sector, sectors, fill } => {
             let bytes = bytes_of(fill, sector, sectors);
             write(&o, fx, sector * 512, &bytes);
@@ -91,7 +144,7 @@ fn apply(fx: &Fixture, o: Overlay, model: &mut [u8], op: &Op) -> Overlay {
             o.flush().unwrap();
             if look {
                 qemu_check(&fx.overlay);
-                assert!(convert(fx) == model, "plain QEMU sees what was flushed");
+                assert!(convert(fx) == *model, "plain QEMU sees what was flushed");
             }
         }
         Op::Reopen => {
@@ -112,7 +165,7 @@ proptest! {
 
     #[test]
     fn an_overlay_is_a_flat_byte_array(ops in prop::collection::vec(op(), 1..40)) {
-        let fx = Fixture::with_sizes(BASE_SIZE, SIZE);
+        let fx = Fixture::with_capacity(BASE_SIZE, SIZE, CAPACITY);
         let mut model = fx.base.clone();
         model.resize(SIZE as usize, 0);
         let mut o = fx.open();
