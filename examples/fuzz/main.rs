@@ -130,11 +130,20 @@ fn main() -> ExitCode {
 }
 
 fn table(lines: &[Line]) {
-    println!("{:<10} {:>12} {:>8} {:>9} {:>9} {:>7} {:>9}", "target", "executions", "seconds", "per s", "features", "corpus", "failures");
+    println!(
+        "{:<10} {:>12} {:>8} {:>9} {:>9} {:>7} {:>9}",
+        "target", "executions", "seconds", "per s", "features", "corpus", "failures"
+    );
     for l in lines {
         println!(
             "{:<10} {:>12} {:>8.0} {:>9.1} {:>9} {:>7} {:>9}",
-            l.target, l.executions, l.seconds, l.per_second, l.features, l.corpus, l.failures.len()
+            l.target,
+            l.executions,
+            l.seconds,
+            l.per_second,
+            l.features,
+            l.corpus,
+            l.failures.len()
         );
     }
     lines.iter().flat_map(|l| &l.failures).for_each(|f| println!("{f}"));
@@ -150,7 +159,8 @@ struct Job {
 
 impl Job {
     fn start(target: &str, args: &Args, dir: &Path, seed: u64, seconds: u64) -> Job {
-        let (progress, current) = (dir.join(format!("{target}-{seed}.progress")), dir.join(format!("{target}-{seed}.json")));
+        let (progress, current) =
+            (dir.join(format!("{target}-{seed}.progress")), dir.join(format!("{target}-{seed}.json")));
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--target", target, "--seconds", &seconds.to_string(), "--seed", &seed.to_string()]);
         command.arg("--worker").arg(&progress).arg("--current").arg(&current).arg("--failures").arg(&args.failures);
@@ -208,7 +218,10 @@ fn fuzz(target: &str, args: &Args) -> Line {
             let time = start.elapsed().as_secs_f64();
             eprintln!(
                 "{target}: {time:.0} s, {} executions, {:.1} per s, {} features, {} failures",
-                now.executions, now.executions as f64 / time, now.features, now.failures.len()
+                now.executions,
+                now.executions as f64 / time,
+                now.features,
+                now.failures.len()
             );
         }
     }

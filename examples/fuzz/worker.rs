@@ -84,7 +84,8 @@ fn fuzz<T: Fuzz>(target: &mut T, args: &Args, file: &Path) {
     let mut known: HashSet<u64> = HashSet::new();
     let mut failures: HashSet<String> = HashSet::new();
     let mut corpus: Vec<T::Input> = Vec::new();
-    let mut seeds: Vec<T::Input> = load::<T>(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/fuzz").join(&args.target));
+    let mut seeds: Vec<T::Input> =
+        load::<T>(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/fuzz").join(&args.target));
     let own = args.corpus.as_ref().map(|dir| dir.join(&args.target));
     if let Some(dir) = &own {
         fs::create_dir_all(dir).unwrap();
@@ -98,7 +99,7 @@ fn fuzz<T: Fuzz>(target: &mut T, args: &Args, file: &Path) {
             None if corpus.is_empty() || rng.chance(1, 4) => target.fresh(&mut rng),
             None => {
                 // Those that were found last have been changed least often.
-                let newest = rng.chance(1, 3).then(|| corpus.len().saturating_sub(16)).unwrap_or(0);
+                let newest = if rng.chance(1, 3) { corpus.len().saturating_sub(16) } else { 0 };
                 let mut input = corpus[newest + rng.index(corpus.len() - newest)].clone();
                 (0..1 + rng.below(4)).for_each(|_| target.mutate(&mut rng, &mut input));
                 input
@@ -166,6 +167,6 @@ fn smaller<T: Fuzz>(target: &mut T, input: &T::Input, why: &str) -> serde_json::
             target.recover();
         }
         // The beginning of the text: what follows may tell of details that go with the steps that were dropped.
-        outcome.is_err_and(|w| self::class(&w).chars().take(24).eq(class.chars().take(24)))
+        outcome.is_err_and(|w| self::class(&w).chars().take(64).eq(class.chars().take(64)))
     })
 }

@@ -120,7 +120,8 @@ impl Session {
             let socket = self.server.socket.clone();
             let made = std::panic::catch_unwind(|| Frontend::bare(&socket, bits));
             let f = made.map_err(|_| self.server.last_words("a new connection is not served"))?;
-            let maps = [&f.ram, &f.data].map(|r| memmap2::MmapOptions::new().len(r.size as usize).map_raw(&r.fd).unwrap());
+            let maps =
+                [&f.ram, &f.data].map(|r| memmap2::MmapOptions::new().len(r.size as usize).map_raw(&r.fd).unwrap());
             self.memory = Memory::new();
             f.put(RAM, &self.memory.ram);
             f.put(DATA, &self.memory.data);
@@ -204,7 +205,11 @@ impl Session {
                 let base = f.stop_ring(q);
                 let gone = base.wrapping_sub(before[q]);
                 if usize::from(gone) > offers[q].len() {
-                    return Err(format!("ring {q} stopped at {base}, offered were {}..+{}", before[q], offers[q].len()));
+                    return Err(format!(
+                        "ring {q} stopped at {base}, offered were {}..+{}",
+                        before[q],
+                        offers[q].len()
+                    ));
                 }
                 let size = f.rings[q].size;
                 let taken = offers[q][..usize::from(gone)].iter().filter(|h| **h < size).count();
@@ -220,7 +225,9 @@ impl Session {
             let want = items.iter().filter(|i| i.ring == q).count();
             let got = f.wait_for(q, want, LIMIT);
             if got.len() != want {
-                return Err(self.server.last_words(&format!("ring {q} used {} of {want} heads in {LIMIT:?}", got.len())));
+                return Err(self
+                    .server
+                    .last_words(&format!("ring {q} used {} of {want} heads in {LIMIT:?}", got.len())));
             }
             results.extend(got.into_iter().map(|(head, len)| (q, head, len)));
         }
@@ -256,8 +263,15 @@ impl Session {
                 return Err(format!("head {}: used length {len}, but {room} bytes could be written", item.head));
             }
             let status = v.status.map(|at| f.get(at, 1)[0]);
-            let shape = (v.writes.len().min(3), v.reads.len().min(4), len.min(2), v.sure == Sure::Good, v.sure == Sure::Bad);
-            seen.exact((v.kind.map(|k| k.min(32)), status.filter(|s| *s < 4), shape, f.event_idx, loose || item.muddled));
+            let shape =
+                (v.writes.len().min(3), v.reads.len().min(4), len.min(2), v.sure == Sure::Good, v.sure == Sure::Bad);
+            seen.exact((
+                v.kind.map(|k| k.min(32)),
+                status.filter(|s| *s < 4),
+                shape,
+                f.event_idx,
+                loose || item.muddled,
+            ));
             if loose || item.muddled {
                 effects.push((v.effect.clone(), None));
                 continue;
@@ -508,7 +522,7 @@ impl Fuzz for Chains {
         let setup = &self.setup;
         let session = self.sessions[usize::from(input.overlay)].get_or_insert_with(|| Session::start(setup, kind));
         self.runs += 1;
-        let whole = self.runs % CHECK_EVERY == 0;
+        let whole = self.runs.is_multiple_of(CHECK_EVERY);
         let run = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| session.run(input, whole, &mut seen)));
         match run {
             Ok(Ok(())) => Ok(seen),

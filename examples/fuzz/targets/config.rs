@@ -118,7 +118,7 @@ impl Config {
             }
         }
         self.runs += 1;
-        if self.runs % 32 == 0 {
+        if self.runs.is_multiple_of(32) {
             self.frontend = None;
             server.check()?;
         }

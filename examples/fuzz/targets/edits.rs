@@ -14,18 +14,35 @@ pub enum Edit {
         bytes: Vec<u8>,
     },
     /// Flips bits of a byte.
-    Flip { at: u64, bits: u8 },
+    Flip {
+        at: u64,
+        bits: u8,
+    },
     /// Adds to an integer of this many bytes.
-    Add { at: u64, size: u8, big_endian: bool, by: i64 },
+    Add {
+        at: u64,
+        size: u8,
+        big_endian: bool,
+        by: i64,
+    },
     Insert {
         at: u64,
         #[serde(with = "super::hex")]
         bytes: Vec<u8>,
     },
-    Remove { at: u64, len: u64 },
+    Remove {
+        at: u64,
+        len: u64,
+    },
     /// Copies bytes over others.
-    Copy { from: u64, to: u64, len: u64 },
-    Truncate { len: u64 },
+    Copy {
+        from: u64,
+        to: u64,
+        len: u64,
+    },
+    Truncate {
+        len: u64,
+    },
     Append {
         #[serde(with = "super::hex")]
         bytes: Vec<u8>,

@@ -44,7 +44,7 @@ fn model_of(input: &Input) -> Model {
             model.push(limits.get(kind as usize).map(|limit| (kind, (start % limit + i) % limit)));
         }
     }
-    if input.short % 8 > 0
+    if !input.short.is_multiple_of(8)
         && let Some(last) = model.len().checked_sub(1)
     {
         // A partial last block cannot be redirected, nor can anything be redirected to it.
@@ -180,12 +180,14 @@ impl Fuzz for Maps {
     const MEMORY_MAX: usize = 64 << 20;
 
     fn new(_: &Setup) -> Maps {
-        let mut fields: Vec<Field> = vec![(8, 4), (12, 4), (16, 8), (24, 4), (28, 4), (32, 4), (36, 4), (40, 8), (48, 8)];
+        let mut fields: Vec<Field> =
+            vec![(8, 4), (12, 4), (16, 8), (24, 4), (28, 4), (32, 4), (36, 4), (40, 8), (48, 8)];
         fields.extend((0..6).map(|i| (88 + 8 * i, 8)));
         fields.extend((0..7).map(|i| (136 + 4 * i, 4)));
         fields.extend((0..4).flat_map(|i| [(164 + 20 * i, 8), (172 + 20 * i, 8), (180 + 20 * i, 4)]));
         // Targets, and the first entries behind them.
-        fields.extend((0..3).flat_map(|i| [(256 + 64 * i, 4), (264 + 64 * i, 8), (272 + 64 * i, 8), (312 + 64 * i, 8)]));
+        fields
+            .extend((0..3).flat_map(|i| [(256 + 64 * i, 4), (264 + 64 * i, 8), (272 + 64 * i, 8), (312 + 64 * i, 8)]));
         fields.extend((0..24).map(|i| (448 + 4 * i, 4)));
         Maps { fields }
     }

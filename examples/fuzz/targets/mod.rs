@@ -56,10 +56,13 @@ pub struct Setup {
 pub struct Seen(pub Vec<u64>);
 
 impl Seen {
-    /// Notes an event. Numbers in the text do not count: "block 7" and "block 8" are the same event.
+    /// Notes an event. Numbers, paths and what stands in quotes do not count: "block 7" and "block 8" are the same event.
     pub fn note(&mut self, what: impl std::fmt::Display) {
-        let text: String = what.to_string().chars().filter(|c| !c.is_ascii_digit()).collect();
-        self.exact(text);
+        let text = what.to_string();
+        let outside: String = text.split(['"', '`']).step_by(2).collect();
+        let dull = |word: &&str| !word.contains(|c: char| c.is_ascii_digit() || c == '/' || !c.is_ascii());
+        let words: Vec<&str> = outside.split_whitespace().filter(dull).take(16).collect();
+        self.exact(words);
     }
 
     /// The same where numbers count.
@@ -96,14 +99,38 @@ macro_rules! with_target {
     ($name:expr, $setup:expr, $t:ident => $body:expr) => {{
         use $crate::targets::{self as all, Fuzz as _};
         match $name {
-            "chains" => { let mut $t = all::chains::Chains::new($setup); $body }
-            "config" => { let mut $t = all::config::Config::new($setup); $body }
-            "messages" => { let mut $t = all::messages::Messages::new($setup); $body }
-            "map" => { let mut $t = all::map::Maps::new($setup); $body }
-            "qcow2" => { let mut $t = all::qcow2::Qcow2::new($setup); $body }
-            "live" => { let mut $t = all::live::Live::new($setup); $body }
-            "trace" => { let mut $t = all::trace::Traces::new($setup); $body }
-            "library" => { let mut $t = all::library::Libraries::new($setup); $body }
+            "chains" => {
+                let mut $t = all::chains::Chains::new($setup);
+                $body
+            }
+            "config" => {
+                let mut $t = all::config::Config::new($setup);
+                $body
+            }
+            "messages" => {
+                let mut $t = all::messages::Messages::new($setup);
+                $body
+            }
+            "map" => {
+                let mut $t = all::map::Maps::new($setup);
+                $body
+            }
+            "qcow2" => {
+                let mut $t = all::qcow2::Qcow2::new($setup);
+                $body
+            }
+            "live" => {
+                let mut $t = all::live::Live::new($setup);
+                $body
+            }
+            "trace" => {
+                let mut $t = all::trace::Traces::new($setup);
+                $body
+            }
+            "library" => {
+                let mut $t = all::library::Libraries::new($setup);
+                $body
+            }
             other => panic!("no target is called {other:?}"),
         }
     }};

@@ -85,13 +85,15 @@ struct Walk {
 
 fn walk(memory: &Memory, ring: u64, size: u16, head: u16) -> Walk {
     let mut out = Walk { descs: vec![], tables: vec![(ring, u64::from(size) * 16)], whole: false, sure: true };
-    let (mut table, mut entries, mut at, mut indirect, mut steps) = (ring, u64::from(size), u64::from(head), false, 0u64);
+    let (mut table, mut entries, mut at, mut indirect, mut steps) =
+        (ring, u64::from(size), u64::from(head), false, 0u64);
     loop {
         if at >= entries {
             return out;
         }
         let Some(raw) = memory.get(table + at * 16, 16) else { return out };
-        let (addr, len) = (u64::from_le_bytes(raw[..8].try_into().unwrap()), u32::from_le_bytes(raw[8..12].try_into().unwrap()));
+        let (addr, len) =
+            (u64::from_le_bytes(raw[..8].try_into().unwrap()), u32::from_le_bytes(raw[8..12].try_into().unwrap()));
         let (flags, next) = (u16::from_le_bytes([raw[12], raw[13]]), u16::from_le_bytes([raw[14], raw[15]]));
         steps += 1;
         if flags & INDIRECT != 0 {
@@ -201,7 +203,7 @@ pub fn judge(memory: &Memory, ring: u64, size: u16, head: u16) -> Verdict {
     let (body, room) = (&bytes[16..], total(&verdict.data));
     let fits = |len: u64| {
         let end = sector.checked_mul(512).and_then(|at| at.checked_add(len));
-        len % 512 == 0 && end.is_some_and(|end| end <= SECTORS * 512)
+        len.is_multiple_of(512) && end.is_some_and(|end| end <= SECTORS * 512)
     };
     // An empty descriptor may point anywhere, and a device may look at that.
     let unsure = walk.descs.iter().any(|d| d.1 == 0) || !walk.sure;
@@ -234,7 +236,7 @@ pub fn judge(memory: &Memory, ring: u64, size: u16, head: u16) -> Verdict {
 /// DISCARD and WRITE_ZEROES: segments {sector u64, count u32, flags u32}.
 fn zeroes(kind: u32, body: &[u8], verdict: &mut Verdict) -> Sure {
     let mut ranges = Vec::new();
-    let mut ok = !body.is_empty() && body.len() % 16 == 0;
+    let mut ok = !body.is_empty() && body.len().is_multiple_of(16);
     for segment in body.chunks_exact(16) {
         let sector = u64::from_le_bytes(segment[..8].try_into().unwrap());
         let count = u64::from(u32::from_le_bytes(segment[8..12].try_into().unwrap()));

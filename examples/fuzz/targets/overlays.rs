@@ -25,6 +25,9 @@ pub struct Seed {
     pub base: u64,
     pub more: u64,
     pub ops: Vec<Op>,
+    /// Sectors that the disk can grow by while it is in use.
+    #[serde(default)]
+    pub spare: u64,
     /// The process was killed: the session is open, and there is a live bitmap.
     pub killed: bool,
 }
@@ -62,7 +65,10 @@ pub struct Made {
 impl Seed {
     pub fn random(rng: &mut Rng) -> Seed {
         let (base, more) = (1 + rng.below(SECTORS_MAX - 1), if rng.chance(1, 2) { 0 } else { rng.below(SECTORS_MAX) });
-        let mut seed = Seed { base, more, ops: vec![], killed: rng.chance(1, 3) };
+        let mut seed = Seed { base, more, ops: vec![], spare: 0, killed: rng.chance(1, 3) };
+        if rng.chance(1, 4) {
+            seed.spare = rng.below(4 * SECTORS_MAX);
+        }
         (0..rng.below(6)).for_each(|_| seed.push(rng));
         seed
     }
@@ -130,7 +136,9 @@ impl Place {
             fs::write(&backing, &base).map_err(|e| e.to_string())?;
         }
         let identity = BaseIdentity { digest: [0xb5; 32], generation: 1, size: base_len };
-        create(&self.overlay, &CreateOptions { backing: &backing, base: identity, size }).map_err(|e| e.to_string())?;
+        let capacity = size + seed.spare.min(4 * SECTORS_MAX) * 512;
+        let options = CreateOptions { backing: &backing, base: identity, size, capacity };
+        create(&self.overlay, &options).map_err(|e| e.to_string())?;
         let mut model = base.clone();
         model.resize(size as usize, 0);
         let made = Made { base: Base(base), identity, model };
@@ -191,6 +199,10 @@ impl Place {
         let out = out.map_err(|e| format!("qemu-img is needed: {e}"))?;
         let text = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
         if out.status.success() && text.contains("No errors were found") {
+            return Ok(());
+        }
+        // The name of the backing file is for QEMU; vmar goes by the digest.
+        if text.contains("Could not open backing file") {
             return Ok(());
         }
         Err(format!("vmar takes it, qemu-img check says: {}", text.replace('\n', "; ")))

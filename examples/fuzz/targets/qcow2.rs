@@ -30,8 +30,25 @@ fn be64(file: &[u8], at: usize) -> u64 {
 /// Where the numbers of an overlay are.
 fn fields(file: &[u8]) -> Vec<Field> {
     const HEADER: [Field; 19] = [
-        (0, 4), (4, 4), (8, 8), (16, 4), (20, 4), (24, 8), (32, 4), (36, 4), (40, 8), (48, 8),
-        (56, 4), (60, 4), (64, 8), (72, 8), (80, 8), (88, 8), (96, 4), (100, 4), (104, 1),
+        (0, 4),
+        (4, 4),
+        (8, 8),
+        (16, 4),
+        (20, 4),
+        (24, 8),
+        (32, 4),
+        (36, 4),
+        (40, 8),
+        (48, 8),
+        (56, 4),
+        (60, 4),
+        (64, 8),
+        (72, 8),
+        (80, 8),
+        (88, 8),
+        (96, 4),
+        (100, 4),
+        (104, 1),
     ];
     let mut out = HEADER.to_vec();
     // The extensions: type and length of each, all words of those that are short, and the backing file name.

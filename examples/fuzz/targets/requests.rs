@@ -128,7 +128,8 @@ fn request(rng: &mut Rng, room: &mut Room, round: &mut Round) -> Vec<Desc> {
             for _ in 0..segments {
                 let count = if rng.chance(1, 12) { rng.edge() as u32 } else { sectors as u32 };
                 let at = if rng.chance(9, 10) { first } else { sector(rng) };
-                let flags: u32 = if rng.chance(1, 10) { rng.edge() as u32 } else { u32::from(kind == 13) & rng.next() as u32 };
+                let flags: u32 =
+                    if rng.chance(1, 10) { rng.edge() as u32 } else { u32::from(kind == 13) & rng.next() as u32 };
                 header.extend([&at.to_le_bytes()[..], &count.to_le_bytes(), &flags.to_le_bytes()].concat());
             }
             vec![]

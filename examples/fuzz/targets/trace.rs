@@ -51,7 +51,8 @@ fn seed(input: &Input) -> Vec<u8> {
 impl Traces {
     fn fields() -> Vec<Field> {
         let header = [(0, 8), (8, 4), (12, 4), (16, 4), (20, 4), (40, 8), (80, 8), (88, 4), (92, 4)];
-        let record = |i: u64| [(0, 8), (8, 4), (12, 4), (16, 4), (20, 4)].map(|(at, n)| (HEADER as u64 + i * RECORD + at, n));
+        let record =
+            |i: u64| [(0, 8), (8, 4), (12, 4), (16, 4), (20, 4)].map(|(at, n)| (HEADER as u64 + i * RECORD + at, n));
         header.into_iter().chain((0..6).flat_map(record)).collect()
     }
 }
