@@ -76,6 +76,9 @@ pub struct Verdict {
 /// Descriptors beyond which a device may refuse a chain.
 const CHAIN_SURE: usize = 128;
 
+/// Descriptors beyond which a chain is taken for a loop, or for one that no device has to take.
+const CHAIN_MAX: usize = 2048;
+
 struct Walk {
     descs: Vec<(u64, u32, u16)>,
     tables: Vec<Range>,
@@ -116,7 +119,7 @@ fn walk(memory: &Memory, ring: u64, size: u16, head: u16) -> Walk {
             out.whole = true;
             return out;
         }
-        if out.descs.len() > 1 << 16 {
+        if out.descs.len() >= CHAIN_MAX {
             return out;
         }
         at = u64::from(next);
@@ -178,6 +181,13 @@ pub fn judge(memory: &Memory, ring: u64, size: u16, head: u16) -> Verdict {
         used: None,
         kind: None,
     };
+    if !walk.whole {
+        // A loop names the same ranges again and again.
+        for list in [&mut verdict.writes, &mut verdict.reads] {
+            let mut known = std::collections::HashSet::new();
+            list.retain(|range| known.insert(*range));
+        }
+    }
     // Everything in reach, in order, and room for the status.
     let mut written = false;
     let mut nowhere = false;
