@@ -3,15 +3,17 @@
 //! `vhost-user-backend` brings a handler of its own, but it is private and leaves no room for what a disk needs later
 //! (an inflight region, a config-change message, several connections); only its vrings are used here.
 
-use super::revoke::{map_again, revoke};
-use super::worker::{self, Stopped, Worker};
+mod halt;
+
+use super::inflight::{Inflight, Part};
+use super::worker::Worker;
 use super::{GuestMap, GuestMemory, Served, Vring};
-use crate::device::Geometry;
 use crate::device::config::WRITEBACK_AT;
+use crate::device::{Geometry, Late};
 use std::fs::File;
 use std::io;
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
     VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
@@ -29,9 +31,6 @@ const QUEUE_SIZE_MAX: u16 = 1024;
 
 /// Memory slots offered: what QEMU's own backends offer (VHOST_USER_MAX_RAM_SLOTS).
 const MEM_SLOTS_MAX: u64 = 512;
-
-/// How long the other rings may take when one ring could not stop in time and the memory of all must be revoked.
-const OTHERS_TIME: Duration = Duration::from_millis(500);
 
 /// A region of guest memory as the frontend sees it.
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +50,15 @@ struct Ring {
     running: bool,
 }
 
+/// What there is to know of a connection.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// The virtio features that the guest's driver has accepted.
+    pub features: u64,
+    /// Which rings run.
+    pub running: Vec<bool>,
+}
+
 /// The state of one connection.
 pub struct Handler {
     served: Arc<Served>,
@@ -61,6 +69,7 @@ pub struct Handler {
     mappings: Vec<Mapping>,
     rings: Vec<Ring>,
     features: u64,
+    inflight: Option<Arc<Inflight>>,
     drain_time: Duration,
     /// The kernel does not let go of a queue's thread. The process has to end.
     hung: bool,
@@ -83,6 +92,7 @@ impl Handler {
             mappings: Vec::new(),
             rings,
             features: 0,
+            inflight: None,
             drain_time,
             hung: false,
         })
@@ -91,34 +101,9 @@ impl Handler {
     /// Finishes what is in flight, ends the queue threads, and lets go of the disk if rings have run.
     pub fn shut_down(&mut self) {
         // What could not be finished is logged.
-        let _ = self.stop(|_| true);
+        let _ = self.stop(|_| true, Late::Leave);
         for ring in &mut self.rings {
             ring.worker = None;
-        }
-    }
-
-    /// Lets go of the disk when no ring runs any more: the VM may go on somewhere else.
-    ///
-    /// The flush that this takes is bounded too: a disk that does not answer in time stays open and locked.
-    fn rest(&mut self) {
-        if self.rings.iter().any(|ring| ring.running) {
-            return;
-        }
-        // The queue threads hold the disk.
-        for ring in &mut self.rings {
-            ring.worker = None;
-        }
-        let drive = &self.served.drive;
-        if drive.ledger().stuck() == 0
-            && let Some(active) = drive.active()
-            && super::within(self.drain_time, move || drop(active.disk.flush())).is_none()
-        {
-            log::error!("the disk stays open and locked: its flush takes longer than --drain-timeout");
-            return;
-        }
-        // Whether the flush worked, the one of the close will tell.
-        if let Err(e) = drive.inactivate() {
-            log::error!("the disk stays open and locked, for this server to go on with: {e}");
         }
     }
 
@@ -129,102 +114,25 @@ impl Handler {
         geometry
     }
 
+    /// Stops all rings until [`Handler::resume`], finishes what is in flight, and lets go of the disk. The frontend is not
+    /// told: its guest waits. The hub says that no ring may run.
+    pub fn pause(&mut self) -> Result<()> {
+        self.stop(|_| true, Late::Leave)
+    }
+
+    /// Lets the rings run that the frontend has started.
+    pub fn resume(&mut self) -> Result<()> {
+        (0..u32::from(self.num_queues)).try_for_each(|index| self.update(index))
+    }
+
+    /// What the control socket tells of the connection.
+    pub fn summary(&self) -> Summary {
+        Summary { features: self.features, running: self.rings.iter().map(|ring| ring.running).collect() }
+    }
+
     /// True when the kernel keeps a queue's thread: this process can do nothing more for the disk.
     pub fn is_hung(&self) -> bool {
         self.hung
-    }
-
-    /// Stops the running rings that `which` names: nothing of them is in flight afterwards, as far as the guest can tell.
-    ///
-    /// QEMU waits for this, the guest and its monitor with it, so the time is bounded. What the kernel still holds then
-    /// goes back to the guest with an I/O error, after the memory that it lies in was revoked. That concerns all rings.
-    fn stop(&mut self, which: impl Fn(usize) -> bool) -> Result<()> {
-        if self.hung {
-            return Err(hung());
-        }
-        let asked: Vec<usize> = (0..self.rings.len()).filter(|i| which(*i) && self.rings[*i].running).collect();
-        let mut outcome = self.stop_until(&asked, Instant::now() + self.drain_time);
-        if outcome.iter().any(|(_, stopped)| *stopped != Stopped::Drained) {
-            let others: Vec<usize> =
-                (0..self.rings.len()).filter(|i| self.rings[*i].running && !asked.contains(i)).collect();
-            outcome.extend(self.stop_until(&others, Instant::now() + OTHERS_TIME));
-            let freed = self.free_stuck(&outcome);
-            // These run on as soon as the disk answers.
-            for index in others {
-                self.rings[index].running = true;
-            }
-            freed?;
-        }
-        for index in &asked {
-            self.rings[*index].running = false;
-        }
-        if !asked.is_empty() {
-            self.rest();
-        }
-        if outcome.len() > asked.len() { self.look_again() } else { Ok(()) }
-    }
-
-    fn stop_until(&self, rings: &[usize], deadline: Instant) -> Vec<(usize, Stopped)> {
-        let with_worker = || rings.iter().filter(|i| self.rings[**i].worker.is_some());
-        let workers = with_worker().filter_map(|i| self.rings[*i].worker.as_ref());
-        with_worker().copied().zip(worker::stop_all(workers, deadline)).collect()
-    }
-
-    /// Gives back to the guest what the kernel does not end. All rings have stopped.
-    fn free_stuck(&mut self, outcome: &[(usize, Stopped)]) -> Result<()> {
-        let current = self.memory.memory().into_inner();
-        let mut maps: Vec<_> = self.old_maps.iter().filter_map(Weak::upgrade).collect();
-        maps.push(Arc::clone(&current));
-        let stuck: Vec<usize> =
-            outcome.iter().filter(|(_, stopped)| *stopped != Stopped::Drained).map(|(index, _)| *index).collect();
-        let requests: usize = outcome.iter().map(|(_, s)| if let Stopped::Stuck(n) = s { *n } else { 0 }).sum();
-        let again = map_again(&current);
-        if outcome.iter().any(|(_, stopped)| *stopped == Stopped::Hung) || again.is_err() {
-            // SAFETY: all queue threads but those that hang have stopped. Should the kernel let one of them go before the
-            // process has ended, a moment from now, it ends by SIGSEGV; that is as good as any kill.
-            let revoked = unsafe { revoke(&maps) };
-            return self.give_up(&stuck, again.and(revoked));
-        }
-        log::error!(
-            "the host's disk holds {requests} requests for longer than --drain-timeout: the guest gets I/O errors for \
-             them. The disk stays open, and no request is taken, until the kernel lets go of them"
-        );
-        for index in &stuck {
-            if let Some(worker) = self.rings[*index].worker.as_mut() {
-                worker.abandon();
-            }
-        }
-        // SAFETY: all queue threads have stopped, and have written the statuses of what they gave up. They and this thread
-        // look up the rings in the map that is put in place now.
-        if let Err(e) = unsafe { revoke(&maps) } {
-            // The guest's memory must not change under it, so it never gets its requests back.
-            return self.give_up(&stuck, Err(e));
-        }
-        self.replace_memory(again.map_err(Error::ReqHandlerError)?)?;
-        for index in &stuck {
-            if let Some(worker) = self.rings[*index].worker.as_ref() {
-                worker.publish();
-            }
-        }
-        Ok(())
-    }
-
-    /// Nobody can answer for what is in flight: the process has to end.
-    fn give_up(&mut self, stuck: &[usize], revoked: io::Result<()>) -> Result<()> {
-        self.hung = true;
-        for index in stuck {
-            if let Some(worker) = self.rings[*index].worker.as_mut() {
-                worker.detach();
-            }
-        }
-        log::error!(
-            "the host's disk hangs, and a queue's thread with it: this server ends. Start it again when the disk answers; \
-             requests in flight are as after a kill"
-        );
-        if let Err(e) = revoked {
-            log::error!("cannot revoke the guest's memory: {e}");
-        }
-        Err(hung())
     }
 
     fn offered(&self) -> u64 {
@@ -238,14 +146,16 @@ impl Handler {
     /// Starts or stops the ring's thread, as kick, enable and addresses now say. A ring that (re)starts is looked at
     /// without waiting for a kick: QEMU sends none after reconnecting.
     fn update(&mut self, index: u32) -> Result<()> {
+        let inflight = self.inflight.clone();
+        let paused = self.served.hub.paused();
         let ring = self.ring(index)?;
         let (runs, kick) = {
             let state = ring.vring.get_ref();
             let runs = state.is_enabled() && state.get_queue().ready();
             (runs, state.get_kick().as_ref().map(|kick| kick.try_clone()))
         };
-        let Some(kick) = kick.filter(|_| runs) else {
-            return self.stop(|i| i == index as usize);
+        let Some(kick) = kick.filter(|_| runs && !paused) else {
+            return self.stop(|i| i == index as usize, Late::Fail);
         };
         let kick = {
             use std::os::fd::{FromRawFd, IntoRawFd};
@@ -253,6 +163,7 @@ impl Handler {
             // SAFETY: the clone was just made and its number taken; the File is its only owner.
             unsafe { File::from_raw_fd(raw) }
         };
+        let part = part_of(inflight.as_ref(), index, &ring.vring)?;
         if ring.worker.is_none() {
             let vring = ring.vring.clone();
             let worker = self.start_worker(index, vring)?;
@@ -261,7 +172,7 @@ impl Handler {
         let write_through = self.features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
         let ring = self.ring(index)?;
         if let Some(worker) = &ring.worker {
-            worker.run(kick, write_through);
+            worker.run(kick, write_through, part);
         }
         ring.running = true;
         Ok(())
@@ -303,6 +214,14 @@ impl Handler {
         Ok(())
     }
 
+    fn inflight_fits(&self, queues: u16, size: u16) -> Result<()> {
+        if usize::from(queues) > self.rings.len() || size > QUEUE_SIZE_MAX || !size.is_power_of_two() || queues == 0 {
+            log::error!("an inflight region for {queues} queues of {size} entries is not possible");
+            return Err(Error::InvalidParam);
+        }
+        Ok(())
+    }
+
     fn guest_address(&self, user: u64) -> Result<u64> {
         self.mappings
             .iter()
@@ -313,6 +232,18 @@ impl Handler {
                 Error::InvalidParam
             })
     }
+}
+
+/// What tracks the requests of a ring, if the frontend gave a region for that.
+fn part_of(inflight: Option<&Arc<Inflight>>, index: u32, vring: &Vring) -> Result<Option<Part>> {
+    let Some(inflight) = inflight else { return Ok(None) };
+    let size = vring.get_ref().get_queue().size();
+    let part = inflight.part(index as usize, size);
+    if part.is_none() {
+        log::error!("queue {index}: the inflight region has no room for a ring of {size} entries");
+        return Err(Error::InvalidParam);
+    }
+    Ok(part)
 }
 
 /// Maps one region that the frontend shares. Pages that the file does not have would be SIGBUS later.
@@ -346,10 +277,6 @@ fn prepare_event(file: &File) -> Result<()> {
     }
 }
 
-fn hung() -> Error {
-    Error::ReqHandlerError(io::Error::other("a queue's thread hangs in the kernel"))
-}
-
 fn memory_error(e: impl std::error::Error + Send + Sync + 'static) -> Error {
     Error::ReqHandlerError(io::Error::other(e))
 }
@@ -365,13 +292,14 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        self.stop(|_| true)?;
+        self.stop(|_| true, Late::Fail)?;
         self.shut_down();
         for ring in &self.rings {
             ring.vring.set_enabled(false);
             ring.vring.set_queue_ready(false);
         }
         self.features = 0;
+        self.inflight = None;
         Ok(())
     }
 
@@ -500,7 +428,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         // First of all: a thread that hangs keeps its ring locked.
-        self.stop(|i| i == index as usize)?;
+        self.stop(|i| i == index as usize, Late::Fail)?;
         let ring = self.ring(index)?;
         ring.vring.set_queue_ready(false);
         let base = ring.vring.queue_next_avail();
@@ -539,7 +467,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
         if !enable {
-            self.stop(|i| i == index as usize)?;
+            self.stop(|i| i == index as usize, Late::Fail)?;
         }
         self.ring(index)?.vring.set_enabled(enable);
         self.update(index)
@@ -551,6 +479,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE)
     }
 
@@ -591,12 +520,28 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Err(Error::InvalidOperation("not offered"))
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(Error::InvalidOperation("not offered"))
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let (queues, size) = (wanted.num_queues, wanted.queue_size);
+        self.inflight_fits(queues, size)?;
+        let file = Inflight::create(queues, size).map_err(|e| {
+            log::error!("cannot make an inflight region: {e}");
+            Error::ReqHandlerError(e)
+        })?;
+        Ok((VhostUserInflight::new(Inflight::size_of(queues, size) as u64, 0, queues, size), file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        Err(Error::InvalidOperation("not offered"))
+    fn set_inflight_fd(&mut self, told: &VhostUserInflight, file: File) -> Result<()> {
+        self.inflight_fits(told.num_queues, told.queue_size)?;
+        if self.rings.iter().any(|ring| ring.running) {
+            log::error!("the frontend changes the inflight region while a ring runs");
+            return Err(Error::InvalidParam);
+        }
+        let opened = Inflight::open(&file, told.mmap_offset, told.mmap_size, told.num_queues, told.queue_size);
+        self.inflight = Some(Arc::new(opened.map_err(|why| {
+            log::error!("the frontend's inflight region cannot be used: {why}");
+            Error::InvalidParam
+        })?));
+        Ok(())
     }
 
     fn set_device_state_fd(

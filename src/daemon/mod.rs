@@ -7,23 +7,36 @@
 //! | [`worker`] | the thread of a queue |
 //! | [`revoke`] | takes guest memory away from transfers that hang |
 //! | [`backend_channel`] | messages to the frontend |
+//! | [`inflight`] | what is in flight, for whoever comes after a crash |
+//! | [`replay`] | a chain by its head |
+//! | [`control`], [`report`] | the control socket, and what it tells |
+//! | [`hub`] | where it meets the serving thread |
+//! | [`take_over`] | a server that takes the place of another |
 
 pub mod backend_channel;
+pub mod control;
 pub mod handler;
+pub mod hub;
+pub mod inflight;
+pub mod replay;
+pub mod report;
 pub mod revoke;
 pub mod socket;
+pub mod take_over;
 pub mod worker;
 
 use crate::device::Drive;
 use crate::error::{Error, ErrorKind, Result};
 use backend_channel::{BackendChannel, SET_BACKEND_REQ_FD};
 use handler::Handler;
+use hub::{HandedOver, Hub};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::RecvFlags;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use socket::{Inherited, Listening};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -93,9 +106,30 @@ pub struct Served {
     pub drive: Drive,
     /// The way to the frontend of the connection there is.
     pub channel: BackendChannel,
+    /// Where the control socket meets the serving thread.
+    pub hub: Hub,
+    /// What the operator calls it.
+    pub names: Names,
+}
+
+/// What is served, as the command line named it.
+#[derive(Clone, Debug, Default)]
+pub struct Names {
+    /// The image of the library.
+    pub image: Option<String>,
+    /// The overlay.
+    pub overlay: Option<PathBuf>,
+    /// The raw file.
+    pub blk_file: Option<PathBuf>,
 }
 
 impl Served {
+    /// Nobody is connected.
+    pub fn new(drive: Drive, names: Names) -> Result<Self> {
+        let hub = Hub::new().map_err(|e| Error::new(ErrorKind::Io, "serve", e))?;
+        Ok(Served { drive, channel: BackendChannel::default(), hub, names })
+    }
+
     /// Makes the disk larger and tells the guest; false when nobody could be told (the guest sees it with its next start).
     ///
     /// # Errors
@@ -116,9 +150,16 @@ pub fn serve(served: &Arc<Served>, endpoint: Inherited, options: &Options, stop:
     let server = Server { served, options, stop };
     let result = match endpoint {
         Inherited::Connected(stream) => server.connection(stream).map(drop),
-        Inherited::Listening(listening) => server.accept_loop(&listening),
+        Inherited::Listening(listening) => return server.listen(listening),
     };
     result.and_then(|()| server.close())
+}
+
+/// What makes the serving thread stop.
+#[derive(Clone, Copy)]
+struct Stops<'s> {
+    signal: &'s StopSignal,
+    hub: &'s Hub,
 }
 
 /// What every connection needs.
@@ -129,8 +170,28 @@ struct Server<'s> {
 }
 
 impl Server<'_> {
+    /// Serves connections until a signal comes or another server has taken over.
+    fn listen(&self, mut listening: Listening) -> Result<()> {
+        loop {
+            self.accept_loop(&listening)?;
+            let closed = self.close();
+            match self.served.hub.offer(listening, &closed) {
+                HandedOver::Back(back) => listening = back,
+                HandedOver::NotAsked(_) => return closed,
+                HandedOver::Gone => {
+                    log::info!("another server has taken over");
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn stops(&self) -> Stops<'_> {
+        Stops { signal: self.stop, hub: &self.served.hub }
+    }
+
     fn accept_loop(&self, listening: &Listening) -> Result<()> {
-        while ready(listening.as_fd(), self.stop) {
+        while ready(listening.as_fd(), self.stops()) {
             match listening.accept() {
                 Ok(Some(stream)) => {
                     if !self.connection(stream)? {
@@ -161,11 +222,13 @@ impl Server<'_> {
             }
         };
         log::info!("connected");
+        self.served.hub.connected(Some(Arc::clone(&handler)));
         // The socket stays open until the last completion is published: QEMU takes its end for the end of this backend.
         let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&handler));
-        let goes_on = messages(&mut requests, &self.served.channel, self.stop);
+        let goes_on = messages(&mut requests, &self.served.channel, self.stops());
         let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
         handler.shut_down();
+        self.served.hub.connected(None);
         self.served.channel.clear();
         if handler.is_hung() { Err(hangs("a thread hangs in a write")) } else { Ok(goes_on) }
     }
@@ -187,6 +250,19 @@ fn hangs(what: &str) -> Error {
         .mend("nothing is lost if vmar is started again once the disk answers: the overlay goes on where it is")
 }
 
+/// Closes a disk that nobody uses. The flush that this takes is bounded: a disk that does not answer in time stays open and
+/// locked, as one does that requests hang in.
+fn let_go(drive: &Drive, limit: Duration) -> Result<()> {
+    if drive.ledger().stuck() == 0
+        && let Some(active) = drive.active()
+        && within(limit, move || drop(active.disk.flush())).is_none()
+    {
+        return Err(Error::new(ErrorKind::Busy, "the disk", "stays open: its flush takes longer than --drain-timeout"));
+    }
+    // Whether the flush worked, the one of the close will tell.
+    drive.inactivate()
+}
+
 /// Does something that may hang on a thread of its own; `None` when it takes longer than `limit` (it goes on then).
 fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     let (done, wait) = channel();
@@ -204,7 +280,7 @@ fn is_shortage(e: &std::io::Error) -> bool {
 }
 
 /// Handles the messages of a connection to its end; false when a signal ended it.
-fn messages(requests: &mut BackendReqHandler<Mutex<Handler>>, channel: &BackendChannel, stop: &StopSignal) -> bool {
+fn messages(requests: &mut BackendReqHandler<Mutex<Handler>>, channel: &BackendChannel, stop: Stops<'_>) -> bool {
     loop {
         // SAFETY: the descriptor belongs to `requests`, which lives longer than this borrow.
         let fd = unsafe { BorrowedFd::borrow_raw(requests.as_raw_fd()) };
@@ -248,7 +324,7 @@ enum Next {
 
 /// Waits until the next message has come as a whole and a reply has room. Reading and replying block, and whoever is stuck
 /// in them hears no SIGTERM; the crate also takes a body that comes in two pieces for a broken one.
-fn next_message(fd: BorrowedFd<'_>, stop: &StopSignal) -> Next {
+fn next_message(fd: BorrowedFd<'_>, stop: Stops<'_>) -> Next {
     if !ready(fd, stop) {
         return Next::Stop;
     }
@@ -296,17 +372,21 @@ fn peek_header(fd: BorrowedFd<'_>) -> std::result::Result<Option<[u32; 3]>, ()> 
 }
 
 /// Waits until `fd` can be read; false when it is time to stop.
-fn ready(fd: BorrowedFd<'_>, stop: &StopSignal) -> bool {
+fn ready(fd: BorrowedFd<'_>, stop: Stops<'_>) -> bool {
     wait(fd, PollFlags::IN, stop, None).is_some()
 }
 
 /// Waits for `events` on `fd`: true when there are some, false when the time is up, `None` when it is time to stop.
-fn wait(fd: BorrowedFd<'_>, events: PollFlags, stop: &StopSignal, limit: Option<Duration>) -> Option<bool> {
+fn wait(fd: BorrowedFd<'_>, events: PollFlags, stop: Stops<'_>, limit: Option<Duration>) -> Option<bool> {
     let limit = limit.map(|limit| rustix::event::Timespec { tv_sec: 0, tv_nsec: i64::from(limit.subsec_nanos()) });
     loop {
-        let mut fds = [PollFd::from_borrowed_fd(fd, events), PollFd::new(&stop.0, PollFlags::IN)];
+        let mut fds = [
+            PollFd::from_borrowed_fd(fd, events),
+            PollFd::new(&stop.signal.0, PollFlags::IN),
+            PollFd::new(stop.hub, PollFlags::IN),
+        ];
         match poll(&mut fds, limit.as_ref()) {
-            Ok(_) if !fds[1].revents().is_empty() => return None,
+            Ok(_) if fds[1..].iter().any(|fd| !fd.revents().is_empty()) => return None,
             Ok(_) if !fds[0].revents().is_empty() => return Some(true),
             Ok(_) if limit.is_some() => return Some(false),
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
