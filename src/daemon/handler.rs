@@ -6,7 +6,7 @@
 mod halt;
 
 use super::inflight::{Inflight, Part};
-use super::worker::Worker;
+use super::worker::{Run, Worker};
 use super::{GuestMap, GuestMemory, Served, Vring};
 use crate::device::config::WRITEBACK_AT;
 use crate::device::{Geometry, Late};
@@ -48,6 +48,8 @@ struct Ring {
     vring: Vring,
     worker: Option<Worker>,
     running: bool,
+    /// Told when the guest has broken the ring.
+    err: Option<File>,
 }
 
 /// What there is to know of a connection.
@@ -81,7 +83,7 @@ impl Handler {
         let memory = GuestMemory::new(GuestMap::new());
         let ring = || {
             let vring = Vring::new(memory.clone(), QUEUE_SIZE_MAX).map_err(io::Error::other)?;
-            Ok(Ring { vring, worker: None, running: false })
+            Ok(Ring { vring, worker: None, running: false, err: None })
         };
         let rings = (0..num_queues).map(|_| ring()).collect::<io::Result<_>>()?;
         Ok(Handler {
@@ -172,7 +174,8 @@ impl Handler {
         let write_through = self.features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
         let ring = self.ring(index)?;
         if let Some(worker) = &ring.worker {
-            worker.run(kick, write_through, part);
+            let err = ring.err.as_ref().and_then(|err| err.try_clone().ok());
+            worker.run(Run { kick, err, write_through, part });
         }
         ring.running = true;
         Ok(())
@@ -461,7 +464,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_vring_err(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        self.ring(u32::from(index))?.vring.set_err(file);
+        file.as_ref().map_or(Ok(()), prepare_event)?;
+        self.ring(u32::from(index))?.err = file;
         Ok(())
     }
 

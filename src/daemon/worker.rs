@@ -26,14 +26,27 @@ const AVAIL_F_NO_INTERRUPT: u16 = 1;
 
 /// What a worker is told.
 enum Command {
-    /// Serve the ring, starting with a look at it (a kick may have come before). What it has in flight is noted in `part`.
-    Run { kick: File, write_through: bool, part: Option<Part> },
+    /// Serve the ring, starting with a look at it (a kick may have come before).
+    Run(Run),
     /// Take nothing more, finish what is in flight, publish it, then answer; at the deadline in any case.
     Stop { done: Sender<Stopped>, deadline: Instant, late: Late },
     /// Give up what is still in flight, but publish nothing.
     Abandon { done: Sender<()>, late: Late },
     /// Publish again, now that the memory of what was given up is revoked.
     Publish { done: Sender<()> },
+}
+
+/// How a ring is to run.
+#[derive(Debug)]
+pub struct Run {
+    /// Raised by the guest when there is something to look at.
+    pub kick: File,
+    /// Raised when the guest has broken the ring.
+    pub err: Option<File>,
+    /// Each write is durable before it completes.
+    pub write_through: bool,
+    /// Where what is in flight is noted. A ring that was not running takes up what is there.
+    pub part: Option<Part>,
 }
 
 /// How a ring has stopped.
@@ -87,6 +100,7 @@ impl Worker {
                     mailbox,
                     executor,
                     kick: None,
+                    err: None,
                     fresh: true,
                     tracker: Tracker::default(),
                     again: VecDeque::new(),
@@ -101,9 +115,9 @@ impl Worker {
         Ok(Worker { commands, mailbox, thread: Some(thread), detached: false })
     }
 
-    /// Lets the ring run. A ring that was not running takes up what `part` has in flight.
-    pub fn run(&self, kick: File, write_through: bool, part: Option<Part>) {
-        self.tell(Command::Run { kick, write_through, part });
+    /// Lets the ring run.
+    pub fn run(&self, run: Run) {
+        self.tell(Command::Run(run));
     }
 
     /// Gives up what a [`Stopped::Stuck`] ring still has in flight. Nothing is published before [`Worker::publish`]: in
@@ -158,6 +172,7 @@ struct Queue {
     executor: Executor<Arc<GuestMap>>,
     /// The ring runs as long as this is here.
     kick: Option<File>,
+    err: Option<File>,
     /// Nothing was taken off the ring since it was last stopped.
     fresh: bool,
     /// What was taken and is not yet in the used ring.
@@ -191,8 +206,9 @@ impl Queue {
             }
             loop {
                 match commands.try_recv() {
-                    Ok(Command::Run { kick, write_through, part }) => {
+                    Ok(Command::Run(Run { kick, err, write_through, part })) => {
                         self.executor.set_write_through(write_through);
+                        self.err = err;
                         self.kick = (!self.fresh || self.take_up(part)).then_some(kick);
                     }
                     Ok(Command::Stop { done, deadline, late }) => {
@@ -338,6 +354,10 @@ impl Queue {
                 Looked::More => {}
                 Looked::Broken => {
                     self.kick = None;
+                    if let Some(err) = &self.err {
+                        // A frontend that reads none of it has been told.
+                        let _ = rustix::io::write(err, &1u64.to_ne_bytes());
+                    }
                     return false;
                 }
             }
@@ -518,7 +538,7 @@ fn in_reach(queue: &virtio_queue::Queue, memory: &GuestMap) -> bool {
 
 /// As poll takes it; rounded up to a millisecond, so that a wait for a moment does not end just before it.
 fn timespec(time: Duration) -> rustix::event::Timespec {
-    let ns = if time.is_zero() { 0 } else { time.subsec_nanos() / 1_000_000 * 1_000_000 + 999_999 };
+    let ns = if time.is_zero() { 0 } else { time.subsec_millis() * 1_000_000 + 999_999 };
     rustix::event::Timespec { tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX), tv_nsec: i64::from(ns) }
 }
 

@@ -9,6 +9,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use vmar::library::Library;
+use vmar::overlay::{BaseIdentity, CreateOptions};
 
 const DISK: usize = 4 << 20;
 const LIMIT: Duration = Duration::from_secs(60);
@@ -152,11 +154,12 @@ fn a_drained_disk_can_be_looked_at_and_resumes() {
 fn a_disk_is_made_larger_while_it_runs() {
     let place = Place::new();
     std::fs::remove_file(&place.overlay).unwrap();
-    let library = place.bench.library();
-    let made = run(&[
-        "--library", text(&library), "overlay", "create", text(&place.overlay), "--image", "one", "--capacity", "64M",
-    ]);
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let library = Library::open(place.bench.library()).unwrap();
+    let image = library.image("one").unwrap();
+    let base = BaseIdentity { digest: image.digest, generation: image.generation, size: image.size };
+    let backing = library.image_path(image);
+    let options = CreateOptions { backing: &backing, base, size: image.size, capacity: 64 << 20 };
+    vmar::overlay::create(&place.overlay, &options).unwrap();
     let server = place.serve();
     let mut client = server.client();
     assert_eq!(place.control(&["resize", "8M"])["size"], json!(8 << 20));
@@ -220,8 +223,17 @@ fn a_successor_that_fails_changes_nothing() {
     let mut f = Frontend::connect(&old.socket, FEATURES, 1, 64);
     let (library, state) = (place.bench.library(), place.bench.path("state"));
     let err = fails(&[
-        "--library", text(&library), "serve", "--state-dir", text(&state), "--image", "base", "--overlay",
-        text(&place.overlay), "--take-over", text(&place.control),
+        "--library",
+        text(&library),
+        "serve",
+        "--state-dir",
+        text(&state),
+        "--image",
+        "base",
+        "--overlay",
+        text(&place.overlay),
+        "--take-over",
+        text(&place.control),
     ]);
     assert!(err.contains("made for another base image"), "{err}");
     assert!(f.read(0, 0, 4096) == pattern(1, 4096), "not even the connection has ended");

@@ -1,8 +1,8 @@
 //! Stopping rings in bounded time, whatever the host's disk does.
 
 use super::Handler;
-use crate::daemon::revoke::{map_again, revoke};
 use crate::daemon::let_go;
+use crate::daemon::revoke::{map_again, revoke};
 use crate::daemon::worker::{self, Stopped};
 use crate::device::Late;
 use std::io;
