@@ -100,7 +100,8 @@ pub fn run(common: &Common, args: Args) -> Result<()> {
         Ok((endpoint, _control)) => serve(&served, endpoint, &options, &stop),
         Err(e) => {
             // Nobody was served, so the overlay is left as it was found.
-            if let Err(close) = served.drive.close() {
+            served.drive.end_trace();
+            if let Err(close) = served.drive.inactivate() {
                 log::error!("{close}");
             }
             Err(e)
@@ -216,7 +217,7 @@ fn open_drive(common: &Common, args: &Args) -> Result<Drive> {
     if let Some(path) = &args.record {
         let recorder = Recorder::create(path, &trace_header(&library, &record));
         // Nobody was served, so the overlay is left as it was found.
-        drive.set_recorder(recorder.inspect_err(|_| drop(drive.close()))?);
+        drive.set_recorder(recorder.inspect_err(|_| drop(drive.inactivate()))?);
     }
     Ok(drive)
 }

@@ -5,7 +5,7 @@
 
 mod halt;
 
-use super::inflight::{Inflight, Part};
+use super::inflight::{self, Inflight};
 use super::worker::{Run, Worker};
 use super::{GuestMap, GuestMemory, Served, Vring};
 use crate::device::config::WRITEBACK_AT;
@@ -27,7 +27,7 @@ use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestRegionMmap};
 
 /// Entries a ring may have: what QEMU allows for vhost-user-blk (its `queue-size` property).
-const QUEUE_SIZE_MAX: u16 = 1024;
+pub const QUEUE_SIZE_MAX: u16 = 1024;
 
 /// Memory slots offered: what QEMU's own backends offer (VHOST_USER_MAX_RAM_SLOTS).
 const MEM_SLOTS_MAX: u64 = 512;
@@ -148,7 +148,6 @@ impl Handler {
     /// Starts or stops the ring's thread, as kick, enable and addresses now say. A ring that (re)starts is looked at
     /// without waiting for a kick: QEMU sends none after reconnecting.
     fn update(&mut self, index: u32) -> Result<()> {
-        let inflight = self.inflight.clone();
         let paused = self.served.hub.paused();
         let ring = self.ring(index)?;
         let (runs, kick) = {
@@ -165,9 +164,9 @@ impl Handler {
             // SAFETY: the clone was just made and its number taken; the File is its only owner.
             unsafe { File::from_raw_fd(raw) }
         };
-        let part = part_of(inflight.as_ref(), index, &ring.vring)?;
-        if ring.worker.is_none() {
-            let vring = ring.vring.clone();
+        let vring = ring.vring.clone();
+        let part = inflight::part_of(self.inflight.as_ref(), index, &vring)?;
+        if self.ring(index)?.worker.is_none() {
             let worker = self.start_worker(index, vring)?;
             self.ring(index)?.worker = Some(worker);
         }
@@ -217,14 +216,6 @@ impl Handler {
         Ok(())
     }
 
-    fn inflight_fits(&self, queues: u16, size: u16) -> Result<()> {
-        if usize::from(queues) > self.rings.len() || size > QUEUE_SIZE_MAX || !size.is_power_of_two() || queues == 0 {
-            log::error!("an inflight region for {queues} queues of {size} entries is not possible");
-            return Err(Error::InvalidParam);
-        }
-        Ok(())
-    }
-
     fn guest_address(&self, user: u64) -> Result<u64> {
         self.mappings
             .iter()
@@ -235,18 +226,6 @@ impl Handler {
                 Error::InvalidParam
             })
     }
-}
-
-/// What tracks the requests of a ring, if the frontend gave a region for that.
-fn part_of(inflight: Option<&Arc<Inflight>>, index: u32, vring: &Vring) -> Result<Option<Part>> {
-    let Some(inflight) = inflight else { return Ok(None) };
-    let size = vring.get_ref().get_queue().size();
-    let part = inflight.part(index as usize, size);
-    if part.is_none() {
-        log::error!("queue {index}: the inflight region has no room for a ring of {size} entries");
-        return Err(Error::InvalidParam);
-    }
-    Ok(part)
 }
 
 /// Maps one region that the frontend shares. Pages that the file does not have would be SIGBUS later.
@@ -525,26 +504,15 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        let (queues, size) = (wanted.num_queues, wanted.queue_size);
-        self.inflight_fits(queues, size)?;
-        let file = Inflight::create(queues, size).map_err(|e| {
-            log::error!("cannot make an inflight region: {e}");
-            Error::ReqHandlerError(e)
-        })?;
-        Ok((VhostUserInflight::new(Inflight::size_of(queues, size) as u64, 0, queues, size), file))
+        inflight::get_fd(wanted, self.rings.len())
     }
 
     fn set_inflight_fd(&mut self, told: &VhostUserInflight, file: File) -> Result<()> {
-        self.inflight_fits(told.num_queues, told.queue_size)?;
         if self.rings.iter().any(|ring| ring.running) {
             log::error!("the frontend changes the inflight region while a ring runs");
             return Err(Error::InvalidParam);
         }
-        let opened = Inflight::open(&file, told.mmap_offset, told.mmap_size, told.num_queues, told.queue_size);
-        self.inflight = Some(Arc::new(opened.map_err(|why| {
-            log::error!("the frontend's inflight region cannot be used: {why}");
-            Error::InvalidParam
-        })?));
+        self.inflight = Some(inflight::set_fd(told, &file, self.rings.len())?);
         Ok(())
     }
 

@@ -34,7 +34,13 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
+use super::Vring;
+use super::handler::QUEUE_SIZE_MAX;
 use crate::device::Completion;
+use vhost::vhost_user::Error;
+use vhost::vhost_user::message::VhostUserInflight;
+use vhost_user_backend::VringT;
+use virtio_queue::QueueT;
 
 /// Bytes of a part's header, and of an entry.
 const HEADER_SIZE: usize = 16;
@@ -59,6 +65,50 @@ const COUNTER: usize = 8;
 /// Bytes of one queue's part.
 fn part_size(queue_size: u16) -> usize {
     (HEADER_SIZE + ENTRY_SIZE * usize::from(queue_size)).next_multiple_of(PART_ALIGN)
+}
+
+fn check_shape(shape: &VhostUserInflight, queues_max: usize) -> Result<(), Error> {
+    let (queues, size) = (shape.num_queues, shape.queue_size);
+    if queues == 0 || usize::from(queues) > queues_max || size > QUEUE_SIZE_MAX || !size.is_power_of_two() {
+        log::error!("an inflight region for {queues} queues of {size} entries is not possible");
+        return Err(Error::InvalidParam);
+    }
+    Ok(())
+}
+
+/// GET_INFLIGHT_FD: a new region, as the frontend wants it. An error ends the connection, because the message has no way to
+/// say no.
+pub fn get_fd(wanted: &VhostUserInflight, queues_max: usize) -> Result<(VhostUserInflight, File), Error> {
+    check_shape(wanted, queues_max)?;
+    let (queues, size) = (wanted.num_queues, wanted.queue_size);
+    let file = Inflight::create(queues, size).map_err(|e| {
+        log::error!("cannot make an inflight region: {e}");
+        Error::ReqHandlerError(e)
+    })?;
+    Ok((VhostUserInflight::new(Inflight::size_of(queues, size) as u64, 0, queues, size), file))
+}
+
+/// SET_INFLIGHT_FD: the region that the frontend has kept. An error ends the connection: served without the region,
+/// requests could be lost.
+pub fn set_fd(told: &VhostUserInflight, file: &File, queues_max: usize) -> Result<Arc<Inflight>, Error> {
+    check_shape(told, queues_max)?;
+    let opened = Inflight::open(file, told.mmap_offset, told.mmap_size, told.num_queues, told.queue_size);
+    opened.map(Arc::new).map_err(|why| {
+        log::error!("the frontend's inflight region cannot be used: {why}");
+        Error::InvalidParam
+    })
+}
+
+/// What tracks the requests of a ring, if the frontend gave a region for that.
+pub fn part_of(inflight: Option<&Arc<Inflight>>, index: u32, vring: &Vring) -> Result<Option<Part>, Error> {
+    let Some(inflight) = inflight else { return Ok(None) };
+    let size = vring.get_ref().get_queue().size();
+    let part = inflight.part(index as usize, size);
+    if part.is_none() {
+        log::error!("queue {index}: the inflight region has no room for a ring of {size} entries");
+        return Err(Error::InvalidParam);
+    }
+    Ok(part)
 }
 
 /// A mapped region.

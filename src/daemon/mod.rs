@@ -138,6 +138,16 @@ impl Served {
         self.drive.resize(size)?;
         Ok(self.channel.config_changed())
     }
+
+    /// Ends the disk's life. A disk that hangs is left as a kill would leave it.
+    fn close(self: &Arc<Self>) -> Result<()> {
+        match self.drive.ledger().stuck() {
+            0 => {}
+            n => return Err(hangs(&format!("{n} requests hang"))),
+        }
+        let served = Arc::clone(self);
+        within(CLOSE_TIME, move || served.drive.inactivate()).unwrap_or_else(|| Err(hangs("the last flush hangs")))
+    }
 }
 
 /// Serves a disk: one connection after the other, until SIGTERM (or until the one connection of `--fd` ends). Requests in
@@ -149,10 +159,11 @@ pub fn serve(served: &Arc<Served>, endpoint: Inherited, options: &Options, stop:
     crate::io::file::raise_open_files();
     let server = Server { served, options, stop };
     let result = match endpoint {
-        Inherited::Connected(stream) => server.connection(stream).map(drop),
-        Inherited::Listening(listening) => return server.listen(listening),
+        Inherited::Connected(stream) => server.connection(stream).and_then(|_| served.close()),
+        Inherited::Listening(listening) => server.listen(listening),
     };
-    result.and_then(|()| server.close())
+    served.drive.end_trace();
+    result
 }
 
 /// What makes the serving thread stop.
@@ -174,7 +185,7 @@ impl Server<'_> {
     fn listen(&self, mut listening: Listening) -> Result<()> {
         loop {
             self.accept_loop(&listening)?;
-            let closed = self.close();
+            let closed = self.served.close();
             match self.served.hub.offer(listening, &closed) {
                 HandedOver::Back(back) => listening = back,
                 HandedOver::NotAsked(_) => return closed,
@@ -231,16 +242,6 @@ impl Server<'_> {
         self.served.hub.connected(None);
         self.served.channel.clear();
         if handler.is_hung() { Err(hangs("a thread hangs in a write")) } else { Ok(goes_on) }
-    }
-
-    /// Ends the disk's life. A disk that hangs is left as a kill would leave it.
-    fn close(&self) -> Result<()> {
-        match self.served.drive.ledger().stuck() {
-            0 => {}
-            n => return Err(hangs(&format!("{n} requests hang"))),
-        }
-        let served = Arc::clone(self.served);
-        within(CLOSE_TIME, move || served.drive.close()).unwrap_or_else(|| Err(hangs("the last flush hangs")))
     }
 }
 

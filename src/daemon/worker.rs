@@ -3,6 +3,7 @@
 use super::inflight::{Part, Tracker};
 use super::replay::Shown;
 use super::{GuestMap, GuestMemory, Vring};
+use crate::device::request::Status;
 use crate::device::{Completion, Disk, Executor, Jobs, Late, Mailbox, Request};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -222,6 +223,9 @@ impl Queue {
                     Ok(Command::Abandon { done, late }) => {
                         self.held = true;
                         self.executor.abandon(late, &mut self.ended);
+                        if late == Late::Fail {
+                            self.refuse_rest();
+                        }
                         drop(done);
                     }
                     Ok(Command::Publish { done }) => {
@@ -464,7 +468,7 @@ impl Queue {
     fn drain(&mut self, deadline: Option<Instant>, late: Late) -> Stopped {
         self.collect();
         self.resume();
-        while self.executor.in_flight() > 0 || deadline.is_none() && self.executor.abandoned() > 0 {
+        while self.has_work(late) || deadline.is_none() && self.executor.abandoned() > 0 {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
                 self.executor.give_up(late, &mut self.ended);
@@ -481,9 +485,33 @@ impl Queue {
             self.resume();
         }
         self.publish();
-        match self.executor.in_flight() {
-            0 => Stopped::Drained,
-            left => Stopped::Stuck(left),
+        match self.has_work(late) {
+            false => Stopped::Drained,
+            true => Stopped::Stuck(self.executor.in_flight() + self.again.len()),
+        }
+    }
+
+    /// True when something is in flight that can end, and should. What was not started again yet can be left as it is.
+    fn has_work(&self, late: Late) -> bool {
+        let again = late == Late::Fail && !self.again.is_empty();
+        self.executor.in_flight() > 0 || again && self.reaches_ring()
+    }
+
+    fn reaches_ring(&self) -> bool {
+        in_reach(self.vring.get_ref().get_queue(), &self.memory.memory().into_inner())
+    }
+
+    /// Ends what was to be started again with an I/O error, for a queue that must stop now.
+    fn refuse_rest(&mut self) {
+        let memory = self.memory.memory().into_inner();
+        let vring = self.vring.get_ref();
+        if in_reach(vring.get_queue(), &memory) {
+            for head in self.again.drain(..) {
+                let Some(chain) = Shown::new(&memory, head).chain(vring.get_queue()).map(Request::parse) else {
+                    continue;
+                };
+                self.ended.push(Completion { head, len: chain.finish(Status::IoErr) });
+            }
         }
     }
 

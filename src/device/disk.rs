@@ -43,13 +43,14 @@ pub struct Disk {
 impl Disk {
     /// A disk over `base`; its size is the overlay's, or the base's without one.
     pub fn new(base: Arc<Base>, store: Store, serial: [u8; SERIAL_SIZE], recorder: Arc<OnceLock<Recorder>>) -> Self {
+        let write_through = matches!(&store, Store::Overlay(overlay) if !overlay.write_cache());
         Disk {
             base,
             store,
             serial,
             recorder,
             flush_failed: AtomicBool::new(false),
-            write_through: AtomicBool::new(false),
+            write_through: AtomicBool::new(write_through),
             changing: Mutex::new(()),
         }
     }
@@ -192,7 +193,8 @@ impl Disk {
     }
 
     /// Switches the write cache for all queues at once. When it goes off, all that has completed is durable on return.
-    /// On an error the mode is as it was.
+    /// On an error the mode is as it was. An overlay remembers the mode; with `--blk-file` it ends with the process, and the
+    /// guest is not asked again: a server that is started anew in the middle of a VM's life begins with the cache on.
     pub fn set_write_cache(&self, on: bool) -> io::Result<()> {
         let _one = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         if self.read_only() {
@@ -203,6 +205,9 @@ impl Disk {
         if !on && let Err(e) = self.flush() {
             self.write_through.store(before, Ordering::Relaxed);
             return Err(e);
+        }
+        if let Store::Overlay(overlay) = &self.store {
+            overlay.set_write_cache(on);
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ use super::jobs::Jobs;
 use super::request::SERIAL_SIZE;
 use super::stats::Ledger;
 use crate::error::{Error, ErrorKind, Result};
-use crate::overlay::{self, BaseIdentity, OpenOptions, Overlay};
+use crate::overlay::{self, BaseIdentity, Look, OpenOptions, Overlay};
 use crate::redirect::{Base, Recorder};
 use crate::units::SECTOR_SIZE;
 use std::path::PathBuf;
@@ -71,9 +71,9 @@ pub struct Drive {
 #[derive(Debug)]
 struct State {
     active: Option<Active>,
-    /// Bytes of the disk when last looked at.
-    size: u64,
-    /// What the guest has asked for while this process serves it, kept while the disk is closed.
+    /// What was seen of the disk last.
+    seen: Look,
+    /// What the guest has asked for while the disk was closed, or of a disk that does not remember it.
     write_cache: Option<bool>,
     discard_unflushed: bool,
 }
@@ -81,9 +81,9 @@ struct State {
 impl Drive {
     /// A disk that is not open yet. Looks whether all is there and belongs together; takes no lock and changes nothing.
     pub fn new(recipe: Recipe, serial: [u8; SERIAL_SIZE], ledger: Arc<Ledger>) -> Result<Self> {
-        let size = recipe.look()?;
+        let seen = recipe.look()?;
         let discard_unflushed = matches!(&recipe, Recipe::Image { overlay: Some(o), .. } if o.discard_unflushed);
-        let state = Mutex::new(State { active: None, size, write_cache: None, discard_unflushed });
+        let state = Mutex::new(State { active: None, seen, write_cache: None, discard_unflushed });
         Ok(Drive { recipe, serial, recorder: Arc::default(), ledger, state })
     }
 
@@ -113,13 +113,13 @@ impl Drive {
             return active.disk.geometry(num_queues);
         }
         match self.recipe.look() {
-            Ok(size) => state.size = size,
+            Ok(seen) => state.seen = seen,
             Err(e) => log::warn!("{e}"),
         }
         Geometry {
-            size: state.size - state.size % SECTOR_SIZE,
+            size: state.seen.size / SECTOR_SIZE * SECTOR_SIZE,
             read_only: self.read_only(),
-            write_cache: state.write_cache.unwrap_or(true),
+            write_cache: state.write_cache.unwrap_or(state.seen.write_cache),
             num_queues,
         }
     }
@@ -164,7 +164,6 @@ impl Drive {
         {
             disk.set_write_cache(on).map_err(|e| Error::io("the write cache", "switch", e))?;
         }
-        state.size = disk.size();
         Ok(disk)
     }
 
@@ -180,19 +179,18 @@ impl Drive {
             return Err(Error::new(ErrorKind::Busy, "the disk", "stays open: requests of it hang in the kernel"));
         }
         active.disk.close()?;
-        state.size = active.disk.size();
+        state.seen = Look { size: active.disk.size(), write_cache: !active.disk.write_through() };
         // Its threads hold the disk, and the disk holds the lock.
         active.jobs.end();
         state.active = None;
         Ok(())
     }
 
-    /// Ends its life in order: closes it and ends the trace.
-    pub fn close(&self) -> Result<()> {
+    /// Ends the trace, if one is recorded.
+    pub fn end_trace(&self) {
         if let Some(recorder) = self.recorder.get() {
             recorder.finish();
         }
-        self.inactivate()
     }
 
     /// Switches the write cache, see [`Disk::set_write_cache`]. If the disk is not open it will be opened so.
@@ -216,13 +214,10 @@ impl Drive {
     pub fn resize(&self, size: u64) -> Result<()> {
         let mut state = self.state();
         if let Some(active) = &state.active {
-            active.disk.resize(size)?;
-            state.size = size;
-            return Ok(());
+            return active.disk.resize(size);
         }
         let disk = self.open(&mut state)?;
         let resized = disk.resize(size);
-        state.size = disk.size();
         disk.close()?;
         resized
     }
@@ -234,12 +229,13 @@ impl Drive {
 }
 
 impl Recipe {
-    /// Looks from outside; gives the disk's size.
-    fn look(&self) -> Result<u64> {
+    /// Looks from outside.
+    fn look(&self) -> Result<Look> {
+        let cached = |size| Look { size, write_cache: true };
         match self {
             Recipe::Image { overlay: Some(o), .. } => overlay::look(&o.path, o.base),
-            Recipe::Image { base, overlay: None } => Ok(base.size()),
-            Recipe::File { path, read_only } => Base::look_flat(path, !read_only),
+            Recipe::Image { base, overlay: None } => Ok(cached(base.size())),
+            Recipe::File { path, read_only } => Base::look_flat(path, !read_only).map(cached),
         }
     }
 }

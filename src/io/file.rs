@@ -104,6 +104,42 @@ pub fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
     }
 }
 
+/// Reserves space behind the end of the file, whose size stays (`fallocate`, FALLOC_FL_KEEP_SIZE). Truncating the file
+/// gives it back.
+pub fn reserve_behind_end(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    // SAFETY: plain system call on an open descriptor.
+    let r = unsafe {
+        libc::fallocate(file.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, offset as libc::off_t, len as libc::off_t)
+    };
+    if r == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `struct fiemap` of linux/fiemap.h with room for one extent (five words, then four half words).
+#[repr(C)]
+#[derive(Default)]
+struct Fiemap {
+    start: u64,
+    length: u64,
+    flags: u32,
+    mapped_extents: u32,
+    extent_count: u32,
+    reserved: u32,
+    extent: [u64; 7],
+}
+
+/// True if the file has space of its own somewhere in the range, written or only reserved, also behind its end.
+///
+/// # Errors
+/// `EOPNOTSUPP` from file systems that cannot tell (FS_IOC_FIEMAP).
+pub fn has_extent(file: &File, offset: u64, len: u64) -> io::Result<bool> {
+    /// `_IOWR('f', 11, struct fiemap)`, whose size is that without extents: 32 bytes.
+    const FS_IOC_FIEMAP: libc::Ioctl = 0xc020_660b;
+    let mut map = Fiemap { start: offset, length: len, extent_count: 1, ..Fiemap::default() };
+    // SAFETY: the kernel writes into `map` only: its head, and at most `extent_count` extents of 56 bytes behind it.
+    let r = unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FIEMAP, &raw mut map) };
+    if r == 0 { Ok(map.mapped_extents > 0) } else { Err(io::Error::last_os_error()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

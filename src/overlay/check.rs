@@ -59,11 +59,20 @@ impl SessionInfo {
     }
 }
 
-/// Makes sure, by its header alone, that the file at `path` is an overlay for this base; gives the size of its disk.
-pub fn look(path: &Path, base: BaseIdentity) -> Result<u64> {
+/// What the header of an overlay says of its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Look {
+    /// Bytes of the disk.
+    pub size: u64,
+    /// False if the guest had switched the write cache off when the overlay was last closed.
+    pub write_cache: bool,
+}
+
+/// Makes sure, by its header alone, that the file at `path` is an overlay for this base; takes no lock.
+pub fn look(path: &Path, base: BaseIdentity) -> Result<Look> {
     let (_, header, _) = read_metadata(path, open_file(path, true)?)?;
     check_base(path, &header, Some(base))?;
-    Ok(header.size)
+    Ok(Look { size: header.size, write_cache: !header.write_through() })
 }
 
 /// What the overlay at `path` is and holds; the live bitmap is used if there is one in `state_dir`.

@@ -24,6 +24,8 @@ struct FlushState {
     failed: bool,
     /// The number of the last flush that succeeded.
     done: u64,
+    /// Words were written since the flush counter was.
+    uncounted: bool,
 }
 
 impl Flusher {
@@ -75,14 +77,37 @@ impl Overlay {
                 continue;
             }
             self.sync(state)?;
+            state.uncounted = true;
             if let Err(e) = self.write_words(&taken) {
                 // Data is durable and each word on disk is an old or a new one: the next flush may try again.
                 taken.iter().for_each(|(cluster, _)| self.dirty.mark(index(*cluster)));
                 return Err(e);
             }
         }
+        self.count(state)?;
         // The words, or, if there were none, the data alone.
         self.sync(state)
+    }
+
+    /// Counts a flush that wrote words, in the file and in the live bitmap, so that an older copy of the file that somebody
+    /// puts in its place is known for what it is. Whenever a kill comes, the file's counter is one of the two that the
+    /// live bitmap has.
+    fn count(&self, state: &mut FlushState) -> io::Result<()> {
+        if !state.uncounted {
+            return Ok(());
+        }
+        let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = header.extension.flushes;
+        let flushes = before.wrapping_add(1);
+        self.words.begin_counting(flushes);
+        let (word, at) = header.with_flushes(flushes);
+        if let Err(e) = self.disk.write(&word, at) {
+            header.with_flushes(before);
+            return Err(e);
+        }
+        self.words.end_counting(flushes);
+        state.uncounted = false;
+        Ok(())
     }
 
     /// One `fdatasync` for whoever has written without changing a word. It goes by the same rule as all others: a failure

@@ -37,8 +37,12 @@ const EXT_VERSION: u32 = 2;
 const EXT_LEN: usize = 120;
 /// What version 1 had of it.
 const EXT_LEN_1: usize = 104;
-/// Where session and boot ID stand in our extension.
+/// Where session and boot ID, and the flush counter stand in our extension.
 const EXT_SESSION_AT: usize = 72;
+const EXT_FLUSHES_AT: usize = 112;
+/// Where the byte of flags stands in our extension (the last one of its word), and the only flag.
+const EXT_FLAGS_AT: usize = 7;
+const FLAG_WRITE_THROUGH: u8 = 1;
 /// Where size and autoclear bits stand in the header.
 const SIZE_AT: usize = 24;
 const AUTOCLEAR_AT: usize = 88;
@@ -279,6 +283,11 @@ impl Header {
         self.autoclear & AUTOCLEAR_VMAR != 0
     }
 
+    /// True if some other writer has left autoclear bits of its own.
+    pub fn has_foreign_autoclear(&self) -> bool {
+        self.autoclear & !AUTOCLEAR_VMAR != 0
+    }
+
     /// The bytes to write at offset 0 for another session. Nothing but the session and the autoclear bits changes, and
     /// nothing moves: whichever sectors of this write reach the disk before a power cut, the header can be parsed.
     /// Bits that are not ours are cleared, as the qcow2 specification asks of a writer that does not maintain what
@@ -293,10 +302,32 @@ impl Header {
         &self.bytes
     }
 
+    /// True if the guest had the write cache switched off when the overlay was closed. It is not told again that it should,
+    /// neither by a guest that goes on here nor by one that was migrated here.
+    pub fn write_through(&self) -> bool {
+        self.bytes[self.extension_at + EXT_FLAGS_AT] & FLAG_WRITE_THROUGH != 0
+    }
+
+    /// Remembers that for the next write of the header.
+    pub fn set_write_through(&mut self, on: bool) {
+        self.bytes[self.extension_at + EXT_FLAGS_AT] = if on { FLAG_WRITE_THROUGH } else { 0 };
+    }
+
     /// The bytes of another virtual size, and where they go: one aligned word, which no power cut tears.
     pub fn with_size(&mut self, size: u64) -> ([u8; 8], u64) {
         self.size = size;
         self.patch(SIZE_AT, size)
+    }
+
+    /// The bytes of another flush counter, and where they go: one aligned word, which no power cut tears.
+    pub fn with_flushes(&mut self, flushes: u64) -> ([u8; 8], u64) {
+        self.extension.flushes = flushes;
+        self.patch(self.extension_at + EXT_FLUSHES_AT, flushes)
+    }
+
+    /// Where the flush counter is in the file.
+    pub fn flushes_at(&self) -> u64 {
+        (self.extension_at + EXT_FLUSHES_AT) as u64
     }
 
     fn patch(&mut self, at: usize, value: u64) -> ([u8; 8], u64) {

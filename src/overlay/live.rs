@@ -13,15 +13,23 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const MAGIC: [u8; 8] = *b"VMARLIVE";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Reads differently on a host of the other byte order.
 const BYTE_ORDER: u32 = 0x0102_0304;
 /// The words start here: one page, so that they are aligned however the header grows.
 const HEADER_LEN: usize = 4096;
 /// Bytes of the header that the checksum covers; it stands behind them.
 const CHECKED_LEN: usize = 72;
-/// A word that is not zero once an fsync of this session failed. Not covered by the checksum: it is set in a hurry.
+/// Words that change while the session lasts, so the checksum does not cover them.
+/// Not zero once an fsync of this session failed.
 const FAILED_AT: usize = 1024;
+/// The flush counter that the overlay's header has, and the one that it is about to get.
+const FLUSHES_AT: usize = 1032;
+const FLUSHES_NEXT_AT: usize = 1040;
+/// Not zero while the guest has switched the write cache off.
+const WRITE_THROUGH_AT: usize = 1048;
+/// Where the seal behind the overlay file's end is; 0: there is none.
+const SEAL_AT: usize = 1056;
 
 /// What a live bitmap belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -184,18 +192,52 @@ impl LiveFile {
         unsafe { std::slice::from_raw_parts(self.map.as_mut_ptr().add(HEADER_LEN).cast(), self.words) }
     }
 
-    fn failed_word(&self) -> &AtomicU64 {
-        // SAFETY: as for `words`; FAILED_AT is a multiple of 8 inside the header page.
-        unsafe { &*self.map.as_mut_ptr().add(FAILED_AT).cast::<AtomicU64>() }
+    /// One of the changing words of the header.
+    fn word(&self, at: usize) -> &AtomicU64 {
+        assert!(at.is_multiple_of(8) && at + 8 <= HEADER_LEN);
+        // SAFETY: as for `words`; the word is aligned and inside the header page.
+        unsafe { &*self.map.as_mut_ptr().add(at).cast::<AtomicU64>() }
     }
 
     /// Remembers that an fsync failed, also for the process that comes after this one.
     pub fn set_failed(&self) {
-        self.failed_word().store(1, Ordering::Release);
+        self.word(FAILED_AT).store(1, Ordering::Release);
     }
 
     pub fn has_failed(&self) -> bool {
-        self.failed_word().load(Ordering::Acquire) != 0
+        self.word(FAILED_AT).load(Ordering::Acquire) != 0
+    }
+
+    /// The flush counter that the overlay's header has. While it is being written, it may be the second one already.
+    pub fn flushes(&self) -> (u64, u64) {
+        (self.word(FLUSHES_AT).load(Ordering::Acquire), self.word(FLUSHES_NEXT_AT).load(Ordering::Acquire))
+    }
+
+    /// Called before the header gets that counter.
+    pub fn begin_counting(&self, flushes: u64) {
+        self.word(FLUSHES_NEXT_AT).store(flushes, Ordering::Release);
+    }
+
+    /// Called after the header has got that counter.
+    pub fn end_counting(&self, flushes: u64) {
+        self.word(FLUSHES_NEXT_AT).store(flushes, Ordering::Release);
+        self.word(FLUSHES_AT).store(flushes, Ordering::Release);
+    }
+
+    pub fn write_through(&self) -> bool {
+        self.word(WRITE_THROUGH_AT).load(Ordering::Acquire) != 0
+    }
+
+    pub fn set_write_through(&self, on: bool) {
+        self.word(WRITE_THROUGH_AT).store(on.into(), Ordering::Release);
+    }
+
+    pub fn seal(&self) -> u64 {
+        self.word(SEAL_AT).load(Ordering::Acquire)
+    }
+
+    pub fn set_seal(&self, at: u64) {
+        self.word(SEAL_AT).store(at, Ordering::Release);
     }
 
     /// Removes the file; the mapping stays usable until dropped.
@@ -281,11 +323,15 @@ mod tests {
         live.publish().unwrap();
         live.words()[8].store(77, Ordering::Relaxed);
         live.set_failed();
+        live.begin_counting(6);
+        live.set_write_through(true);
+        live.set_seal(4096);
         drop(live);
         match LiveFile::open(&dir, &id()).unwrap() {
             Found::Matching(live) => {
                 assert_eq!(live.words()[8].load(Ordering::Relaxed), 77);
-                assert!(live.has_failed());
+                assert!(live.has_failed() && live.write_through());
+                assert_eq!((live.flushes(), live.seal()), ((0, 6), 4096));
             }
             other => panic!("{other:?}"),
         }

@@ -18,6 +18,7 @@
 //! | `create` | writes a new file |
 //! | `bits` | words of subcluster states, runs, dirty marks |
 //! | `live` | the live bitmap file |
+//! | `seal` | tells whether the file was written anew under a session |
 //! | `session` | file lock, boot ID, which bitmap is the truth |
 //! | `lock` | range locks of writers |
 //! | `write`, `flush`, `resize` | the three things that change an overlay |
@@ -35,13 +36,14 @@ mod live;
 mod lock;
 mod resize;
 mod scan;
+mod seal;
 mod session;
 #[cfg(test)]
 mod tests;
 mod write;
 
 pub use bits::{Run, Runs, State};
-pub use check::{Info, SessionInfo, check, inspect, look};
+pub use check::{Info, Look, SessionInfo, check, inspect, look};
 pub use create::create;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -122,9 +124,28 @@ impl Words {
         }
     }
 
+    fn live(&self) -> Option<&LiveFile> {
+        match self {
+            Words::Live(live) => Some(live),
+            Words::Private(_) => None,
+        }
+    }
+
     fn set_failed(&self) {
-        if let Words::Live(live) = self {
+        if let Some(live) = self.live() {
             live.set_failed();
+        }
+    }
+
+    fn begin_counting(&self, flushes: u64) {
+        if let Some(live) = self.live() {
+            live.begin_counting(flushes);
+        }
+    }
+
+    fn end_counting(&self, flushes: u64) {
+        if let Some(live) = self.live() {
+            live.end_counting(flushes);
         }
     }
 
@@ -185,7 +206,13 @@ impl Overlay {
             Ending::Lost(loss) => return Err(loss.refusal(path, &header, opts.state_dir)),
         };
         let words = match live {
-            Some(live) => take_up(path, &disk, &layout, live, &dirty, opts.read_only)?,
+            Some(live) => {
+                let words = take_up(path, &disk, &layout, live, &dirty, opts.read_only)?;
+                if !opts.read_only {
+                    go_on(path, &disk, &mut header, &words)?;
+                }
+                words
+            }
             None if opts.read_only => {
                 let words: Box<[AtomicU64]> = (0..layout.clusters).map(|_| AtomicU64::new(0)).collect();
                 load(path, &disk, &layout, &words)?;
@@ -250,6 +277,20 @@ impl Overlay {
         Runs::new(self.words.get(), offset..end)
     }
 
+    /// False while the guest has its disk's write cache switched off (CONFIG_WCE): every write then has to be followed by a
+    /// [`flush`](Self::flush), which is the caller's business.
+    pub fn write_cache(&self) -> bool {
+        !self.words.live().is_some_and(LiveFile::write_through)
+    }
+
+    /// Remembers what the guest chose, also for the process that comes after this one is killed or has closed the overlay:
+    /// QEMU does not tell it again, neither after a reconnect nor after a migration. A new overlay has its cache on. Does nothing on an overlay that is only read.
+    pub fn set_write_cache(&self, on: bool) {
+        if let Some(live) = self.words.live() {
+            live.set_write_through(!on);
+        }
+    }
+
     /// Stops cleanly: flushes, closes the session in the file, removes the live bitmap. Waits for writes in flight; later
     /// ones fail. If it fails, the session stays as it is, for the next open to take up.
     pub fn close(&self) -> Result<()> {
@@ -260,6 +301,7 @@ impl Overlay {
         self.flush().map_err(|e| Error::io(&self.path, "flush", e))?;
         self.closed.store(true, Ordering::Release);
         let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
+        header.set_write_through(!self.write_cache());
         write_header(&self.disk, &mut header, Session::CLOSED).map_err(|e| Error::io(&self.path, "close", e))?;
         self.words.remove()
     }
@@ -339,12 +381,25 @@ fn take_up(path: &Path, disk: &Disk, layout: &Layout, live: LiveFile, dirty: &Di
     Ok(Words::Private(words.iter().map(|w| AtomicU64::new(w.load(Ordering::Acquire))).collect()))
 }
 
+/// What a session that is taken up needs besides its words.
+fn go_on(path: &Path, disk: &Disk, header: &mut Header, words: &Words) -> Result<()> {
+    words.end_counting(header.extension.flushes);
+    if header.has_foreign_autoclear() {
+        let session = header.extension.session;
+        write_header(disk, header, session).map_err(|e| Error::io(path, "go on with the session in", e))?;
+    }
+    Ok(())
+}
+
 /// Begins a session: the live bitmap first, then the header that names it, so that a session that is open always had one.
 fn begin(path: &Path, disk: &Disk, layout: &Layout, header: &mut Header, state_dir: &Path) -> Result<Words> {
     let session = session::begin(session::boot_id()?)?;
     let id = LiveId::of(disk.file(), session, layout.clusters).map_err(|e| Error::io(path, "look at", e))?;
     let mut live = LiveFile::create(state_dir, &id)?;
     load(path, disk, layout, live.words())?;
+    live.end_counting(header.extension.flushes);
+    live.set_seal(seal::set(disk.file()));
+    live.set_write_through(header.write_through());
     live.publish()?;
     // If this fails half-way, the new bitmap stays: the header may name it by now, and if it does not, `remove_stale` of
     // the next open takes it away.

@@ -100,15 +100,17 @@ impl Overlay {
     /// The size in the header, durable. After an error the old one is put back as far as that goes; a power cut may then
     /// find either, and both are right.
     fn write_size(&self, new_size: u64) -> io::Result<()> {
-        let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
-        let old_size = header.size;
-        let (word, at) = header.with_size(new_size);
-        let done = self.disk.write(&word, at).and_then(|()| self.sync_all_that_is_written());
-        if done.is_err() {
-            let (word, at) = header.with_size(old_size);
-            if let Err(e) = self.disk.write(&word, at) {
-                log::warn!("{}: cannot put the old size back: {e}", self.path.display());
-            }
+        // The header's lock is not held over the sync: a flush takes the two in the other order.
+        let write = |size| {
+            let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
+            let (word, at) = header.with_size(size);
+            self.disk.write(&word, at)
+        };
+        let done = write(new_size).and_then(|()| self.sync_all_that_is_written());
+        if done.is_err()
+            && let Err(e) = write(self.size())
+        {
+            log::warn!("{}: cannot put the old size back: {e}", self.path.display());
         }
         done
     }

@@ -4,7 +4,7 @@ use super::disk::Disk;
 use super::header::{Header, Session};
 use super::layout::{Layout, index};
 use super::live::{Found, LiveFile, LiveId, path_of};
-use super::scan;
+use super::{scan, seal};
 use crate::codec::unhex;
 use crate::error::{Error, ErrorKind, Result};
 use rustix::fs::FlockOperation;
@@ -86,6 +86,8 @@ pub(super) enum Loss {
     Foreign(String),
     /// An fsync failed in that session.
     FailedFlush,
+    /// Another content was written over the file.
+    Overwritten,
     /// QEMU opened the file for writing since, and so many subclusters differ that the session had written.
     Overtaken(u64),
 }
@@ -104,12 +106,34 @@ pub(super) fn ending(disk: &Disk, path: &Path, header: &Header, layout: &Layout,
         Found::Missing => Ending::Lost(Loss::Missing),
         Found::Foreign(why) => Ending::Lost(Loss::Foreign(why)),
         Found::Matching(live) if live.has_failed() => Ending::Lost(Loss::FailedFlush),
-        Found::Matching(live) if header.untouched() => Ending::Killed(live),
+        Found::Matching(live) if header.untouched() => {
+            let own = is_own_content(disk, header, &live).map_err(|e| Error::io(path, "read", e))?;
+            if own { Ending::Killed(live) } else { Ending::Lost(Loss::Overwritten) }
+        }
         Found::Matching(live) => match unflushed(disk, path, layout, &live)? {
             0 => Ending::KilledThenQemu,
             n => Ending::Lost(Loss::Overtaken(n)),
         },
     })
+}
+
+/// False if the file does not hold what the session left in it, as far as that can be told: an older copy of the same
+/// session lies over it. Its flush counter is another one then, or the seal is gone.
+fn is_own_content(disk: &Disk, header: &Header, live: &LiveFile) -> io::Result<bool> {
+    if seal::is_broken(disk.file(), live.seal()) {
+        return Ok(false);
+    }
+    // `inspect` comes here while a vmar may be counting, so the counter is read again between two equal looks at the live
+    // bitmap. A vmar that flushes all the time cannot keep up with that for long.
+    loop {
+        let before = live.flushes();
+        let mut word = [0; 8];
+        disk.read(&mut word, header.flushes_at())?;
+        if live.flushes() == before {
+            let found = u64::from_be_bytes(word);
+            return Ok(found == before.0 || found == before.1);
+        }
+    }
 }
 
 /// Subclusters that the session has written (their live state is not "base", and nothing ever returns to that) and whose
@@ -156,6 +180,13 @@ impl Loss {
                 "a flush of it failed in its last session, so what the VM wrote since the flush before may be lost"
                     .to_string(),
                 format!("check the disk and copy what can be read, {discard}"),
+            ),
+            Loss::Overwritten => error(
+                ErrorKind::Changed,
+                "an older copy was written over it while its session was open, so its live bitmap belongs to what was \
+                 there before"
+                    .to_string(),
+                "give --discard-unflushed to go on with that copy".to_string(),
             ),
             Loss::Overtaken(subclusters) => error(
                 ErrorKind::Changed,

@@ -45,6 +45,11 @@ impl Fx {
     }
 }
 
+/// The write of the flush counter.
+fn counted(o: &Overlay) -> Event {
+    Event::Write { at: o.header.lock().unwrap().flushes_at(), len: 8 }
+}
+
 fn write(o: &Overlay, offset: u64, len: usize) -> io::Result<()> {
     let mut mem = vec![7u8; len];
     // SAFETY: `mem` outlives the call.
@@ -73,7 +78,7 @@ fn a_flush_writes_the_bits_between_two_syncs() {
     let bits = Event::Write { at: o.layout.l2 + 2 * 16 + 8, len: 8 };
     assert_eq!(
         o.disk.probe.take(),
-        [Event::Write { at: data + 2 * CLUSTER, len: 4096 }, Event::SyncData, bits, Event::SyncData]
+        [Event::Write { at: data + 2 * CLUSTER, len: 4096 }, Event::SyncData, bits, counted(&o), Event::SyncData]
     );
     o.flush().unwrap();
     assert_eq!(o.disk.probe.take(), [Event::SyncData], "nothing changed: one sync, for the data");
@@ -98,6 +103,7 @@ fn neighbouring_words_go_in_one_write() {
             Event::SyncData,
             Event::Write { at: l2 + 3 * 16 + 8, len: 16 * 2 + 8 },
             Event::Write { at: l2 + 9 * 16 + 8, len: 8 },
+            counted(&o),
             Event::SyncData
         ]
     );
@@ -171,14 +177,14 @@ fn a_hole_that_cannot_be_punched_reads_zeros_all_the_same() {
 
 #[test]
 fn a_failed_sync_is_final_also_for_the_next_process() {
-    for syncs_before in [0, 2] {
+    for events_before in [0, 3] {
         let fx = Fx::new();
         let o = fx.open(false).unwrap();
         write(&o, CLUSTER, 2048).unwrap();
         o.flush().unwrap();
         write(&o, 0, 2048).unwrap();
         // The sync before the bits, or the one after them.
-        o.disk.probe.fail_after(syncs_before, libc::EIO);
+        o.disk.probe.fail_after(events_before, libc::EIO);
         assert_eq!(o.flush().unwrap_err().raw_os_error(), Some(libc::EIO));
         for _ in 0..2 {
             let err = o.flush().unwrap_err().to_string();
@@ -214,7 +220,7 @@ fn words_that_could_not_be_written_wait_for_the_next_flush() {
     o.disk.probe.take();
     o.flush().unwrap();
     let bits = |cluster| Event::Write { at: o.layout.bitmap_at(cluster), len: 8 };
-    assert_eq!(o.disk.probe.take(), [Event::SyncData, bits(0), bits(5), Event::SyncData]);
+    assert_eq!(o.disk.probe.take(), [Event::SyncData, bits(0), bits(5), counted(&o), Event::SyncData]);
 }
 
 #[test]
@@ -228,7 +234,7 @@ fn what_a_killed_process_left_unflushed_is_marked_again() {
     let o = fx.open(false).unwrap();
     o.flush().unwrap();
     let bits = Event::Write { at: o.layout.bitmap_at(7), len: 8 };
-    assert_eq!(o.disk.probe.take(), [Event::SyncData, bits, Event::SyncData]);
+    assert_eq!(o.disk.probe.take(), [Event::SyncData, bits, counted(&o), Event::SyncData]);
 }
 
 #[test]
@@ -247,7 +253,7 @@ fn more_changed_words_than_one_batch() {
     o.disk.probe.take();
     o.flush().unwrap();
     let events = o.disk.probe.take();
-    assert_eq!(events.iter().filter(|e| matches!(e, Event::Write { .. })).count(), 163_840);
+    assert_eq!(events.iter().filter(|e| matches!(e, Event::Write { .. })).count(), 163_841);
     assert_eq!(events.iter().filter(|e| **e == Event::SyncData).count(), 4, "3 batches and the end");
     o.close().unwrap();
     assert_eq!(inspect(&path, &dir.path().join("s")).unwrap().zero_subclusters, 163_840);
@@ -328,7 +334,10 @@ fn growth_is_durable_before_it_is_told_and_clears_what_is_behind_the_end_first()
     o.resize(SIZE - CLUSTER + 1536).unwrap();
     let zeros = Event::Write { at: o.data_start() + SIZE - CLUSTER + 1024, len: 1024 };
     let bits = Event::Write { at: o.layout.bitmap_at(15), len: 8 };
-    assert_eq!(o.disk.probe.take(), [zeros, Event::SyncData, bits, Event::SyncData, size, Event::SyncData]);
+    assert_eq!(
+        o.disk.probe.take(),
+        [zeros, Event::SyncData, bits, counted(&o), Event::SyncData, size, Event::SyncData]
+    );
     // Any of them failing leaves the size as it was; a failed sync is as final as in a flush.
     for (skip, errno) in [(0, libc::ENOSPC), (1, libc::EIO)] {
         let before = o.size();
@@ -340,4 +349,77 @@ fn growth_is_durable_before_it_is_told_and_clears_what_is_behind_the_end_first()
         assert_eq!(on_disk[24..32], before.to_be_bytes());
     }
     assert!(o.flush().unwrap_err().to_string().contains("an earlier flush"));
+}
+
+#[test]
+fn each_flush_that_writes_words_counts_and_a_kill_in_between_is_no_matter() {
+    let fx = Fx::new();
+    let o = fx.open(false).unwrap();
+    let in_file = |o: &Overlay| {
+        let mut word = [0; 8];
+        o.disk.read(&mut word, o.header.lock().unwrap().flushes_at()).unwrap();
+        u64::from_be_bytes(word)
+    };
+    write(&o, 0, 2048).unwrap();
+    o.flush().unwrap();
+    o.flush().unwrap();
+    write(&o, 0, 2048).unwrap();
+    o.flush().unwrap();
+    assert_eq!(in_file(&o), 1, "an overwrite changes no word");
+    write(&o, 2048, 2048).unwrap();
+    // The words get in, the counter does not: the next flush, which has no words, counts them.
+    o.disk.probe.fail_after(2, libc::ENOSPC);
+    assert_eq!(o.flush().unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+    assert_eq!((in_file(&o), o.words.live().unwrap().flushes()), (1, (1, 2)));
+    o.disk.probe.take();
+    o.flush().unwrap();
+    assert_eq!(o.disk.probe.take(), [counted(&o), Event::SyncData]);
+    assert_eq!((in_file(&o), o.words.live().unwrap().flushes()), (2, (2, 2)));
+    // Killed before the counter was written, and after.
+    drop(o);
+    for counted in [false, true] {
+        let o = fx.open(false).unwrap();
+        let before = in_file(&o);
+        assert_eq!(o.words.live().unwrap().flushes(), (before, before));
+        o.words.begin_counting(before + 1);
+        if counted {
+            let (word, at) = o.header.lock().unwrap().with_flushes(before + 1);
+            o.disk.write(&word, at).unwrap();
+        }
+        drop(o);
+        assert_eq!(in_file(&fx.open(false).unwrap()), before + u64::from(counted));
+    }
+}
+
+#[test]
+fn bits_of_other_writers_go_also_from_a_session_that_is_taken_up() {
+    let fx = Fx::new();
+    let o = fx.open(false).unwrap();
+    write(&o, 0, 2048).unwrap();
+    drop(o);
+    let file = File::options().write(true).open(fx.path()).unwrap();
+    file.write_all_at(&[0x80, 0, 0, 0, 0, 0, 0, 1], 88).unwrap();
+    let o = fx.open(false).unwrap();
+    assert_eq!(sector(&o, 0), 7, "taken up");
+    assert_eq!(fs::read(fx.path()).unwrap()[88..96], [0x80, 0, 0, 0, 0, 0, 0, 0]);
+}
+
+#[test]
+fn the_write_cache_stays_off_over_a_kill_and_not_over_a_close() {
+    let fx = Fx::new();
+    let o = fx.open(false).unwrap();
+    assert!(o.write_cache());
+    o.set_write_cache(false);
+    assert!(!o.write_cache());
+    drop(o);
+    let o = fx.open(false).unwrap();
+    assert!(!o.write_cache());
+    o.close().unwrap();
+    drop(o);
+    let o = fx.open(false).unwrap();
+    assert!(o.write_cache());
+    o.set_write_cache(false);
+    o.set_write_cache(true);
+    drop(o);
+    assert!(fx.open(false).unwrap().write_cache());
 }

@@ -82,8 +82,8 @@ fn a_full_disk_that_is_given_room_goes_on() {
     client.queues[0].write_zeroes((6 << 20) + 512, 512, 3, blkio::ReqFlags::NO_UNMAP);
     client.kick(0);
     assert!(waits(&mut client, 0));
-    // Nothing else is held up: reads, overwrites of what has its place, flushes. (On a queue of their own: without an
-    // inflight region, which this client does not have, completions of one queue keep their order.)
+    // Nothing else is held up: reads, overwrites of what has its place, flushes. (On a queue of their own: libblkio has no
+    // inflight region, so completions of a queue keep their order.)
     client.submit_read(1, 12 << 20, 4 << 20, 4096, 4);
     assert_eq!(client.wait(1, 1), [(4, 0)]);
     assert!(client.memory(4 << 20, 4096) == pattern(5, 4096));

@@ -81,10 +81,10 @@ again() {
 kills=0 served=0 replayed=0
 # What the last server had to do before it was killed.
 account() {
-  local n
+  local n=0
   cp "$dir/vmar.log" "$work/servers/$kills.log"
   grep -q ' connected$' "$dir/vmar.log" || return 0
-  served=$((served + 1))
+  [ "${1:-}" = last ] || served=$((served + 1))
   n=$(sed -n 's/.* \([0-9]*\) requests in flight are started again.*/\1/p' "$dir/vmar.log" | awk '{ s += $1 } END { print s + 0 }')
   replayed=$((replayed + n))
 }
@@ -96,16 +96,17 @@ until said VMAR-FIO-END >/dev/null; do
   [ $(($(now_ms) - began)) -lt $(((seconds * 3 + 300) * 1000)) ] || fail "the guest does not come to an end"
   ! said VMAR-FIO-END >/dev/null || break
   kill -0 "$(cat "$dir/vmar.pid")" 2>/dev/null || fail "vmar ended by itself: $(tail -n 1 "$dir/vmar.log")"
-  kill -KILL "$(cat "$dir/vmar.pid")"
+  pid=$(cat "$dir/vmar.pid")
+  kill -KILL "$pid"
+  { wait "$pid" || true; } 2>/dev/null
   account
-  wait "$(cat "$dir/vmar.pid")" 2>/dev/null || true
   kills=$((kills + 1))
   again
 done
 vm_wait_up "$dir" 300
 vm_wait_off "$dir" 60
 vm_stop_all || fail "the last server did not end well"
-account
+account last
 said 'VMAR-FIO-(ROUND|ERROR)'
 end=$(said VMAR-FIO-END)
 say "$end"

@@ -20,6 +20,11 @@ impl Handler {
         if self.rings.iter().any(|ring| ring.running) {
             return;
         }
+        let stuck = self.served.drive.ledger().stuck();
+        if stuck > 0 {
+            log::error!("the disk stays open and locked: {stuck} requests of it hang in the kernel");
+            return;
+        }
         // The queue threads hold the disk.
         for ring in &mut self.rings {
             ring.worker = None;
