@@ -1,5 +1,6 @@
 //! The command line: one file a verb. Raw arguments are resolved here, work is done on the floors below.
 
+pub mod control;
 pub mod image;
 pub mod library;
 pub mod map;
@@ -73,6 +74,8 @@ enum Verb {
     Stats(stats::Args),
     /// Be a VM's disk: the vhost-user-blk backend
     Serve(serve::Args),
+    /// Ask a running server, by its control socket
+    Control(control::Args),
 }
 
 /// A full disk under standard output is an error like any other, not the panic of println!.
@@ -135,6 +138,7 @@ pub fn main() -> ExitCode {
         Verb::Trace(verb) => trace::run(common, verb),
         Verb::Stats(args) => stats::run(common, args),
         Verb::Serve(args) => serve::run(common, args),
+        Verb::Control(args) => control::run(common, args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

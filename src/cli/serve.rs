@@ -2,9 +2,10 @@
 
 use super::Common;
 use super::overlay::default_state_dir;
-use crate::daemon::backend_channel::BackendChannel;
+use crate::daemon::control::{Control, ControlFile};
 use crate::daemon::socket::{Inherited, Listening, inherit};
-use crate::daemon::{Options, QUEUES_MAX, Served, StopSignal, serve};
+use crate::daemon::take_over::TakeOver;
+use crate::daemon::{Names, Options, QUEUES_MAX, Served, StopSignal, serve};
 use crate::device::request::SERIAL_SIZE;
 use crate::device::{Drive, Ledger, OnError, OverlayRecipe, Recipe};
 use crate::error::{Error, ErrorKind, Result};
@@ -41,6 +42,13 @@ pub struct Args {
     /// Use this inherited unix socket, listening or connected
     #[arg(long, value_name = "N")]
     fd: Option<i32>,
+    /// Take the place of the server with this control socket: it finishes what is in flight, closes the disk, passes its
+    /// socket on and ends; a QEMU with reconnect= goes on without its guest noticing
+    #[arg(long, value_name = "CONTROL_PATH", conflicts_with_all = ["socket_path", "fd", "incoming"])]
+    take_over: Option<PathBuf>,
+    /// Serve a control socket here, for its owner alone: 'vmar control PATH status', and JSON lines for programs
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
     /// Print what this backend can do as JSON, and exit
     #[arg(long)]
     print_capabilities: bool,
@@ -79,31 +87,84 @@ pub fn run(common: &Common, args: Args) -> Result<()> {
         println!("{CAPABILITIES}");
         return Ok(());
     }
-    if args.socket_path.is_none() && args.fd.is_none() {
-        return Err(usage("no socket is named", "give --socket-path PATH or --fd N"));
-    }
+    let place = place(&args)?;
     // From here on SIGTERM means: finish, flush, close.
     let stop = StopSignal::install()?;
     crate::redirect::reader::Reader::probe()?;
     let drive = open_drive(common, &args)?;
-    let bound = match (&args.socket_path, args.fd) {
-        (Some(path), _) => Listening::bind(path).map(Inherited::Listening),
-        (None, Some(fd)) => inherit(fd),
-        (None, None) => Err(usage("no socket is named", "give --socket-path PATH or --fd N")),
-    };
-    match bound {
-        Ok(endpoint) => {
-            let served = Arc::new(Served { drive, channel: BackendChannel::default() });
-            serve(&served, endpoint, &options(&args), &stop)
-        }
+    let names = Names { image: args.image.clone(), overlay: args.overlay.clone(), blk_file: args.blk_file.clone() };
+    let served = Arc::new(Served::new(drive, names)?);
+    let options = options(&args);
+    match start(&args, &place, &served, &options) {
+        // The file of the control socket goes with this.
+        Ok((endpoint, _control)) => serve(&served, endpoint, &options, &stop),
         Err(e) => {
             // Nobody was served, so the overlay is left as it was found.
-            if let Err(close) = drive.close() {
+            if let Err(close) = served.drive.close() {
                 log::error!("{close}");
             }
             Err(e)
         }
     }
+}
+
+/// Where the vhost-user socket comes from.
+enum Place {
+    Path(PathBuf),
+    Descriptor(i32),
+    Server(PathBuf),
+}
+
+fn place(args: &Args) -> Result<Place> {
+    let inherited = args.fd.or_else(systemd_fd);
+    match (&args.socket_path, &args.take_over, inherited) {
+        (Some(path), ..) => Ok(Place::Path(path.clone())),
+        (None, Some(path), _) => Ok(Place::Server(path.clone())),
+        (None, None, Some(fd)) => Ok(Place::Descriptor(fd)),
+        (None, None, None) => {
+            Err(usage("no socket is named", "give --socket-path PATH, --fd N, or --take-over CONTROL_PATH"))
+        }
+    }
+}
+
+/// The one socket that systemd has for us (sd_listen_fds(3)).
+fn systemd_fd() -> Option<i32> {
+    let is = |name: &str, value: &str| std::env::var(name).is_ok_and(|v| v == value);
+    (is("LISTEN_PID", &std::process::id().to_string()) && is("LISTEN_FDS", "1")).then_some(3)
+}
+
+/// Opens the sockets, the one of QEMU last: it may connect at once.
+fn start(
+    args: &Args,
+    place: &Place,
+    served: &Arc<Served>,
+    options: &Options,
+) -> Result<(Inherited, Option<ControlFile>)> {
+    let control = |path: &PathBuf| Control::bind(path)?.start(Arc::clone(served), options);
+    if let Place::Server(old) = place {
+        let listening = take_over(old, served)?;
+        // The guest has its disk; nothing may end this server now.
+        let control = args
+            .control
+            .as_ref()
+            .and_then(|path| control(path).inspect_err(|e| log::error!("there is no control socket: {e}")).ok());
+        return Ok((Inherited::Listening(listening), control));
+    }
+    let control = args.control.as_ref().map(control).transpose()?;
+    let endpoint = match place {
+        Place::Path(path) | Place::Server(path) => Inherited::Listening(Listening::bind(path)?),
+        Place::Descriptor(fd) => inherit(*fd)?,
+    };
+    Ok((endpoint, control))
+}
+
+/// Takes the place of the server with this control socket: all is in order here, and its guest waits from now on.
+fn take_over(old: &Path, served: &Served) -> Result<Listening> {
+    let (over, listening) = TakeOver::ask(old)?;
+    served.drive.activate()?;
+    over.taken()?;
+    listening.own_file();
+    Ok(listening)
 }
 
 fn options(args: &Args) -> Options {
@@ -126,7 +187,7 @@ fn open_drive(common: &Common, args: &Args) -> Result<Drive> {
         }
         let recipe = Recipe::File { path: file.clone(), read_only: args.read_only };
         let drive = Drive::new(recipe, serial(file.as_os_str().as_encoded_bytes(), None), ledger)?;
-        if !args.incoming {
+        if !args.incoming && args.take_over.is_none() {
             drive.activate()?;
         }
         return Ok(drive);
@@ -149,7 +210,7 @@ fn open_drive(common: &Common, args: &Args) -> Result<Drive> {
     let recipe = Recipe::Image { base, overlay: overlay_recipe(args, &record) };
     let serial = serial(&record.digest, args.overlay.as_deref());
     let drive = Drive::new(recipe, serial, ledger)?;
-    if !args.incoming {
+    if !args.incoming && args.take_over.is_none() {
         drive.activate()?;
     }
     if let Some(path) = &args.record {

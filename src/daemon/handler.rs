@@ -3,18 +3,19 @@
 //! `vhost-user-backend` brings a handler of its own, but it is private and leaves no room for what a disk needs later
 //! (an inflight region, a config-change message, several connections); only its vrings are used here.
 
+mod halt;
+
 use super::dirty_log::{DirtyLog, Logging};
 use super::frontend::{Mapping, map_region, prepare_event};
 use super::inflight::{self, Inflight};
-use super::revoke::{map_again, revoke};
-use super::worker::{self, Stopped, Worker};
+use super::worker::{Run, Worker};
 use super::{GuestMap, GuestMemory, Served, Vring};
-use crate::device::Geometry;
 use crate::device::config::WRITEBACK_AT;
+use crate::device::{Geometry, Late};
 use std::fs::File;
 use std::io;
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
     VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
@@ -33,9 +34,6 @@ pub const QUEUE_SIZE_MAX: u16 = 1024;
 /// Memory slots offered: what QEMU's own backends offer (VHOST_USER_MAX_RAM_SLOTS).
 const MEM_SLOTS_MAX: u64 = 512;
 
-/// How long the other rings may take when one ring could not stop in time and the memory of all must be revoked.
-const OTHERS_TIME: Duration = Duration::from_millis(500);
-
 /// A ring and its thread.
 struct Ring {
     vring: Vring,
@@ -43,6 +41,17 @@ struct Ring {
     running: bool,
     /// Where in guest memory writes to the used ring are logged, if the frontend wants them logged.
     log_used: Option<u64>,
+    /// Told when the guest has broken the ring.
+    err: Option<File>,
+}
+
+/// What there is to know of a connection.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// The virtio features that the guest's driver has accepted.
+    pub features: u64,
+    /// Which rings run.
+    pub running: Vec<bool>,
 }
 
 /// The state of one connection.
@@ -69,7 +78,7 @@ impl Handler {
         let memory = GuestMemory::new(GuestMap::new());
         let ring = || {
             let vring = Vring::new(memory.clone(), QUEUE_SIZE_MAX).map_err(io::Error::other)?;
-            Ok(Ring { vring, worker: None, running: false, log_used: None })
+            Ok(Ring { vring, worker: None, running: false, log_used: None, err: None })
         };
         let rings = (0..num_queues).map(|_| ring()).collect::<io::Result<_>>()?;
         Ok(Handler {
@@ -81,46 +90,18 @@ impl Handler {
             rings,
             features: 0,
             log: None,
+            inflight: None,
             drain_time,
             hung: false,
-            inflight: None,
         })
     }
 
     /// Finishes what is in flight, ends the queue threads, and lets go of the disk if rings have run.
     pub fn shut_down(&mut self) {
         // What could not be finished is logged.
-        let _ = self.stop(|_| true);
+        let _ = self.stop(|_| true, Late::Leave);
         for ring in &mut self.rings {
             ring.worker = None;
-        }
-    }
-
-    /// Lets go of the disk when no ring runs any more: the VM may go on somewhere else.
-    ///
-    /// QEMU's monitor waits for this, so a flush that takes long goes on behind its back, and the disk is let go of when that
-    /// is done, unless a ring runs again by then.
-    fn rest(&mut self) {
-        if self.rings.iter().any(|ring| ring.running) {
-            return;
-        }
-        // The queue threads hold the disk.
-        for ring in &mut self.rings {
-            ring.worker = None;
-        }
-        self.served.drive.release();
-        let served = Arc::clone(&self.served);
-        let closed = super::within(self.drain_time, move || {
-            if let Some(active) = served.drive.active().filter(|_| served.drive.ledger().stuck() == 0) {
-                // Whether it worked, the one of the close will tell.
-                let _ = active.disk.flush();
-            }
-            if let Err(e) = served.drive.inactivate() {
-                log::error!("the disk stays open and locked, for this server to go on with: {e}");
-            }
-        });
-        if closed.is_none() {
-            log::error!("the disk stays locked for now: its flush takes longer than --drain-timeout");
         }
     }
 
@@ -131,102 +112,25 @@ impl Handler {
         geometry
     }
 
+    /// Stops all rings until [`Handler::resume`], finishes what is in flight, and lets go of the disk. The frontend is not
+    /// told: its guest waits. The hub says that no ring may run.
+    pub fn pause(&mut self) -> Result<()> {
+        self.stop(|_| true, Late::Leave)
+    }
+
+    /// Lets the rings run that the frontend has started.
+    pub fn resume(&mut self) -> Result<()> {
+        (0..u32::from(self.num_queues)).try_for_each(|index| self.update(index))
+    }
+
+    /// What the control socket tells of the connection.
+    pub fn summary(&self) -> Summary {
+        Summary { features: self.features, running: self.rings.iter().map(|ring| ring.running).collect() }
+    }
+
     /// True when the kernel keeps a queue's thread: this process can do nothing more for the disk.
     pub fn is_hung(&self) -> bool {
         self.hung
-    }
-
-    /// Stops the running rings that `which` names: nothing of them is in flight afterwards, as far as the guest can tell.
-    ///
-    /// QEMU waits for this, the guest and its monitor with it, so the time is bounded. What the kernel still holds then
-    /// goes back to the guest with an I/O error, after the memory that it lies in was revoked. That concerns all rings.
-    fn stop(&mut self, which: impl Fn(usize) -> bool) -> Result<()> {
-        if self.hung {
-            return Err(hung());
-        }
-        let asked: Vec<usize> = (0..self.rings.len()).filter(|i| which(*i) && self.rings[*i].running).collect();
-        let mut outcome = self.stop_until(&asked, Instant::now() + self.drain_time);
-        if outcome.iter().any(|(_, stopped)| *stopped != Stopped::Drained) {
-            let others: Vec<usize> =
-                (0..self.rings.len()).filter(|i| self.rings[*i].running && !asked.contains(i)).collect();
-            outcome.extend(self.stop_until(&others, Instant::now() + OTHERS_TIME));
-            let freed = self.free_stuck(&outcome);
-            // These run on as soon as the disk answers.
-            for index in others {
-                self.rings[index].running = true;
-            }
-            freed?;
-        }
-        for index in &asked {
-            self.rings[*index].running = false;
-        }
-        if !asked.is_empty() {
-            self.rest();
-        }
-        if outcome.len() > asked.len() { self.look_again() } else { Ok(()) }
-    }
-
-    fn stop_until(&self, rings: &[usize], deadline: Instant) -> Vec<(usize, Stopped)> {
-        let with_worker = || rings.iter().filter(|i| self.rings[**i].worker.is_some());
-        let workers = with_worker().filter_map(|i| self.rings[*i].worker.as_ref());
-        with_worker().copied().zip(worker::stop_all(workers, deadline)).collect()
-    }
-
-    /// Gives back to the guest what the kernel does not end. All rings have stopped.
-    fn free_stuck(&mut self, outcome: &[(usize, Stopped)]) -> Result<()> {
-        let current = self.memory.memory().into_inner();
-        let mut maps: Vec<_> = self.old_maps.iter().filter_map(Weak::upgrade).collect();
-        maps.push(Arc::clone(&current));
-        let stuck: Vec<usize> =
-            outcome.iter().filter(|(_, stopped)| *stopped != Stopped::Drained).map(|(index, _)| *index).collect();
-        let requests: usize = outcome.iter().map(|(_, s)| if let Stopped::Stuck(n) = s { *n } else { 0 }).sum();
-        let again = map_again(&current);
-        if outcome.iter().any(|(_, stopped)| *stopped == Stopped::Hung) || again.is_err() {
-            // SAFETY: all queue threads but those that hang have stopped. Should the kernel let one of them go before the
-            // process has ended, a moment from now, it ends by SIGSEGV; that is as good as any kill.
-            let revoked = unsafe { revoke(&maps) };
-            return self.give_up(&stuck, again.and(revoked));
-        }
-        log::error!(
-            "the host's disk holds {requests} requests for longer than --drain-timeout: the guest gets I/O errors for \
-             them. The disk stays open, and no request is taken, until the kernel lets go of them"
-        );
-        for index in &stuck {
-            if let Some(worker) = self.rings[*index].worker.as_mut() {
-                worker.abandon();
-            }
-        }
-        // SAFETY: all queue threads have stopped, and have written the statuses of what they gave up. They and this thread
-        // look up the rings in the map that is put in place now.
-        if let Err(e) = unsafe { revoke(&maps) } {
-            // The guest's memory must not change under it, so it never gets its requests back.
-            return self.give_up(&stuck, Err(e));
-        }
-        self.replace_memory(again.map_err(Error::ReqHandlerError)?)?;
-        for index in &stuck {
-            if let Some(worker) = self.rings[*index].worker.as_ref() {
-                worker.publish();
-            }
-        }
-        Ok(())
-    }
-
-    /// Nobody can answer for what is in flight: the process has to end.
-    fn give_up(&mut self, stuck: &[usize], revoked: io::Result<()>) -> Result<()> {
-        self.hung = true;
-        for index in stuck {
-            if let Some(worker) = self.rings[*index].worker.as_mut() {
-                worker.detach();
-            }
-        }
-        log::error!(
-            "the host's disk hangs, and a queue's thread with it: this server ends. Start it again when the disk answers; \
-             requests in flight are as after a kill"
-        );
-        if let Err(e) = revoked {
-            log::error!("cannot revoke the guest's memory: {e}");
-        }
-        Err(hung())
     }
 
     fn offered(&self) -> u64 {
@@ -241,14 +145,15 @@ impl Handler {
     /// Starts or stops the ring's thread, as kick, enable and addresses now say. A ring that (re)starts is looked at
     /// without waiting for a kick: QEMU sends none after reconnecting.
     fn update(&mut self, index: u32) -> Result<()> {
+        let paused = self.served.hub.paused();
         let ring = self.ring(index)?;
         let (runs, kick) = {
             let state = ring.vring.get_ref();
             let runs = state.is_enabled() && state.get_queue().ready();
             (runs, state.get_kick().as_ref().map(|kick| kick.try_clone()))
         };
-        let Some(kick) = kick.filter(|_| runs) else {
-            return self.stop(|i| i == index as usize);
+        let Some(kick) = kick.filter(|_| runs && !paused) else {
+            return self.stop(|i| i == index as usize, Late::Fail);
         };
         let kick = {
             use std::os::fd::{FromRawFd, IntoRawFd};
@@ -266,7 +171,8 @@ impl Handler {
         let write_through = self.features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
         let ring = self.ring(index)?;
         if let Some(worker) = &ring.worker {
-            worker.run(kick, write_through, part);
+            let err = ring.err.as_ref().and_then(|err| err.try_clone().ok());
+            worker.run(Run { kick, err, write_through, part });
         }
         ring.running = true;
         Ok(())
@@ -335,10 +241,6 @@ impl Handler {
     }
 }
 
-fn hung() -> Error {
-    Error::ReqHandlerError(io::Error::other("a queue's thread hangs in the kernel"))
-}
-
 fn memory_error(e: impl std::error::Error + Send + Sync + 'static) -> Error {
     Error::ReqHandlerError(io::Error::other(e))
 }
@@ -354,7 +256,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        self.stop(|_| true)?;
+        self.stop(|_| true, Late::Fail)?;
         self.shut_down();
         for ring in &self.rings {
             ring.vring.set_enabled(false);
@@ -503,7 +405,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         // First of all: a thread that hangs keeps its ring locked.
-        self.stop(|i| i == index as usize)?;
+        self.stop(|i| i == index as usize, Late::Fail)?;
         let ring = self.ring(index)?;
         ring.vring.set_queue_ready(false);
         let base = ring.vring.queue_next_avail();
@@ -535,13 +437,14 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_vring_err(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        self.ring(u32::from(index))?.vring.set_err(file);
+        file.as_ref().map_or(Ok(()), prepare_event)?;
+        self.ring(u32::from(index))?.err = file;
         Ok(())
     }
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
         if !enable {
-            self.stop(|i| i == index as usize)?;
+            self.stop(|i| i == index as usize, Late::Fail)?;
         }
         self.ring(index)?.vring.set_enabled(enable);
         self.update(index)

@@ -6,32 +6,41 @@
 //! | [`handler`] | the messages of a connection |
 //! | [`frontend`] | what comes as a descriptor: memory, kicks, calls |
 //! | [`worker`] | the thread of a queue |
-//! | [`inflight`] | what is in flight, for whoever comes after a crash |
-//! | [`replay`] | a chain by its head |
 //! | [`revoke`] | takes guest memory away from transfers that hang |
 //! | [`backend_channel`] | messages to the frontend |
+//! | [`inflight`] | what is in flight, for whoever comes after a crash |
+//! | [`replay`] | a chain by its head |
 //! | [`dirty_log`] | the pages that we write, for a live migration |
+//! | [`control`], [`report`] | the control socket, and what it tells |
+//! | [`hub`] | where it meets the serving thread |
+//! | [`take_over`] | a server that takes the place of another |
 
 pub mod backend_channel;
+pub mod control;
 pub mod dirty_log;
 pub mod frontend;
 pub mod handler;
+pub mod hub;
 pub mod inflight;
 pub mod replay;
+pub mod report;
 pub mod revoke;
 pub mod socket;
+pub mod take_over;
 pub mod worker;
 
 use crate::device::Drive;
 use crate::error::{Error, ErrorKind, Result};
 use backend_channel::{BackendChannel, SET_BACKEND_REQ_FD};
 use handler::Handler;
+use hub::{HandedOver, Hub};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::RecvFlags;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use socket::{Inherited, Listening};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -101,9 +110,30 @@ pub struct Served {
     pub drive: Drive,
     /// The way to the frontend of the connection there is.
     pub channel: BackendChannel,
+    /// Where the control socket meets the serving thread.
+    pub hub: Hub,
+    /// What the operator calls it.
+    pub names: Names,
+}
+
+/// What is served, as the command line named it.
+#[derive(Clone, Debug, Default)]
+pub struct Names {
+    /// The image of the library.
+    pub image: Option<String>,
+    /// The overlay.
+    pub overlay: Option<PathBuf>,
+    /// The raw file.
+    pub blk_file: Option<PathBuf>,
 }
 
 impl Served {
+    /// Nobody is connected.
+    pub fn new(drive: Drive, names: Names) -> Result<Self> {
+        let hub = Hub::new().map_err(|e| Error::new(ErrorKind::Io, "serve", e))?;
+        Ok(Served { drive, channel: BackendChannel::default(), hub, names })
+    }
+
     /// Makes the disk larger and tells the guest; false when nobody could be told (the guest sees it with its next start).
     ///
     /// # Errors
@@ -111,6 +141,16 @@ impl Served {
     pub fn resize(&self, size: u64) -> Result<bool> {
         self.drive.resize(size)?;
         Ok(self.channel.config_changed())
+    }
+
+    /// Ends the disk's life. A disk that hangs is left as a kill would leave it.
+    fn close(self: &Arc<Self>) -> Result<()> {
+        match self.drive.ledger().stuck() {
+            0 => {}
+            n => return Err(hangs(&format!("{n} requests hang"))),
+        }
+        let served = Arc::clone(self);
+        within(CLOSE_TIME, move || served.drive.close()).unwrap_or_else(|| Err(hangs("the last flush hangs")))
     }
 }
 
@@ -122,11 +162,17 @@ impl Served {
 pub fn serve(served: &Arc<Served>, endpoint: Inherited, options: &Options, stop: &StopSignal) -> Result<()> {
     crate::io::file::raise_open_files();
     let server = Server { served, options, stop };
-    let result = match endpoint {
-        Inherited::Connected(stream) => server.connection(stream).map(drop),
-        Inherited::Listening(listening) => server.accept_loop(&listening),
-    };
-    result.and_then(|()| server.close())
+    match endpoint {
+        Inherited::Connected(stream) => server.connection(stream).and_then(|_| served.close()),
+        Inherited::Listening(listening) => server.listen(listening),
+    }
+}
+
+/// What makes the serving thread stop.
+#[derive(Clone, Copy)]
+struct Stops<'s> {
+    signal: &'s StopSignal,
+    hub: &'s Hub,
 }
 
 /// What every connection needs.
@@ -137,8 +183,28 @@ struct Server<'s> {
 }
 
 impl Server<'_> {
+    /// Serves connections until a signal comes or another server has taken over.
+    fn listen(&self, mut listening: Listening) -> Result<()> {
+        loop {
+            self.accept_loop(&listening)?;
+            let closed = self.served.close();
+            match self.served.hub.offer(listening, &closed) {
+                HandedOver::Back(back) => listening = back,
+                HandedOver::NotAsked(_) => return closed,
+                HandedOver::Gone => {
+                    log::info!("another server has taken over");
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn stops(&self) -> Stops<'_> {
+        Stops { signal: self.stop, hub: &self.served.hub }
+    }
+
     fn accept_loop(&self, listening: &Listening) -> Result<()> {
-        while ready(listening.as_fd(), self.stop) {
+        while ready(listening.as_fd(), self.stops()) {
             match listening.accept() {
                 Ok(Some(stream)) => {
                     if !self.connection(stream)? {
@@ -169,23 +235,15 @@ impl Server<'_> {
             }
         };
         log::info!("connected");
+        self.served.hub.connected(Some(Arc::clone(&handler)));
         // The socket stays open until the last completion is published: QEMU takes its end for the end of this backend.
         let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&handler));
-        let goes_on = messages(&mut requests, &self.served.channel, self.stop);
+        let goes_on = messages(&mut requests, &self.served.channel, self.stops());
         let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
         handler.shut_down();
+        self.served.hub.connected(None);
         self.served.channel.clear();
         if handler.is_hung() { Err(hangs("a thread hangs in a write")) } else { Ok(goes_on) }
-    }
-
-    /// Ends the disk's life. A disk that hangs is left as a kill would leave it.
-    fn close(&self) -> Result<()> {
-        match self.served.drive.ledger().stuck() {
-            0 => {}
-            n => return Err(hangs(&format!("{n} requests hang"))),
-        }
-        let served = Arc::clone(self.served);
-        within(CLOSE_TIME, move || served.drive.close()).unwrap_or_else(|| Err(hangs("the last flush hangs")))
     }
 }
 
@@ -193,6 +251,33 @@ impl Server<'_> {
 fn hangs(what: &str) -> Error {
     Error::new(ErrorKind::Io, "the host's disk", format!("does not answer: {what} in the kernel"))
         .mend("nothing is lost if vmar is started again once the disk answers: the overlay goes on where it is")
+}
+
+/// Closes a disk that nobody uses any more. QEMU's monitor, or whoever asked, waits for this: a flush that takes longer than
+/// `limit` goes on behind its back, and the disk is let go of when that is done, unless it is in use again by then.
+fn let_go(served: &Arc<Served>, limit: Duration) -> Result<()> {
+    served.drive.release();
+    let served = Arc::clone(served);
+    let closed = within(limit, move || {
+        if let Some(active) = served.drive.active().filter(|_| served.drive.ledger().stuck() == 0) {
+            // Whether it worked, the one of the close will tell.
+            let _ = active.disk.flush();
+        }
+        let closed = served.drive.inactivate();
+        if let Err(e) = &closed {
+            log::error!("the disk stays open and locked, for this server to go on with: {e}");
+        }
+        closed
+    });
+    closed.unwrap_or_else(|| {
+        let late = Error::new(
+            ErrorKind::Busy,
+            "the disk",
+            "stays locked for now: its flush takes longer than --drain-timeout",
+        );
+        log::error!("{late}");
+        Err(late)
+    })
 }
 
 /// Does something that may hang on a thread of its own; `None` when it takes longer than `limit` (it goes on then).
@@ -212,7 +297,7 @@ fn is_shortage(e: &std::io::Error) -> bool {
 }
 
 /// Handles the messages of a connection to its end; false when a signal ended it.
-fn messages(requests: &mut BackendReqHandler<Mutex<Handler>>, channel: &BackendChannel, stop: &StopSignal) -> bool {
+fn messages(requests: &mut BackendReqHandler<Mutex<Handler>>, channel: &BackendChannel, stop: Stops<'_>) -> bool {
     loop {
         // SAFETY: the descriptor belongs to `requests`, which lives longer than this borrow.
         let fd = unsafe { BorrowedFd::borrow_raw(requests.as_raw_fd()) };
@@ -256,7 +341,7 @@ enum Next {
 
 /// Waits until the next message has come as a whole and a reply has room. Reading and replying block, and whoever is stuck
 /// in them hears no SIGTERM; the crate also takes a body that comes in two pieces for a broken one.
-fn next_message(fd: BorrowedFd<'_>, stop: &StopSignal) -> Next {
+fn next_message(fd: BorrowedFd<'_>, stop: Stops<'_>) -> Next {
     if !ready(fd, stop) {
         return Next::Stop;
     }
@@ -304,17 +389,21 @@ fn peek_header(fd: BorrowedFd<'_>) -> std::result::Result<Option<[u32; 3]>, ()> 
 }
 
 /// Waits until `fd` can be read; false when it is time to stop.
-fn ready(fd: BorrowedFd<'_>, stop: &StopSignal) -> bool {
+fn ready(fd: BorrowedFd<'_>, stop: Stops<'_>) -> bool {
     wait(fd, PollFlags::IN, stop, None).is_some()
 }
 
 /// Waits for `events` on `fd`: true when there are some, false when the time is up, `None` when it is time to stop.
-fn wait(fd: BorrowedFd<'_>, events: PollFlags, stop: &StopSignal, limit: Option<Duration>) -> Option<bool> {
+fn wait(fd: BorrowedFd<'_>, events: PollFlags, stop: Stops<'_>, limit: Option<Duration>) -> Option<bool> {
     let limit = limit.map(|limit| rustix::event::Timespec { tv_sec: 0, tv_nsec: i64::from(limit.subsec_nanos()) });
     loop {
-        let mut fds = [PollFd::from_borrowed_fd(fd, events), PollFd::new(&stop.0, PollFlags::IN)];
+        let mut fds = [
+            PollFd::from_borrowed_fd(fd, events),
+            PollFd::new(&stop.signal.0, PollFlags::IN),
+            PollFd::new(stop.hub, PollFlags::IN),
+        ];
         match poll(&mut fds, limit.as_ref()) {
-            Ok(_) if !fds[1].revents().is_empty() => return None,
+            Ok(_) if fds[1..].iter().any(|fd| !fd.revents().is_empty()) => return None,
             Ok(_) if !fds[0].revents().is_empty() => return Some(true),
             Ok(_) if limit.is_some() => return Some(false),
             Ok(_) | Err(rustix::io::Errno::INTR) => {}

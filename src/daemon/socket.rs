@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// The longest path of a unix socket: `sun_path` less the terminating zero byte (unix(7)).
@@ -22,6 +23,8 @@ const LOCK_PAUSE: Duration = Duration::from_millis(10);
 pub struct Listening {
     listener: UnixListener,
     file: Option<SocketFile>,
+    /// Somebody else uses the socket from now on, and its file.
+    forgotten: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -45,6 +48,15 @@ impl Listening {
     /// The socket is bound under a temporary name in the same directory and renamed once it listens, so whoever sees the
     /// file can connect. A lock on the directory keeps two starting servers from replacing each other.
     pub fn bind(path: &Path) -> Result<Self> {
+        Self::bind_with(path, None)
+    }
+
+    /// The same, for a socket to which only its owner may connect.
+    pub fn bind_private(path: &Path) -> Result<Self> {
+        Self::bind_with(path, Some(Mode::RUSR | Mode::WUSR))
+    }
+
+    fn bind_with(path: &Path, mode: Option<Mode>) -> Result<Self> {
         let length = path.as_os_str().len();
         if length > PATH_MAX {
             return Err(Error::file(
@@ -68,14 +80,66 @@ impl Listening {
         let _ = rustix::fs::unlinkat(&dirfd, &temp, rustix::fs::AtFlags::empty());
         let listener = UnixListener::bind(format!("/proc/self/fd/{}/{temp}", dirfd.as_raw_fd()))
             .map_err(|e| Error::io(path, "listen", e))?;
-        let renamed = rustix::fs::renameat_with(&dirfd, &temp, &dirfd, name, RenameFlags::empty());
+        // Before the socket has its name: whoever knows where it will be cannot know this one.
+        let limited =
+            mode.map_or(Ok(()), |mode| rustix::fs::chmodat(&dirfd, &temp, mode, rustix::fs::AtFlags::empty()));
+        let renamed =
+            limited.and_then(|()| rustix::fs::renameat_with(&dirfd, &temp, &dirfd, name, RenameFlags::empty()));
         if let Err(e) = renamed {
             let _ = rustix::fs::unlinkat(&dirfd, &temp, rustix::fs::AtFlags::empty());
             return Err(Error::io(path, "listen", e.into()));
         }
         let meta = std::fs::symlink_metadata(path).map_err(|e| Error::io(path, "listen", e))?;
         let file = SocketFile { path: path.to_path_buf(), inode: (meta.dev(), meta.ino()) };
-        Ok(Listening { listener, file: Some(file) })
+        Ok(Listening { listener, file: Some(file), forgotten: AtomicBool::new(false) })
+    }
+
+    /// A listening socket that another server has passed on, with the file that it listens on: the other's, until
+    /// [`Listening::own_file`].
+    ///
+    /// # Errors
+    /// When it is no listening unix socket.
+    pub fn adopt(fd: OwnedFd, path: Option<PathBuf>) -> Result<Self> {
+        if !rustix::net::sockopt::socket_acceptconn(&fd).unwrap_or(false) {
+            return Err(Error::new(ErrorKind::Unsupported, "the socket that was handed over", "does not listen"));
+        }
+        let file = path.and_then(|path| {
+            let meta = std::fs::symlink_metadata(&path).ok()?;
+            Some(SocketFile { path, inode: (meta.dev(), meta.ino()) })
+        });
+        Ok(Listening { listener: UnixListener::from(fd), file, forgotten: AtomicBool::new(true) })
+    }
+
+    /// The file is ours now, to be removed at the end.
+    pub fn own_file(&self) {
+        self.forgotten.store(false, Ordering::Release);
+    }
+
+    /// The socket's file, if it is known.
+    pub fn path(&self) -> Option<&Path> {
+        self.file.as_ref().map(|file| file.path.as_path())
+    }
+
+    /// Makes [`Listening::accept`] never wait.
+    pub fn set_nonblocking(&self) -> io::Result<()> {
+        self.listener.set_nonblocking(true)
+    }
+
+    /// Leaves the file alone from now on: it is gone, or another process's. With `remove`, removes it now.
+    pub fn forget_file(&self, remove: bool) {
+        if !self.forgotten.swap(true, Ordering::AcqRel) && remove {
+            self.remove_file();
+        }
+    }
+
+    /// Removes the socket file if it is still ours.
+    fn remove_file(&self) {
+        if let Some(file) = &self.file
+            && let Ok(meta) = std::fs::symlink_metadata(&file.path)
+            && (meta.dev(), meta.ino()) == file.inode
+        {
+            let _ = std::fs::remove_file(&file.path);
+        }
     }
 
     /// Accepts a connection that poll announced; `None` when it has gone again.
@@ -97,14 +161,8 @@ impl AsFd for Listening {
 }
 
 impl Drop for Listening {
-    /// Removes the socket file if it is still ours.
     fn drop(&mut self) {
-        if let Some(file) = &self.file
-            && let Ok(meta) = std::fs::symlink_metadata(&file.path)
-            && (meta.dev(), meta.ino()) == file.inode
-        {
-            let _ = std::fs::remove_file(&file.path);
-        }
+        self.forget_file(true);
     }
 }
 
@@ -126,7 +184,11 @@ pub fn inherit(fd: i32) -> Result<Inherited> {
     let _ = rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC);
     let listens = rustix::net::sockopt::socket_acceptconn(&fd).map_err(|e| bad(e.to_string()))?;
     Ok(if listens {
-        Inherited::Listening(Listening { listener: UnixListener::from(fd), file: None })
+        Inherited::Listening(Listening {
+            listener: UnixListener::from(fd),
+            file: None,
+            forgotten: AtomicBool::new(false),
+        })
     } else {
         Inherited::Connected(UnixStream::from(fd))
     })

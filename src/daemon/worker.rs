@@ -6,7 +6,7 @@ use super::replay::Shown;
 use super::{GuestMap, GuestMemory, Vring};
 use crate::device::executor::Written;
 use crate::device::request::Status;
-use crate::device::{Completion, Disk, Executor, Jobs, Mailbox, Request};
+use crate::device::{Completion, Disk, Executor, Jobs, Late, Mailbox, Request};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use std::collections::VecDeque;
@@ -32,16 +32,29 @@ const LOG_TIME: Duration = Duration::from_secs(5);
 
 /// What a worker is told.
 enum Command {
-    /// Serve the ring, starting with a look at it (a kick may have come before). What it has in flight is noted in `part`.
-    Run { kick: File, write_through: bool, part: Option<Part> },
+    /// Serve the ring, starting with a look at it (a kick may have come before).
+    Run(Run),
     /// Take nothing more, finish what is in flight, publish it, then answer; at the deadline in any case.
-    Stop { done: Sender<Stopped>, deadline: Instant },
+    Stop { done: Sender<Stopped>, deadline: Instant, late: Late },
     /// Give up what is still in flight, but publish nothing.
-    Abandon { done: Sender<()> },
+    Abandon { done: Sender<()>, late: Late },
     /// Log what is written to guest memory from here on, or no more.
     Log { logging: Option<Logging>, done: Sender<()> },
     /// Publish again, now that the memory of what was given up is revoked.
     Publish { done: Sender<()> },
+}
+
+/// How a ring is to run.
+#[derive(Debug)]
+pub struct Run {
+    /// Raised by the guest when there is something to look at.
+    pub kick: File,
+    /// Raised when the guest has broken the ring.
+    pub err: Option<File>,
+    /// Each write is durable before it completes.
+    pub write_through: bool,
+    /// Where what is in flight is noted. A ring that was not running takes up what is there.
+    pub part: Option<Part>,
 }
 
 /// How a ring has stopped.
@@ -95,6 +108,7 @@ impl Worker {
                     mailbox,
                     executor,
                     kick: None,
+                    err: None,
                     fresh: true,
                     tracker: Tracker::default(),
                     again: VecDeque::new(),
@@ -110,17 +124,17 @@ impl Worker {
         Ok(Worker { commands, mailbox, thread: Some(thread), detached: false })
     }
 
-    /// Lets the ring run. A ring that was not running takes up what `part` has in flight.
-    pub fn run(&self, kick: File, write_through: bool, part: Option<Part>) {
-        self.tell(Command::Run { kick, write_through, part });
+    /// Lets the ring run.
+    pub fn run(&self, run: Run) {
+        self.tell(Command::Run(run));
     }
 
-    /// Gives up what a [`Stopped::Stuck`] ring still has in flight, with an I/O error. Nothing is published before
-    /// [`Worker::publish`]: in between, the caller revokes the guest memory (see [`super::revoke`]).
-    pub fn abandon(&mut self) {
+    /// Gives up what a [`Stopped::Stuck`] ring still has in flight. Nothing is published before [`Worker::publish`]: in
+    /// between, the caller revokes the guest memory (see [`super::revoke`]).
+    pub fn abandon(&mut self, late: Late) {
         self.detached = true;
         let (done, wait) = channel();
-        self.tell(Command::Abandon { done });
+        self.tell(Command::Abandon { done, late });
         let _ = wait.recv();
     }
 
@@ -178,6 +192,7 @@ struct Queue {
     executor: Executor<Arc<GuestMap>>,
     /// The ring runs as long as this is here.
     kick: Option<File>,
+    err: Option<File>,
     /// Nothing was taken off the ring since it was last stopped.
     fresh: bool,
     /// What was taken and is not yet in the used ring.
@@ -213,22 +228,25 @@ impl Queue {
             }
             loop {
                 match commands.try_recv() {
-                    Ok(Command::Run { kick, write_through, part }) => {
+                    Ok(Command::Run(Run { kick, err, write_through, part })) => {
                         self.executor.set_write_through(write_through);
+                        self.err = err;
                         self.kick = (!self.fresh || self.take_up(part)).then_some(kick);
                     }
-                    Ok(Command::Stop { done, deadline }) => {
-                        let stopped = self.drain(Some(deadline));
+                    Ok(Command::Stop { done, deadline, late }) => {
+                        let stopped = self.drain(Some(deadline), late);
                         self.kick = None;
                         if stopped == Stopped::Drained {
                             self.let_go();
                         }
                         let _ = done.send(stopped);
                     }
-                    Ok(Command::Abandon { done }) => {
+                    Ok(Command::Abandon { done, late }) => {
                         self.held = true;
-                        self.executor.abandon(&mut self.ended);
-                        self.refuse_rest();
+                        self.executor.abandon(late, &mut self.ended);
+                        if late == Late::Fail {
+                            self.refuse_rest();
+                        }
                         drop(done);
                     }
                     Ok(Command::Log { logging, done }) => {
@@ -243,7 +261,7 @@ impl Queue {
                     }
                     Err(std::sync::mpsc::TryRecvError::Empty) => break,
                     Err(std::sync::mpsc::TryRecvError::Disconnected) => {
-                        self.drain(None);
+                        self.drain(None, Late::Leave);
                         return;
                     }
                 }
@@ -366,6 +384,10 @@ impl Queue {
                 Looked::More => {}
                 Looked::Broken => {
                     self.kick = None;
+                    if let Some(err) = &self.err {
+                        // A frontend that reads none of it has been told.
+                        let _ = rustix::io::write(err, &1u64.to_ne_bytes());
+                    }
                     return false;
                 }
             }
@@ -484,15 +506,15 @@ impl Queue {
         }
     }
 
-    /// Finishes what is in flight and publishes it. At the deadline, what waits for another try ends with an I/O error; what
-    /// the kernel has stays in flight. Without a deadline, also waits for what was given up.
-    fn drain(&mut self, deadline: Option<Instant>) -> Stopped {
+    /// Finishes what is in flight and publishes it. At the deadline, what waits for another try is given up; what the
+    /// kernel has stays in flight. Without a deadline, also waits for what was given up.
+    fn drain(&mut self, deadline: Option<Instant>, late: Late) -> Stopped {
         self.collect();
         self.resume();
-        while self.has_work() || deadline.is_none() && self.executor.abandoned() > 0 {
+        while self.has_work(late) || deadline.is_none() && self.executor.abandoned() > 0 {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
-                self.executor.give_up(&mut self.ended);
+                self.executor.give_up(late, &mut self.ended);
                 break;
             }
             // What ends early is not held back.
@@ -506,15 +528,16 @@ impl Queue {
             self.resume();
         }
         self.publish();
-        match self.has_work() {
+        match self.has_work(late) {
             false => Stopped::Drained,
             true => Stopped::Stuck(self.executor.in_flight() + self.again.len()),
         }
     }
 
-    /// True when something is in flight that can end.
-    fn has_work(&self) -> bool {
-        self.executor.in_flight() > 0 || !self.again.is_empty() && self.reaches_ring()
+    /// True when something is in flight that can end, and should. What was not started again yet can be left as it is.
+    fn has_work(&self, late: Late) -> bool {
+        let again = late == Late::Fail && !self.again.is_empty();
+        self.executor.in_flight() > 0 || again && self.reaches_ring()
     }
 
     fn reaches_ring(&self) -> bool {
@@ -600,11 +623,11 @@ fn interrupts_off(queue: &virtio_queue::Queue, memory: &GuestMap) -> bool {
 
 /// Stops these workers' rings, and waits until nothing of them is in flight, or until the deadline. All at once: queues
 /// drain side by side.
-pub fn stop_all<'w>(workers: impl Iterator<Item = &'w Worker>, deadline: Instant) -> Vec<Stopped> {
+pub fn stop_all<'w>(workers: impl Iterator<Item = &'w Worker>, deadline: Instant, late: Late) -> Vec<Stopped> {
     let waits: Vec<_> = workers
         .map(|worker| {
             let (done, wait) = channel();
-            worker.tell(Command::Stop { done, deadline });
+            worker.tell(Command::Stop { done, deadline, late });
             wait
         })
         .collect();

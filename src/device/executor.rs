@@ -27,6 +27,15 @@ pub struct Completion {
     pub len: u32,
 }
 
+/// What becomes of requests that are not done when the time for a drain is up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Late {
+    /// The guest gets an I/O error for them: it asked for the ring to stop, and may start it anew or never again.
+    Fail,
+    /// Nothing: they stay in flight, and who serves the ring next starts them again.
+    Leave,
+}
+
 /// Bytes of requests in flight at which a queue takes no more: a guest may point thousands of large requests at the same
 /// memory of its own, and each costs memory of ours by the pieces that its plan has.
 const BYTES_MAX: usize = 256 << 20;
@@ -197,10 +206,10 @@ impl<G> Executor<G> {
                 }
                 self.release(token);
                 let status = self.status_of(&result, &request);
-                return Some(self.finish(&memory, head, &request, status, None));
+                return self.finish(&memory, head, &request, Some(status), None);
             }
         };
-        Some(self.finish(&memory, head, &request, status, None))
+        self.finish(&memory, head, &request, Some(status), None)
     }
 
     /// Hands what [`Executor::start`] queued to the kernel: once a batch. What it does not take is offered again later.
@@ -223,28 +232,30 @@ impl<G> Executor<G> {
         }
     }
 
-    /// Ends the requests that wait for another try with an I/O error. For a queue that must stop now.
-    pub fn give_up(&mut self, out: &mut Vec<Completion>) {
+    /// Gives up the requests that wait for another try. For a queue that must stop now.
+    pub fn give_up(&mut self, late: Late, out: &mut Vec<Completion>) {
         for token in std::mem::take(&mut self.paused) {
             let Some(flight) = self.slots[token].take() else { unreachable!("a paused request has a slot") };
-            out.push(self.complete(token, flight, Status::IoErr));
+            let done = self.complete(token, flight, (late == Late::Fail).then_some(Status::IoErr));
+            out.extend(done);
         }
     }
 
-    /// Ends all that is in flight with an I/O error although the kernel or a job may still work on it: writes their
-    /// statuses and appends their completions. What they still use stays here until they are done with.
+    /// Gives up all that is in flight although the kernel or a job may still work on it. What they still use stays here
+    /// until they are done with.
     ///
-    /// The caller must not publish the completions before the guest memory behind them is revoked: the guest takes back its
-    /// buffers then, and a late transfer must neither change nor read them.
-    pub fn abandon(&mut self, out: &mut Vec<Completion>) {
-        self.give_up(out);
+    /// The caller must neither publish the completions nor let anybody else serve the ring before the guest memory behind
+    /// it is revoked: the guest takes back its buffers then, and a late transfer must neither change nor read them.
+    pub fn abandon(&mut self, late: Late, out: &mut Vec<Completion>) {
+        self.give_up(late, out);
         // What the kernel has not seen ends here.
         let mut unseen = Vec::new();
-        self.reader.cancel_waiting(|token, result| unseen.push((token, result)));
-        for (token, result) in unseen {
-            out.extend(self.end(to_usize(token), result));
+        self.reader.cancel_waiting(|token, _| unseen.push(to_usize(token)));
+        let status = (late == Late::Fail).then_some(Status::IoErr);
+        for token in unseen {
+            let Some(flight) = self.slots[token].take() else { unreachable!("a result names a request in flight") };
+            out.extend(self.complete(token, flight, status));
         }
-        self.give_up(out);
         for token in 0..self.slots.len() {
             let Some(mut flight) = self.slots[token].take() else { continue };
             if flight.stage != Stage::Abandoned {
@@ -253,7 +264,7 @@ impl<G> Executor<G> {
                 self.abandoned += 1;
                 self.bytes -= total_len(&flight.request.data);
                 self.ledger.stuck_begins();
-                out.push(self.finish(&flight.memory, flight.head, &flight.request, Status::IoErr, Some(flight.since)));
+                out.extend(self.finish(&flight.memory, flight.head, &flight.request, status, Some(flight.since)));
             }
             self.slots[token] = Some(flight);
         }
@@ -327,7 +338,7 @@ impl<G> Executor<G> {
             _ => {}
         }
         let status = self.status_of(&result, &flight.request);
-        Some(self.complete(token, flight, status))
+        self.complete(token, flight, Some(status))
     }
 
     /// Lets a request that failed wait for another try.
@@ -369,8 +380,8 @@ impl<G> Executor<G> {
         }
     }
 
-    /// Ends a request in flight.
-    fn complete(&mut self, token: usize, flight: InFlight<G>, status: Status) -> Completion {
+    /// Ends a request in flight; without a status, only for us.
+    fn complete(&mut self, token: usize, flight: InFlight<G>, status: Option<Status>) -> Option<Completion> {
         self.bytes -= total_len(&flight.request.data);
         if flight.pause.is_some() && self.ledger.retry_ends() {
             log::warn!("no request waits for another try any more");
@@ -380,13 +391,24 @@ impl<G> Executor<G> {
     }
 
     /// Tells the guest how a request ended, and counts it.
-    fn finish(&self, memory: &G, head: u16, request: &Request, status: Status, since: Option<Instant>) -> Completion {
+    fn finish(
+        &self,
+        memory: &G,
+        head: u16,
+        request: &Request,
+        status: Option<Status>,
+        since: Option<Instant>,
+    ) -> Option<Completion> {
+        let Some(status) = status else {
+            self.stats().leave();
+            return None;
+        };
         self.stats().end(request, status, since.map(|since| since.elapsed()));
         let len = request.finish(status);
         if let Some(written) = &self.written {
             request.writable().for_each(|piece| written(memory, piece));
         }
-        Completion { head, len }
+        Some(Completion { head, len })
     }
 
     /// The guest sees only that it failed; the log says why, each time that the count of failures has doubled: a guest can

@@ -24,7 +24,7 @@ pub mod stats;
 pub use config::Geometry;
 pub use disk::{Disk, Store};
 pub use drive::{Active, Drive, OverlayRecipe, Recipe};
-pub use executor::{Completion, Executor};
+pub use executor::{Completion, Executor, Late};
 pub use jobs::Jobs;
 pub use mailbox::Mailbox;
 pub use request::Request;

@@ -143,6 +143,11 @@ impl QueueStats {
         self.ended.add(1);
     }
 
+    /// A request is left to whoever serves the ring next.
+    pub(super) fn leave(&self) {
+        self.ended.add(1);
+    }
+
     /// A read is made up of these pieces; `own` is the VM's own image among the targets of its map.
     pub(super) fn sources(&self, pieces: &[Piece], own: Option<u32>) {
         for piece in pieces {

@@ -84,7 +84,7 @@ impl Unseated {
 /// of the disk in its last subcluster becomes zeros, which everyone else relies on.
 pub(super) fn seat(disk: &Disk, layout: &Layout, unseated: &Unseated) -> io::Result<()> {
     if unseated.is_short {
-        disk.file().set_len(layout.file_len())?;
+        disk.bare().set_len(layout.file_len())?;
         disk.sync_all()?;
     }
     if unseated.ranges.is_empty() {

@@ -435,7 +435,7 @@ fn take_up(
         }
     };
     let unseated = scan_all(path, disk, header, layout, compare)?;
-    let len = disk.file().metadata().map_err(|e| Error::io(path, "look at", e))?.len();
+    let len = disk.bare().metadata().map_err(|e| Error::io(path, "look at", e))?.len();
     if len < end {
         return Err(stopped(path, Stop::Fault(scan::cut_off(len, layout))));
     }

@@ -12,4 +12,5 @@ mod drain;
 mod frontend;
 mod hanging;
 mod on_error;
+mod socket;
 mod support;

@@ -170,7 +170,7 @@ impl Run {
         let overlay = self.rig.open(Some(self.engine.clone()), false);
         let overlay = overlay.unwrap_or_else(|e| panic!("seed {}, round {}: {e}", self.seed, self.rounds));
         let base = Base::flat(&self.rig.base_path, false).unwrap();
-        self.disk = Some(Disk::new(base, Store::Overlay(overlay), [0; 20], None));
+        self.disk = Some(Disk::new(Arc::new(base), Store::Overlay(overlay), [0; 20], Arc::default()));
     }
 
     /// One round: all threads, then the whole disk; then perhaps another session. Returns the steps.

@@ -4,7 +4,6 @@ use super::rng::Rng;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use vmar::io::IoBuf;
