@@ -4,6 +4,8 @@
 //! (an inflight region, a config-change message, several connections); only its vrings are used here.
 
 use super::dirty_log::{DirtyLog, Logging};
+use super::frontend::{Mapping, map_region, prepare_event};
+use super::inflight::{self, Inflight};
 use super::revoke::{map_again, revoke};
 use super::worker::{self, Stopped, Worker};
 use super::{GuestMap, GuestMemory, Served, Vring};
@@ -23,27 +25,16 @@ use vhost_user_backend::VringT;
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::QueueT;
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 
 /// Entries a ring may have: what QEMU allows for vhost-user-blk (its `queue-size` property).
-const QUEUE_SIZE_MAX: u16 = 1024;
+pub const QUEUE_SIZE_MAX: u16 = 1024;
 
 /// Memory slots offered: what QEMU's own backends offer (VHOST_USER_MAX_RAM_SLOTS).
 const MEM_SLOTS_MAX: u64 = 512;
 
 /// How long the other rings may take when one ring could not stop in time and the memory of all must be revoked.
 const OTHERS_TIME: Duration = Duration::from_millis(500);
-
-/// A region of guest memory as the frontend sees it.
-#[derive(Clone, Copy, Debug)]
-struct Mapping {
-    /// Address in the frontend's process.
-    user: u64,
-    /// Guest-physical address.
-    guest: u64,
-    /// Bytes.
-    size: u64,
-}
 
 /// A ring and its thread.
 struct Ring {
@@ -66,6 +57,7 @@ pub struct Handler {
     features: u64,
     /// The frontend's bitmap of dirty pages.
     log: Option<Arc<DirtyLog>>,
+    inflight: Option<Arc<Inflight>>,
     drain_time: Duration,
     /// The kernel does not let go of a queue's thread. The process has to end.
     hung: bool,
@@ -91,6 +83,7 @@ impl Handler {
             log: None,
             drain_time,
             hung: false,
+            inflight: None,
         })
     }
 
@@ -263,8 +256,9 @@ impl Handler {
             // SAFETY: the clone was just made and its number taken; the File is its only owner.
             unsafe { File::from_raw_fd(raw) }
         };
-        if ring.worker.is_none() {
-            let vring = ring.vring.clone();
+        let vring = ring.vring.clone();
+        let part = inflight::part_of(self.inflight.as_ref(), index, &vring)?;
+        if self.ring(index)?.worker.is_none() {
             let worker = self.start_worker(index, vring)?;
             self.ring(index)?.worker = Some(worker);
             self.update_logging(index)?;
@@ -272,7 +266,7 @@ impl Handler {
         let write_through = self.features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
         let ring = self.ring(index)?;
         if let Some(worker) = &ring.worker {
-            worker.run(kick, write_through);
+            worker.run(kick, write_through, part);
         }
         ring.running = true;
         Ok(())
@@ -341,37 +335,6 @@ impl Handler {
     }
 }
 
-/// Maps one region that the frontend shares. Pages that the file does not have would be SIGBUS later.
-fn map_region(region: &VhostUserMemoryRegion, file: File) -> Result<(GuestRegionMmap, Mapping)> {
-    let meta = file.metadata().map_err(Error::ReqHandlerError)?;
-    let (offset, size) = (region.mmap_offset, region.memory_size);
-    if region.user_addr.checked_add(size).is_none() {
-        return Err(Error::InvalidParam);
-    }
-    if meta.is_file() && offset.checked_add(size).is_none_or(|end| end > meta.len()) {
-        log::error!("the frontend shares {size} bytes at {offset} of a file of {}", meta.len());
-        return Err(Error::InvalidParam);
-    }
-    let mapped = region.mmap_region(file)?;
-    let guest = GuestRegionMmap::new(mapped, GuestAddress(region.guest_phys_addr)).ok_or(Error::InvalidParam)?;
-    let mapping = Mapping { user: region.user_addr, guest: region.guest_phys_addr, size: region.memory_size };
-    Ok((guest, mapping))
-}
-
-/// Checks a kick or call descriptor and makes it non-blocking: no frontend that reads or writes it at the wrong moment may
-/// hold up a queue. What is always ready (a regular file, most devices) would spin one.
-fn prepare_event(file: &File) -> Result<()> {
-    use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat};
-    let failed = |e: rustix::io::Errno| Error::ReqHandlerError(e.into());
-    match FileType::from_raw_mode(fstat(file).map_err(failed)?.st_mode) {
-        FileType::RegularFile | FileType::Directory | FileType::CharacterDevice | FileType::BlockDevice => {
-            log::error!("the frontend sent a file in place of an eventfd");
-            Err(Error::InvalidParam)
-        }
-        _ => fcntl_setfl(file, fcntl_getfl(file).map_err(failed)? | OFlags::NONBLOCK).map_err(failed),
-    }
-}
-
 fn hung() -> Error {
     Error::ReqHandlerError(io::Error::other("a queue's thread hangs in the kernel"))
 }
@@ -398,6 +361,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             ring.vring.set_queue_ready(false);
         }
         self.features = 0;
+        self.inflight = None;
         Ok(())
     }
 
@@ -590,6 +554,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE)
     }
 
@@ -630,12 +595,17 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Err(Error::InvalidOperation("not offered"))
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(Error::InvalidOperation("not offered"))
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        inflight::get_fd(wanted, self.rings.len())
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        Err(Error::InvalidOperation("not offered"))
+    fn set_inflight_fd(&mut self, told: &VhostUserInflight, file: File) -> Result<()> {
+        if self.rings.iter().any(|ring| ring.running) {
+            log::error!("the frontend changes the inflight region while a ring runs");
+            return Err(Error::InvalidParam);
+        }
+        self.inflight = Some(inflight::set_fd(told, &file, self.rings.len())?);
+        Ok(())
     }
 
     fn set_device_state_fd(

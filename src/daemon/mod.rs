@@ -4,14 +4,20 @@
 //! | --- | --- |
 //! | [`socket`] | the listening socket |
 //! | [`handler`] | the messages of a connection |
+//! | [`frontend`] | what comes as a descriptor: memory, kicks, calls |
 //! | [`worker`] | the thread of a queue |
+//! | [`inflight`] | what is in flight, for whoever comes after a crash |
+//! | [`replay`] | a chain by its head |
 //! | [`revoke`] | takes guest memory away from transfers that hang |
 //! | [`backend_channel`] | messages to the frontend |
 //! | [`dirty_log`] | the pages that we write, for a live migration |
 
 pub mod backend_channel;
 pub mod dirty_log;
+pub mod frontend;
 pub mod handler;
+pub mod inflight;
+pub mod replay;
 pub mod revoke;
 pub mod socket;
 pub mod worker;

@@ -1,11 +1,15 @@
 //! The thread of one queue: takes chains off the ring, starts them, publishes what has ended.
 
 use super::dirty_log::{DirtyLog, Logging};
-use super::{GuestMemory, Vring};
+use super::inflight::{Part, Tracker};
+use super::replay::Shown;
+use super::{GuestMap, GuestMemory, Vring};
 use crate::device::executor::Written;
+use crate::device::request::Status;
 use crate::device::{Completion, Disk, Executor, Jobs, Mailbox, Request};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -28,8 +32,8 @@ const LOG_TIME: Duration = Duration::from_secs(5);
 
 /// What a worker is told.
 enum Command {
-    /// Serve the ring, starting with a look at it (a kick may have come before).
-    Run { kick: File, write_through: bool },
+    /// Serve the ring, starting with a look at it (a kick may have come before). What it has in flight is noted in `part`.
+    Run { kick: File, write_through: bool, part: Option<Part> },
     /// Take nothing more, finish what is in flight, publish it, then answer; at the deadline in any case.
     Stop { done: Sender<Stopped>, deadline: Instant },
     /// Give up what is still in flight, but publish nothing.
@@ -84,7 +88,6 @@ impl Worker {
                     Err(e) => return drop(ready.send(Err(e))),
                 };
                 let _ = ready.send(Ok(()));
-                let ended = Vec::new();
                 let queue = Queue {
                     index,
                     vring,
@@ -92,7 +95,10 @@ impl Worker {
                     mailbox,
                     executor,
                     kick: None,
-                    ended,
+                    fresh: true,
+                    tracker: Tracker::default(),
+                    again: VecDeque::new(),
+                    ended: Vec::new(),
                     bad_heads: 0,
                     held: false,
                     log_used: None,
@@ -104,9 +110,9 @@ impl Worker {
         Ok(Worker { commands, mailbox, thread: Some(thread), detached: false })
     }
 
-    /// Lets the ring run.
-    pub fn run(&self, kick: File, write_through: bool) {
-        self.tell(Command::Run { kick, write_through });
+    /// Lets the ring run. A ring that was not running takes up what `part` has in flight.
+    pub fn run(&self, kick: File, write_through: bool, part: Option<Part>) {
+        self.tell(Command::Run { kick, write_through, part });
     }
 
     /// Gives up what a [`Stopped::Stuck`] ring still has in flight, with an I/O error. Nothing is published before
@@ -169,10 +175,16 @@ struct Queue {
     vring: Vring,
     memory: GuestMemory,
     mailbox: Mailbox,
-    executor: Executor<Arc<super::GuestMap>>,
+    executor: Executor<Arc<GuestMap>>,
     /// The ring runs as long as this is here.
     kick: Option<File>,
-    /// What has ended and is not yet in the used ring.
+    /// Nothing was taken off the ring since it was last stopped.
+    fresh: bool,
+    /// What was taken and is not yet in the used ring.
+    tracker: Tracker,
+    /// Heads that another process had in flight, to be started before any other.
+    again: VecDeque<u16>,
+    /// What has ended and was not yet told to the tracker.
     ended: Vec<Completion>,
     bad_heads: u64,
     /// What has ended must not be published yet.
@@ -201,19 +213,22 @@ impl Queue {
             }
             loop {
                 match commands.try_recv() {
-                    Ok(Command::Run { kick, write_through }) => {
+                    Ok(Command::Run { kick, write_through, part }) => {
                         self.executor.set_write_through(write_through);
-                        self.kick = Some(kick);
+                        self.kick = (!self.fresh || self.take_up(part)).then_some(kick);
                     }
                     Ok(Command::Stop { done, deadline }) => {
                         let stopped = self.drain(Some(deadline));
                         self.kick = None;
-                        self.forget_unpublished();
+                        if stopped == Stopped::Drained {
+                            self.let_go();
+                        }
                         let _ = done.send(stopped);
                     }
                     Ok(Command::Abandon { done }) => {
                         self.held = true;
                         self.executor.abandon(&mut self.ended);
+                        self.refuse_rest();
                         drop(done);
                     }
                     Ok(Command::Log { logging, done }) => {
@@ -223,7 +238,7 @@ impl Queue {
                     Ok(Command::Publish { done }) => {
                         self.held = false;
                         self.publish();
-                        self.forget_unpublished();
+                        self.let_go();
                         drop(done);
                     }
                     Err(std::sync::mpsc::TryRecvError::Empty) => break,
@@ -237,6 +252,66 @@ impl Queue {
             self.publish();
             busy = self.kick.is_some() && self.serve();
         }
+    }
+
+    /// Begins with a ring: finds out what another process has left in flight, and tells the guest to look, as that one may
+    /// have published something and not told. False when the ring cannot be served as it is.
+    fn take_up(&mut self, part: Option<Part>) -> bool {
+        let memory = self.memory.memory().into_inner();
+        let mut vring = self.vring.get_mut();
+        let queue = vring.get_queue_mut();
+        if !in_reach(queue, &memory) {
+            log::error!("queue {}: the ring is not in the guest's memory", self.index);
+            return false;
+        }
+        let load = std::sync::atomic::Ordering::Acquire;
+        let (Ok(used), Ok(avail)) = (queue.used_idx(&*memory, load), queue.avail_idx(&*memory, load)) else {
+            return false;
+        };
+        queue.set_next_used(used.0);
+        self.tracker = Tracker::default();
+        if let Some(mut part) = part {
+            let found = part.recover(used.0, queue.size());
+            let heads = found.as_ref().map_or(0, Vec::len);
+            // The driver has that many in flight, all told.
+            let offered = (avail - used).0;
+            if heads > usize::from(offered) {
+                log::error!(
+                    "queue {}: the inflight region has {heads} requests, the ring only {offered}; it is left alone",
+                    self.index
+                );
+                return false;
+            }
+            if let Some(found) = found {
+                // Heads are taken in order, so those that were taken follow the used ones. SET_VRING_BASE knows less.
+                queue.set_next_avail(used.0.wrapping_add(u16::try_from(heads).unwrap_or(0)));
+                self.again = found.into();
+                if heads > 0 {
+                    log::info!("queue {}: {heads} requests in flight are started again", self.index);
+                }
+            }
+            self.tracker = Tracker::new(Some(part), heads);
+        }
+        let _ = vring.signal_used_queue();
+        drop(vring);
+        self.fresh = false;
+        true
+    }
+
+    /// Ends with a ring after [`Queue::drain`]. What could not be published stays in flight for whoever takes the ring up.
+    fn let_go(&mut self) {
+        self.kick = None;
+        let (left, forgotten) = (self.tracker.outstanding(), self.tracker.forgotten());
+        if left > 0 {
+            log::error!("queue {}: {left} requests are left to be started again", self.index);
+            let mut vring = self.vring.get_mut();
+            let queue = vring.get_queue_mut();
+            queue.set_next_avail(queue.next_avail().wrapping_sub(forgotten));
+        }
+        self.tracker = Tracker::default();
+        self.again.clear();
+        self.ended.clear();
+        self.fresh = true;
     }
 
     /// Sleeps until a kick, a completion or a command; does not sleep when the ring is known to hold more. Leaves both
@@ -274,7 +349,7 @@ impl Queue {
     }
 
     fn full(&self) -> bool {
-        self.executor.is_full() || self.executor.in_flight() >= usize::from(self.vring.get_ref().get_queue().size())
+        self.executor.is_full() || self.tracker.outstanding() >= usize::from(self.vring.get_ref().get_queue().size())
     }
 
     /// Serves up to one ring's worth of requests; true when the ring may hold more.
@@ -313,7 +388,7 @@ impl Queue {
             log::error!("queue {}: the used ring is out of reach: {e}", self.index);
             return Looked::Broken;
         }
-        let mut taken = 0;
+        let mut taken = start_again(&mut self.again, &mut self.executor, &mut self.ended, queue, &memory);
         let mut chains = match queue.iter(Arc::clone(&memory)) {
             Ok(chains) => chains,
             // The handler is about to stop it.
@@ -323,10 +398,7 @@ impl Queue {
                 return Looked::Broken;
             }
         };
-        while taken < BATCH
-            && !self.executor.is_full()
-            && self.executor.in_flight() + self.ended.len() < usize::from(size)
-        {
+        while taken < BATCH && !self.executor.is_full() && self.tracker.outstanding() < usize::from(size) {
             let Some(chain) = chains.next() else { break };
             taken += 1;
             let head = chain.head_index();
@@ -339,13 +411,14 @@ impl Queue {
                 continue;
             }
             let request = Request::parse(chain);
+            self.tracker.take(head);
             self.ended.extend(self.executor.start(head, request, Arc::clone(&memory)));
         }
         if taken > 0 {
             return Looked::More;
         }
         match queue.enable_notification(&*memory) {
-            Ok(true) if !self.executor.is_full() && self.executor.in_flight() < usize::from(size) => Looked::More,
+            Ok(true) if !self.executor.is_full() && self.tracker.outstanding() < usize::from(size) => Looked::More,
             Ok(_) => Looked::Empty,
             Err(e) => {
                 log::error!("queue {}: the ring is out of reach: {e}", self.index);
@@ -377,7 +450,13 @@ impl Queue {
     /// Puts what has ended into the used ring and tells the guest, if it wants to be told. While the frontend is changing
     /// the memory map the ring may be out of reach; what has ended then waits for the next look.
     fn publish(&mut self) {
-        if self.ended.is_empty() || self.held {
+        if self.held {
+            return;
+        }
+        for done in self.ended.drain(..) {
+            self.tracker.end(done);
+        }
+        if !self.tracker.is_ready() {
             return;
         }
         let memory = self.memory.memory().into_inner();
@@ -386,9 +465,11 @@ impl Queue {
         if !in_reach(queue, &memory) {
             return;
         }
-        for done in self.ended.drain(..) {
-            if let Err(e) = queue.add_used(&*memory, done.head, done.len) {
-                log::error!("queue {}: the used ring is out of reach: {e}", self.index);
+        while let Some(done) = self.tracker.next_ended() {
+            self.tracker.publishing(done.head);
+            match queue.add_used(&*memory, done.head, done.len) {
+                Ok(()) => self.tracker.published(done.head, queue.next_used()),
+                Err(e) => log::error!("queue {}: the used ring is out of reach: {e}", self.index),
             }
         }
         let wanted = queue.needs_notification(&*memory).unwrap_or(true) && !interrupts_off(queue, &memory);
@@ -407,7 +488,8 @@ impl Queue {
     /// the kernel has stays in flight. Without a deadline, also waits for what was given up.
     fn drain(&mut self, deadline: Option<Instant>) -> Stopped {
         self.collect();
-        while self.executor.in_flight() > 0 || deadline.is_none() && self.executor.abandoned() > 0 {
+        self.resume();
+        while self.has_work() || deadline.is_none() && self.executor.abandoned() > 0 {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
                 self.executor.give_up(&mut self.ended);
@@ -421,26 +503,80 @@ impl Queue {
             let _ = poll(&mut fds, limit.map(timespec).as_ref());
             self.mailbox.clear();
             self.collect();
+            self.resume();
         }
         self.publish();
-        match self.executor.in_flight() {
-            0 => Stopped::Drained,
-            left => Stopped::Stuck(left),
+        match self.has_work() {
+            false => Stopped::Drained,
+            true => Stopped::Stuck(self.executor.in_flight() + self.again.len()),
         }
     }
 
-    /// For a ring that has stopped.
-    fn forget_unpublished(&mut self) {
-        if !self.ended.is_empty() && !self.held {
-            log::error!("queue {}: {} completions have no place to go", self.index, self.ended.len());
-            self.ended.clear();
+    /// True when something is in flight that can end.
+    fn has_work(&self) -> bool {
+        self.executor.in_flight() > 0 || !self.again.is_empty() && self.reaches_ring()
+    }
+
+    fn reaches_ring(&self) -> bool {
+        in_reach(self.vring.get_ref().get_queue(), &self.memory.memory().into_inner())
+    }
+
+    /// Ends what was to be started again with an I/O error, for a queue that must stop now.
+    fn refuse_rest(&mut self) {
+        let memory = self.memory.memory().into_inner();
+        let vring = self.vring.get_ref();
+        if in_reach(vring.get_queue(), &memory) {
+            for head in self.again.drain(..) {
+                let Some(chain) = Shown::new(&memory, head).chain(vring.get_queue()).map(Request::parse) else {
+                    continue;
+                };
+                self.ended.push(Completion { head, len: chain.finish(Status::IoErr) });
+            }
         }
     }
+
+    /// Starts what is to be started again, as far as there is room: it was taken, and so is to be finished.
+    fn resume(&mut self) {
+        if self.again.is_empty() {
+            return;
+        }
+        let memory = self.memory.memory().into_inner();
+        let vring = self.vring.get_ref();
+        let queue = vring.get_queue();
+        while in_reach(queue, &memory)
+            && start_again(&mut self.again, &mut self.executor, &mut self.ended, queue, &memory) > 0
+        {}
+        drop(vring);
+        self.executor.submit();
+        self.collect();
+    }
+}
+
+/// Starts up to [`BATCH`] of the requests that another process had in flight; tells how many. The ring is in reach.
+fn start_again(
+    again: &mut VecDeque<u16>,
+    executor: &mut Executor<Arc<GuestMap>>,
+    ended: &mut Vec<Completion>,
+    queue: &virtio_queue::Queue,
+    memory: &Arc<GuestMap>,
+) -> usize {
+    let mut started = 0;
+    while started < BATCH
+        && !executor.is_full()
+        && let Some(head) = again.pop_front()
+    {
+        started += 1;
+        // The region says that it was taken; what it asks for is in the guest's own memory, still.
+        if let Some(chain) = Shown::new(memory, head).chain(queue) {
+            ended.extend(executor.start(head, Request::parse(chain), Arc::clone(memory)));
+        }
+    }
+    started
 }
 
 /// True when all three parts of the ring lie in the guest's memory (sizes: virtio 1.2, section 2.7). The crate checks only
 /// the bytes that it comes across, and takes those that it cannot read for an empty ring.
-fn in_reach(queue: &virtio_queue::Queue, memory: &super::GuestMap) -> bool {
+fn in_reach(queue: &virtio_queue::Queue, memory: &GuestMap) -> bool {
     let size = usize::from(queue.size());
     let part = |at, len, access| memory.check_range(GuestAddress(at), len, access);
     part(queue.desc_table(), 16 * size, Permissions::Read)
@@ -450,12 +586,12 @@ fn in_reach(queue: &virtio_queue::Queue, memory: &super::GuestMap) -> bool {
 
 /// As poll takes it; rounded up to a millisecond, so that a wait for a moment does not end just before it.
 fn timespec(time: Duration) -> rustix::event::Timespec {
-    let ns = if time.is_zero() { 0 } else { time.subsec_nanos() / 1_000_000 * 1_000_000 + 999_999 };
+    let ns = if time.is_zero() { 0 } else { time.subsec_millis() * 1_000_000 + 999_999 };
     rustix::event::Timespec { tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX), tv_nsec: i64::from(ns) }
 }
 
 /// The driver set NO_INTERRUPT, which counts only without EVENT_IDX. The crate leaves this flag to us.
-fn interrupts_off(queue: &virtio_queue::Queue, memory: &super::GuestMap) -> bool {
+fn interrupts_off(queue: &virtio_queue::Queue, memory: &GuestMap) -> bool {
     !queue.event_idx_enabled()
         && memory
             .load::<u16>(GuestAddress(queue.avail_ring()), std::sync::atomic::Ordering::Relaxed)

@@ -8,6 +8,7 @@ mod common;
 mod config;
 mod dirty;
 mod frontend;
+mod inflight;
 mod random;
 mod rings;
 mod socket;
@@ -28,12 +29,24 @@ fn pattern() -> Vec<u8> {
     (0..DISK).map(|i| (i / 512 * 31 + i * 7) as u8).collect()
 }
 
+/// Reads what a server has to say: a full pipe would hold it up.
+fn keep_log(server: &mut Server, log: &Arc<Mutex<String>>) {
+    let mut pipe = server.child.stderr.take().unwrap();
+    let log = Arc::clone(log);
+    std::thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        while let Ok(n @ 1..) = pipe.read(&mut bytes) {
+            log.lock().unwrap().push_str(&String::from_utf8_lossy(&bytes[..n]));
+        }
+    });
+}
+
 /// A server, and what its disk holds.
 struct Target {
     server: Server,
     file: PathBuf,
     socket: PathBuf,
-    _bench: Bench,
+    bench: Bench,
     log: Arc<Mutex<String>>,
 }
 
@@ -43,19 +56,18 @@ impl Target {
         let file = bench.file("disk", &pattern());
         let mut server = bench.serve(&[&["--blk-file", text(&file)], args].concat());
         let socket = server.socket.clone();
-        // A full pipe would hold the server up.
-        let mut pipe = server.child.stderr.take().unwrap();
-        let log = Arc::new(Mutex::new(String::new()));
-        std::thread::spawn({
-            let log = Arc::clone(&log);
-            move || {
-                let mut bytes = [0; 4096];
-                while let Ok(n @ 1..) = pipe.read(&mut bytes) {
-                    log.lock().unwrap().push_str(&String::from_utf8_lossy(&bytes[..n]));
-                }
-            }
-        });
-        Target { server, file, socket, _bench: bench, log }
+        let log = Arc::default();
+        keep_log(&mut server, &log);
+        Target { server, file, socket, bench, log }
+    }
+
+    /// kill -9, and another process on another socket in its place.
+    fn kill_and_start(&mut self) {
+        self.server.child.kill().unwrap();
+        self.server.child.wait().unwrap();
+        self.server = self.bench.serve(&["--blk-file", text(&self.file)]);
+        self.socket.clone_from(&self.server.socket);
+        keep_log(&mut self.server, &self.log);
     }
 
     fn writable() -> Target {

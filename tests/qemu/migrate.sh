@@ -4,7 +4,7 @@
 # killed with -9 as soon as the others have succeeded.
 #
 # Usage: tests/qemu/migrate.sh [--seconds N] [--moves N] [--qemu BIN]
-#   --seconds N   load for so long, all moves included (default 120)
+#   --seconds N   load for so long, all moves included (default 180)
 #   --moves N     migrations that succeed (default 3)
 #   --qemu BIN    this qemu-system-x86_64; qemu-img is the one beside it
 #
@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-seconds=120 moves=3
+seconds=180 moves=3
 while [ $# -gt 0 ]; do
   case $1 in
     --seconds) seconds=$2; shift 2 ;;
@@ -92,6 +92,16 @@ start() {
   done
 }
 
+# kill_9 DIR: both, without a word.
+kill_9() {
+  local what
+  for what in vmar qemu; do
+    kill -KILL "$(cat "$1/$what.pid")" 2>/dev/null || true
+    wait "$(cat "$1/$what.pid")" 2>/dev/null || true
+    rm -f "$1/$what.pid"
+  done
+}
+
 # qmp DIR COMMAND [ARGUMENTS [FIELD]]: what it answers, or one field of it.
 qmp() {
   python3 - "$1/qmp.sock" "${@:2}" <<'END'
@@ -162,8 +172,7 @@ sleep 3
 qmp "$now" migrate_cancel >/dev/null
 [ "$(move_state "$now")" = cancelled ] || fail "the migration is not cancelled"
 [ "$(qmp "$now" query-status '{}' status)" = running ] || fail "the source does not go on"
-kill -KILL "$(cat "$work/vm-cancelled/qemu.pid")" "$(cat "$work/vm-cancelled/vmar.pid")" 2>/dev/null || true
-rm -f "$work/vm-cancelled"/{qemu,vmar}.pid
+kill_9 "$work/vm-cancelled"
 grep -q 'connected' "$work/vm-cancelled/vmar.log" || fail "nobody had connected to the server of the cancelled migration"
 say "cancelled: the source goes on"
 sleep 5
@@ -185,13 +194,12 @@ for ((n = 1; n <= moves; n++)); do
   done
   downtimes+=("$(qmp "$now" query-migrate '{}' downtime)")
   say "migration $n: downtime ${downtimes[-1]} ms, total $(qmp "$now" query-migrate '{}' total-time) ms"
-  kill -KILL "$(cat "$now/vmar.pid")" "$(cat "$now/qemu.pid")"
-  rm -f "$now"/{vmar,qemu}.pid
+  kill_9 "$now"
   quiet "$now"
   now=$next
   sleep 5
 done
-! says VMAR-FIO-END >/dev/null || fail "the load ended before the last migration: give more --seconds"
+[ "$(says VMAR-FIO-END | wc -l)" = 0 ] || fail "the load ended before the last migration: give more --seconds"
 left=$((seconds * 3 + 300))
 until says VMAR-FIO-END >/dev/null; do
   kill -0 "$(cat "$now/qemu.pid")" 2>/dev/null || fail "QEMU ended: $(tail -n 1 "$now/qemu.log")"
