@@ -1,5 +1,5 @@
 //! `src/daemon/FEATURES.md` says what vmar offers; real disks must agree, bit by bit.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
 #[path = "common/offer.rs"]

@@ -4,7 +4,7 @@
 # killed with -9 as soon as the others have succeeded.
 #
 # Usage: tests/qemu/migrate.sh [--seconds N] [--moves N] [--qemu BIN]
-#   --seconds N   load for so long, all moves included (default 120)
+#   --seconds N   load for so long, all moves included (default 180)
 #   --moves N     migrations that succeed (default 3)
 #   --qemu BIN    this qemu-system-x86_64; qemu-img is the one beside it
 #
@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-seconds=120 moves=3
+seconds=180 moves=3
 while [ $# -gt 0 ]; do
   case $1 in
     --seconds) seconds=$2; shift 2 ;;
