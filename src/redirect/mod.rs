@@ -110,7 +110,7 @@ impl Base {
         let Open { path, file, .. } = &self.targets[0];
         let refuse = |cause: String, mend: &str| Err(Error::file(ErrorKind::Usage, path, cause).mend(mend));
         let now = self.size();
-        if size < now || size % SECTOR_SIZE != 0 || size > IMAGE_SIZE_MAX {
+        if size < now || !size.is_multiple_of(SECTOR_SIZE) || size > IMAGE_SIZE_MAX {
             let cause = format!("cannot have {size} bytes: it has {now} and does not shrink");
             return refuse(cause, "give a multiple of 512, up to 16 TiB");
         }
