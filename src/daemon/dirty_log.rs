@@ -58,19 +58,16 @@ impl DirtyLog {
         while page < end {
             let next = (page / 8 + 1).saturating_mul(8).min(end);
             let bits = (0xFFu8 << (page % 8)) & (0xFFu8 >> ((8 - next % 8) % 8));
-            match usize::try_from(page / 8).ok().filter(|at| *at < self.map.len()) {
-                // SAFETY: the byte lies in the mapping, which lives as long as this, and whose file covers it (`open`). The
-                // frontend changes it at the same time, by atomic operations too.
-                Some(at) => {
-                    unsafe { AtomicU8::from_ptr(self.map.as_mut_ptr().add(at)) }.fetch_or(bits, Ordering::SeqCst)
+            let Some(at) = usize::try_from(page / 8).ok().filter(|at| *at < self.map.len()) else {
+                if !self.outside.swap(true, Ordering::Relaxed) {
+                    log::error!("guest address {address:#x} is outside the frontend's log of dirty pages");
                 }
-                None => {
-                    if !self.outside.swap(true, Ordering::Relaxed) {
-                        log::error!("guest address {address:#x} is outside the frontend's log of dirty pages");
-                    }
-                    return;
-                }
+                return;
             };
+            // SAFETY: the byte lies in the mapping, which lives as long as this, and whose file covers it (`open`). The
+            // frontend changes it at the same time, by atomic operations too.
+            let byte = unsafe { AtomicU8::from_ptr(self.map.as_mut_ptr().add(at)) };
+            byte.fetch_or(bits, Ordering::SeqCst);
             page = next;
         }
     }

@@ -188,19 +188,13 @@ impl<G> Executor<G> {
                 let token = self.allot();
                 let mut stage = Stage::Work;
                 let Some(result) = self.attempt(token, &request, &mut stage) else {
-                    self.keep(
-                        token,
-                        InFlight { head, request, since: Instant::now(), stage, pause: None, memory: memory },
-                    );
+                    self.keep(token, InFlight { head, request, since: Instant::now(), stage, pause: None, memory });
                     return None;
                 };
                 if let Err(e) = &result
                     && self.ledger.on_error().tries_again(e)
                 {
-                    self.keep(
-                        token,
-                        InFlight { head, request, since: Instant::now(), stage, pause: None, memory: memory },
-                    );
+                    self.keep(token, InFlight { head, request, since: Instant::now(), stage, pause: None, memory });
                     self.pause(token, e);
                     return None;
                 }
