@@ -38,6 +38,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::RecvFlags;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use socket::{Inherited, Listening};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -63,6 +64,9 @@ const MESSAGE_HEADER: usize = 12;
 
 /// The largest body that the crate takes (its MAX_MSG_SIZE).
 const MESSAGE_BODY_MAX: u32 = 4096;
+
+/// The most descriptors that the crate takes with a message (its MAX_ATTACHED_FD_ENTRIES).
+const DESCRIPTORS_MAX: usize = 32;
 
 /// How long the rest of a message may take, and how often to look for it.
 const MESSAGE_TIME: Duration = Duration::from_secs(5);
@@ -308,6 +312,10 @@ fn messages(requests: &mut BackendReqHandler<Mutex<Handler>>, channel: &BackendC
                 log::error!("the vhost-user connection ends: half a message, and nothing more came");
                 return true;
             }
+            Next::Overloaded => {
+                log::error!("the vhost-user connection ends: a message with more than {DESCRIPTORS_MAX} descriptors");
+                return true;
+            }
         }
         if peek_header(fd).is_ok_and(|header| header.is_some_and(|h| h[0] == SET_BACKEND_REQ_FD)) {
             channel.peek(fd);
@@ -337,6 +345,8 @@ enum Next {
     Stop,
     /// End the connection: a message began and never ended.
     Stalled,
+    /// End the connection: more descriptors came than there is room for.
+    Overloaded,
 }
 
 /// Waits until the next message has come as a whole and a reply has room. Reading and replying block, and whoever is stuck
@@ -357,10 +367,28 @@ fn next_message(fd: BorrowedFd<'_>, stop: Stops<'_>) -> Next {
             None => return Next::Stop,
         }
     }
+    if carries_too_much(fd) {
+        return Next::Overloaded;
+    }
     match wait(fd, PollFlags::OUT, stop, None) {
         Some(_) => Next::Message,
         None => Next::Stop,
     }
+}
+
+/// True when more descriptors came with the next message than the crate has room for. It would drop the message and wait for
+/// another one, deaf to everything else, while the frontend waits for the answer.
+fn carries_too_much(fd: BorrowedFd<'_>) -> bool {
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, ReturnFlags, recvmsg};
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX + 1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut header = [0u8; MESSAGE_HEADER];
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let Ok(peeked) = recvmsg(fd, &mut [io::IoSliceMut::new(&mut header)], &mut control, flags) else { return false };
+    // These are copies, which are closed here.
+    let came: usize =
+        control.drain().map(|m| if let RecvAncillaryMessage::ScmRights(fds) = m { fds.count() } else { 0 }).sum();
+    came > DESCRIPTORS_MAX || peeked.flags.contains(ReturnFlags::CTRUNC)
 }
 
 /// True when handling the next message will not wait for more of it. An error or the end of the stream counts as one.

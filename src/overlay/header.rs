@@ -364,6 +364,7 @@ struct Fields {
     refcount_table: u64,
     refcount_table_clusters: u32,
     snapshots: u32,
+    snapshots_at: u64,
     incompatible: u64,
     autoclear: u64,
     refcount_order: u32,
@@ -389,6 +390,7 @@ impl Fields {
             refcount_table: c.u64_be()?,
             refcount_table_clusters: c.u32_be()?,
             snapshots: c.u32_be()?,
+            snapshots_at: c.u64_be()?,
             incompatible: 0,
             autoclear: 0,
             refcount_order: REFCOUNT_ORDER,
@@ -396,7 +398,6 @@ impl Fields {
             compression: 0,
         };
         if fields.version == 3 {
-            c.take(8)?;
             fields.incompatible = c.u64_be()?;
             c.take(8)?;
             fields.autoclear = c.u64_be()?;
@@ -445,6 +446,10 @@ impl Fields {
             )
             .mend("delete them with 'qemu-img snapshot -d'"));
         }
+        if !self.snapshots_at.is_multiple_of(CLUSTER) {
+            // QEMU looks at it also if there are none.
+            return Err(Error::file(ErrorKind::Corrupt, path, "the offset of its snapshot table is no cluster's"));
+        }
         Ok(())
     }
 
@@ -485,6 +490,10 @@ fn walk_extensions(path: &Path, bytes: &[u8], fields: &Fields) -> Result<(Option
         let mut c = Cursor::new(bytes.get(at..limit).ok_or_else(broken)?);
         let (Some(kind), Some(len)) = (c.u32_be(), c.u32_be()) else { return Err(broken()) };
         if kind == EXT_END {
+            // QEMU does not open a file whose end marker has a length.
+            if len != 0 {
+                return Err(broken());
+            }
             return Ok((ours, at + 8));
         }
         let len = len as usize;

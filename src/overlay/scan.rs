@@ -155,9 +155,11 @@ fn refcounts(
     unseated: &mut Unseated,
     mut fault: impl FnMut(Fault) -> Result<(), Fault>,
 ) -> Result<(), Stop> {
-    each::<8>(disk, layout.refcount_table, layout.refcount_block_count * 8, |block, bytes| {
+    // The whole table: QEMU takes every entry of it for a block.
+    each::<8>(disk, layout.refcount_table, layout.refcount_table_clusters * CLUSTER, |block, bytes| {
         let entry = u64::from_be_bytes(*bytes);
-        let at_home = entry == layout.refcount_blocks + block * CLUSTER;
+        let home = layout.refcount_blocks + block * CLUSTER;
+        let at_home = entry == if block < layout.refcount_block_count { home } else { 0 };
         if at_home { Ok(()) } else { fault(Fault::Layout(place("refcount block", block, entry | COPIED))) }
     })?;
     each::<2>(disk, layout.refcount_blocks, layout.file_clusters() * 2, |cluster, bytes| {

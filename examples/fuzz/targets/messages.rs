@@ -210,7 +210,7 @@ fn fd(rng: &mut Rng) -> Fd {
 }
 
 fn fds(rng: &mut Rng) -> Vec<Fd> {
-    let count = rng.one_of(&[0, 0, 0, 1, 1, 1, 2, 3, 8, 9, 32]);
+    let count = rng.one_of(&[0, 0, 0, 1, 1, 1, 2, 3, 8, 9, 32, 33]);
     (0..count).map(|_| fd(rng)).collect()
 }
 
