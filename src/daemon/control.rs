@@ -258,14 +258,19 @@ fn wait_for_taken(client: &mut Client) -> io::Result<()> {
         let left = deadline.saturating_duration_since(Instant::now());
         let left =
             Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(0), tv_nsec: i64::from(left.subsec_nanos()) };
-        if poll(&mut [PollFd::new(&client.stream, PollFlags::IN)], Some(&left))? == 0 {
-            return Err(io::ErrorKind::TimedOut.into());
+        match poll(&mut [PollFd::new(&client.stream, PollFlags::IN)], Some(&left)) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(e) => return Err(e.into()),
         }
         let mut bytes = [0; 4096];
-        match client.stream.read(&mut bytes)? {
-            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-            n if client.bytes.len() + n <= LINE_MAX => client.bytes.extend_from_slice(&bytes[..n]),
-            _ => return Err(io::ErrorKind::InvalidData.into()),
+        match client.stream.read(&mut bytes) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) if client.bytes.len() + n <= LINE_MAX => client.bytes.extend_from_slice(&bytes[..n]),
+            Ok(_) => return Err(io::ErrorKind::InvalidData.into()),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
         }
     }
 }
@@ -297,6 +302,7 @@ fn send(client: &Client, value: &Value, fds: &[BorrowedFd<'_>]) -> io::Result<()
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     control.push(SendAncillaryMessage::ScmRights(fds));
-    let sent = sendmsg(&client.stream, &[IoSlice::new(&line)], &mut control, SendFlags::NOSIGNAL)?;
+    let once = || sendmsg(&client.stream, &[IoSlice::new(&line)], &mut control, SendFlags::NOSIGNAL);
+    let sent = rustix::io::retry_on_intr(once)?;
     (&client.stream).write_all(&line[sent..])
 }
