@@ -28,12 +28,12 @@
 //! | floor | modules |
 //! | --- | --- |
 //! | 7 | [`cli`]: one file a verb; prints and exits |
-//! | 6 | [`daemon`]: vhost-user protocol and queue threads; the only importer of the vhost crates |
+//! | 6 | [`daemon`]: vhost-user protocol, queue threads, what is in flight, control socket; the only importer of the vhost crates |
 //! | 5 | [`device`]: virtio-blk requests to completions |
 //! | 4 | [`indexer`]: adds images · [`overlay`]: the VM's writes, a qcow2 · [`redirect`]: plans and runs base reads |
 //! | 3 | [`map`]: the block map; bytes in, ranges out |
 //! | 2 | [`library`], [`image`], [`fingerprint`], [`cluster`] |
-//! | 1 | [`io`]: the page cache without waiting, io_uring for the rest |
+//! | 1 | [`io`]: the page cache without waiting, io_uring for the rest; image locks; the fault engine of the tests |
 //! | 0 | [`units`], [`error`], [`codec`] |
 //!
 //! # Follow one read
@@ -45,6 +45,14 @@
 //!    goes to io_uring on its own.
 //! 4. When the last piece is in, [`device::executor`] writes the status byte, and the worker puts the head on the used
 //!    ring and signals the guest.
+//!
+//! # Follow one write
+//!
+//! 1. Before a request is started its head is marked in [`daemon::inflight`], memory that outlives this process.
+//! 2. [`overlay::Overlay::try_write`] writes the data to its one place in the overlay file, then sets the bits of its
+//!    subclusters in the live bitmap on tmpfs: from here on the write survives `kill -9`.
+//! 3. The head goes on the used ring and its mark is taken away. Whoever starts after a kill carries out what is still marked.
+//! 4. A flush makes it survive a power cut: data, then bits, each with an fsync ([`overlay::Overlay::flush`]).
 //!
 //! # Follow one add
 //!
