@@ -146,7 +146,7 @@ fn start_up_errors_are_one_line_and_quick() {
     assert!(fails(&["serve", "--image", "x", "--read-only", "--socket-path", socket]).contains("VMAR_LIBRARY"));
     assert!(fails(&["serve", "--blk-file", file, "--socket-path", &"x".repeat(120)]).contains("107"));
     let server = bench.serve(&["--blk-file", file]);
-    assert!(fails(&["serve", "--blk-file", file, "--socket-path", socket]).contains("another vmar serves this file"));
+    assert!(fails(&["serve", "--blk-file", file, "--socket-path", socket]).contains("is in use by another process"));
     drop(server);
     let server = bench.serve(&["--blk-file", file, "--read-only"]);
     let taken = text(&server.socket);

@@ -4,6 +4,7 @@
 
 pub mod buf;
 pub mod file;
+pub mod lock;
 pub mod mapping;
 pub mod nowait;
 pub mod uring;

@@ -22,7 +22,7 @@ pub struct Info {
     pub backing: PathBuf,
     /// Its session.
     pub session: SessionInfo,
-    /// True if a vmar has it open right now.
+    /// True if a vmar or a QEMU has it open right now.
     pub in_use: bool,
     /// Subclusters (2 KiB) whose data is in the file.
     pub data_subclusters: u64,
@@ -79,7 +79,7 @@ pub fn look(path: &Path, base: BaseIdentity) -> Result<Look> {
 pub fn inspect(path: &Path, state_dir: &Path) -> Result<Info> {
     let file = open_file(path, true)?;
     let meta = file.metadata().map_err(|e| Error::io(path, "look at", e))?;
-    let in_use = in_use(path)?;
+    let in_use = crate::io::lock::in_use(&file, path)?;
     let (disk, header, layout) = read_metadata(path, file)?;
     let ending = session::ending(&disk, path, &header, &layout, state_dir)?;
     let (session, live) = match ending {
@@ -108,13 +108,6 @@ pub fn inspect(path: &Path, state_dir: &Path) -> Result<Info> {
         disk_bytes: meta.blocks() * 512,
         data_start: layout.data,
     })
-}
-
-/// Tries the lock on an open file of its own and lets go at once; a vmar that opens the overlay in that moment tries again.
-fn in_use(path: &Path) -> Result<bool> {
-    let file = open_file(path, true)?;
-    let free = session::try_lock(&file, false).map_err(|e| Error::io(path, "lock", e))?;
-    Ok(!free)
 }
 
 /// How many faults are told one by one.

@@ -19,7 +19,7 @@
 //! | `bits` | words of subcluster states, runs, dirty marks |
 //! | `live` | the live bitmap file |
 //! | `seal` | tells whether the file was written anew under a session |
-//! | `session` | file lock, boot ID, which bitmap is the truth |
+//! | `session` | boot ID, which bitmap is the truth |
 //! | `lock` | range locks of writers |
 //! | `write`, `flush`, `resize` | the three things that change an overlay |
 //! | `disk` | the only place from which the file is written and synced |
@@ -47,6 +47,7 @@ pub use check::{Info, Look, SessionInfo, check, inspect, look};
 pub use create::create;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::lock::{Access, WAIT};
 use crate::units::SECTOR_SIZE;
 use bits::Dirty;
 use disk::Disk;
@@ -92,7 +93,7 @@ pub struct CreateOptions<'a> {
 /// How to open an overlay.
 #[derive(Clone, Copy, Debug)]
 pub struct OpenOptions<'a> {
-    /// Nothing is written, not even the header; other readers may have it open too.
+    /// Nothing is written, not even the header; other readers (vmar or QEMU) may have it open too.
     pub read_only: bool,
     /// Where live bitmaps are: a directory on tmpfs, made if it is not there.
     pub state_dir: &'a Path,
@@ -186,7 +187,8 @@ impl Overlay {
     /// Everything is checked first: whatever is not as vmar writes it is refused with the reason, and nothing is changed.
     pub fn open(path: &Path, opts: &OpenOptions<'_>) -> Result<Overlay> {
         let file = open_file(path, opts.read_only)?;
-        session::lock(&file, path, opts.read_only)?;
+        let access = if opts.read_only { Access::Read } else { Access::Write };
+        crate::io::lock::lock(&file, path, access, WAIT)?;
         let (disk, mut header, layout) = read_metadata(path, file)?;
         check_base(path, &header, opts.base)?;
         let dirty = Dirty::new(if opts.read_only { 0 } else { index(layout.clusters) });
@@ -291,8 +293,8 @@ impl Overlay {
         }
     }
 
-    /// Stops cleanly: flushes, closes the session in the file, removes the live bitmap. Waits for writes in flight; later
-    /// ones fail. If it fails, the session stays as it is, for the next open to take up.
+    /// Stops cleanly: flushes, closes the session in the file, removes the live bitmap, lets go of the file's locks. Waits
+    /// for writes in flight; later ones fail, and reads must not come later (another process may write then). If it fails, the session stays as it is, for the next open to take up.
     pub fn close(&self) -> Result<()> {
         let _all = self.locks.lock(0..u64::MAX);
         if self.read_only || self.closed.load(Ordering::Acquire) {
@@ -303,7 +305,9 @@ impl Overlay {
         let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
         header.set_write_through(!self.write_cache());
         write_header(&self.disk, &mut header, Session::CLOSED).map_err(|e| Error::io(&self.path, "close", e))?;
-        self.words.remove()
+        self.words.remove()?;
+        // Whoever waits for it need not wait until the last reader has dropped it.
+        crate::io::lock::unlock(self.disk.file()).map_err(|e| Error::io(&self.path, "unlock", e))
     }
 }
 

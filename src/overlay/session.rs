@@ -7,43 +7,10 @@ use super::live::{Found, LiveFile, LiveId, path_of};
 use super::{scan, seal};
 use crate::codec::unhex;
 use crate::error::{Error, ErrorKind, Result};
-use rustix::fs::FlockOperation;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
-
-/// How long to try for a lock: the kernel may hold the file of a killed process for a while (io_uring). A little under the
-/// 5 s after which `vmar serve` must have said why it cannot start.
-const LOCK_WAIT: Duration = Duration::from_millis(4500);
-const LOCK_PAUSE: Duration = Duration::from_millis(50);
-
-/// Locks the file against every other vmar that would write it (or, for reading, that would write it).
-pub(super) fn lock(file: &File, path: &Path, read_only: bool) -> Result<()> {
-    let deadline = Instant::now() + LOCK_WAIT;
-    loop {
-        match try_lock(file, read_only) {
-            Ok(true) => return Ok(()),
-            Ok(false) if Instant::now() < deadline => std::thread::sleep(LOCK_PAUSE),
-            Ok(false) => {
-                return Err(Error::file(ErrorKind::Busy, path, "is in use by another vmar").mend("stop that one first"));
-            }
-            Err(e) => return Err(Error::io(path, "lock", e)),
-        }
-    }
-}
-
-/// One try. The lock goes with the open file.
-pub(super) fn try_lock(file: &File, read_only: bool) -> io::Result<bool> {
-    let operation =
-        if read_only { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
-    match rustix::fs::flock(file, operation) {
-        Ok(()) => Ok(true),
-        Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => Ok(false),
-        Err(e) => Err(e.into()),
-    }
-}
 
 /// The boot ID of the host: changes with every start of it, and live bitmaps do not outlive one.
 pub(super) fn boot_id() -> Result<[u8; 16]> {

@@ -15,15 +15,19 @@ pub mod trace;
 pub use record::Recorder;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::lock::{self, Access};
 use crate::io::{Mapping, file};
 use crate::library::Library;
 use crate::map::Map;
 use crate::units::{IMAGE_SIZE_MAX, ImageId, SECTOR_SIZE};
 use plan::{Layout, Piece};
-use rustix::fs::FlockOperation;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// How long to try for the lock of a base image.
+const BASE_LOCK_WAIT: Duration = Duration::from_millis(500);
 
 /// An open base: the map of its image and every image that the map points to.
 pub struct Base {
@@ -80,13 +84,8 @@ impl Base {
     /// be written (images of a library are made read-only; root's own rights do not count).
     pub fn flat(path: &Path, writable: bool) -> Result<Base> {
         let file = open_flat(path, writable)?;
-        // One writer, or any number of readers. (Only vmar looks at this lock; QEMU's are another kind.)
-        let lock =
-            if writable { FlockOperation::NonBlockingLockExclusive } else { FlockOperation::NonBlockingLockShared };
-        if rustix::fs::flock(&file, lock) == Err(rustix::io::Errno::WOULDBLOCK) {
-            return Err(Error::file(ErrorKind::Busy, path, "another vmar serves this file")
-                .mend("stop that server, or serve it with --read-only in both"));
-        }
+        // One writer, or any number of readers.
+        lock::lock(&file, path, if writable { Access::Write } else { Access::Read }, lock::WAIT)?;
         let size = flat_size(path, &file)?;
         let open = Open { id: ImageId(0), path: path.to_path_buf(), file };
         Ok(Base { layout: Layout::Flat, targets: vec![open], size: AtomicU64::new(size) })
@@ -201,6 +200,9 @@ fn open_target(library: &Library, map: &Path, target: crate::map::Target) -> Res
     }
     let path = library.image_path(record);
     let file = library.open_image(record)?;
+    // Other VMs may read it too, through vmar or not; nobody may write it ('qemu-img commit' into it would). No process
+    // that was killed is in the way of that for longer than it takes to die, so there is little to wait for.
+    lock::lock(&file, &path, Access::Read, BASE_LOCK_WAIT)?;
     file::disable_readahead(&file).map_err(|e| Error::io(&path, "switch readahead off", e))?;
     Ok(Open { id: target.image, path, file })
 }

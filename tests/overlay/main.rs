@@ -8,6 +8,7 @@ mod cli;
 mod common;
 mod crash;
 mod interop;
+mod locks;
 mod model;
 mod refusals;
 mod threads;

@@ -201,7 +201,7 @@ fn two_writers_and_a_reader_beside_a_writer() {
                 let start = std::time::Instant::now();
                 let err = fx.open_with(&fx.overlay, read_only, true).unwrap_err();
                 assert_eq!(err.kind(), ErrorKind::Busy);
-                assert!(err.to_string().contains("is in use by another vmar"), "{err}");
+                assert!(err.to_string().contains("is in use by another process (vmar or QEMU)"), "{err}");
                 assert!(start.elapsed().as_millis() >= 4000);
             });
         }

@@ -2,6 +2,7 @@
 
 use crate::common::*;
 use std::sync::atomic::{AtomicBool, Ordering};
+use vmar::overlay::{self, SessionInfo};
 
 #[test]
 fn four_threads_write_sectors_of_the_same_subclusters() {
@@ -81,6 +82,42 @@ fn writes_and_write_zeroes_of_one_range_leave_one_of_them_in_each_sector() {
             assert!([0, 0x11, 0x22].contains(&first) && sector.iter().all(|b| *b == first), "round {round} sector {n}");
         }
     }
+    o.close().unwrap();
+    qemu_check(&fx.overlay);
+}
+
+#[test]
+fn a_look_from_outside_is_right_while_flushes_count_and_the_disk_grows() {
+    let fx = Fixture::with_capacity(1 << 20, 1 << 20, 4 << 20);
+    let o = fx.open();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        let flusher = s.spawn(|| {
+            let mut flushes = 0;
+            while !stop.load(Ordering::Relaxed) {
+                // Back and forth, so that each flush has a word to write.
+                let at = flushes * 4096 % (1 << 20);
+                o.write_zeroes(at, 4096, false, &fx).unwrap();
+                o.flush().unwrap();
+                write(&o, &fx, at, &[7; 4096]);
+                o.flush().unwrap();
+                flushes += 2;
+            }
+            flushes
+        });
+        let mut size = o.size();
+        for n in 0..100 {
+            let info = overlay::inspect(&fx.overlay, &fx.state_dir()).unwrap();
+            assert_eq!((info.session, info.in_use), (SessionInfo::Open, true));
+            assert_eq!((info.size, info.capacity), (size, 4 << 20));
+            if n % 10 == 0 {
+                size += 512;
+                o.resize(size).unwrap();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert!(flusher.join().unwrap() > 0);
+    });
     o.close().unwrap();
     qemu_check(&fx.overlay);
 }
