@@ -382,6 +382,7 @@ fn killed_with_requests_in_flight_each_ends_once() {
         assert!(shared.marked().is_empty());
     }
     assert!(disk.len() == DISK && target.content() == disk);
+    println!("{in_flight} requests in flight at {rounds_with} of 60 kills");
     assert!(rounds_with > 5, "{in_flight} requests in {rounds_with} rounds: too few to show anything");
     drop(f);
     target.check();

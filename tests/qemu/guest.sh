@@ -36,7 +36,7 @@ guest_initramfs() {
     (cd "$cache/root/lib/modules/$version/kernel" && [ ! -e "$part" ] ||
       cp -a --parents "$part" "$tree/lib/modules/$version/kernel/")
   done
-  depmod -b "$tree" "$version"
+  depmod -b "$tree" "$version" 2>/dev/null
   cp "$(command -v busybox)" "$tree/bin/busybox"
   for program; do
     cp "$(command -v "$program")" "$tree/bin/"

@@ -77,7 +77,10 @@ for name in left right; do
   vm_stop_all || fail "QEMU did not end well"
   pass "$name: plain QEMU goes on with the overlay and finds what was written"
 done
-vmar image verify >/dev/null || fail "an image has changed"
+vmar image verify >/dev/null 2>&1 || fail "an image has changed"
 pass "the images are as they were"
+# A minute of what is to be shown for ten (tests/qemu/kill.sh alone). Ends by itself, whatever happens, in some minutes.
+tests/qemu/kill.sh --seconds 60 || fail "killed under load: see above"
+pass "a guest under load does not notice that its server is killed again and again"
 rm -rf "$work"
 echo "$passed passed, 0 failed"
