@@ -175,11 +175,12 @@ vm_overlay() {
     esac || die "could not make the overlay $file of $name ($mode)"
 }
 
-# vm_serve NAME DIR OVERLAY: vmar as the VM's disk, ready when this returns.
+# vm_serve NAME DIR OVERLAY: vmar as the VM's disk, ready when this returns. $vm_serve_more: more options.
+vm_serve_more=()
 vm_serve() {
     local name=$1 dir=$2 overlay=$3 pid left=100
     "$vmar" serve --library "$vm_library" --image "$name" --overlay "$overlay" --socket-path "$dir/blk.sock" \
-        --state-dir "$dir/state" --record "$dir/trace" >"$dir/vmar.log" 2>&1 </dev/null 9>&- &
+        --state-dir "$dir/state" --record "$dir/trace" "${vm_serve_more[@]}" >"$dir/vmar.log" 2>&1 </dev/null 9>&- &
     pid=$!
     echo "$pid" >"$dir/vmar.pid"
     while [ ! -S "$dir/blk.sock" ]; do

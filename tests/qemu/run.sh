@@ -77,6 +77,50 @@ for name in left right; do
   vm_stop_all || fail "QEMU did not end well"
   pass "$name: plain QEMU goes on with the overlay and finds what was written"
 done
+
+# A disk that grows while its guest runs, and whose server is replaced by another one.
+dir=$work/grow overlay=$work/grow.qcow2
+mkdir -p "$dir"; vm_folder "$dir"
+vmar overlay create "$overlay" --image left --max-size 256M >/dev/null
+vm_append="vmar.grow=1"
+vm_serve_more=(--control "$dir/control")
+vm_start vmar left "$dir" "$overlay"
+vm_serve_more=()
+# hears PATTERN: waits until the guest says so.
+hears() {
+  local left=600
+  until grep -qaE "$1" "$dir/serial.log" 2>/dev/null; do
+    left=$((left - 1))
+    [ $left -gt 0 ] || fail "the guest of $dir does not say $1: $(tail -n 3 "$dir/serial.log" | tr '\r\n' '  ')"
+    sleep 0.2
+  done
+}
+hears '^VMAR-GROW-WAIT 196608'
+vmar control "$dir/control" resize 128M
+hears '^VMAR-GROWN 262144'
+pass "the guest sees its disk grow, finds zeros there and uses the new room"
+old=$(cat "$dir/vmar.pid")
+"$VMAR_BIN" --library "$work/library" serve --image left --overlay "$overlay" --state-dir "$dir/state" \
+  --take-over "$dir/control" --control "$dir/control" \
+  >"$dir/successor.log" 2>&1 </dev/null 9>&- &
+echo $! >"$dir/vmar.pid"
+left=300
+while kill -0 "$old" 2>/dev/null; do
+  left=$((left - 1)); [ $left -gt 0 ] || fail "the old server does not end"
+  sleep 0.1
+done
+wait "$old" || fail "the old server did not end well"
+left=300
+until vmar control "$dir/control" status --json 2>/dev/null | jq -e '.connected' >/dev/null; do
+  left=$((left - 1)); [ $left -gt 0 ] || fail "QEMU does not come back: $(tail -n 1 "$dir/successor.log")"
+  sleep 0.1
+done
+vmar control "$dir/control" resize 200M
+hears '^VMAR-GROWN-AGAIN 409600'
+vm_wait_off "$dir" 60
+vm_stop_all || fail "a server did not end well"
+qemu-img check -q "$overlay" || fail "qemu-img check of $overlay"
+pass "the guest goes on with the server that took over, and its disk grows again"
 vmar image verify >/dev/null 2>&1 || fail "an image has changed"
 pass "the images are as they were"
 # A minute of what is to be shown for ten (tests/qemu/kill.sh alone). Ends by itself, whatever happens, in some minutes.
