@@ -103,7 +103,8 @@ until said VMAR-FIO-END >/dev/null; do
   kills=$((kills + 1))
   again
 done
-vm_wait_up "$dir" 300
+# Counted from the start of the VM.
+vm_wait_up "$dir" $((seconds * 3 + 900))
 vm_wait_off "$dir" 60
 vm_stop_all || fail "the last server did not end well"
 account last
