@@ -126,3 +126,19 @@ fn the_cache_mode_of_an_overlay_goes_with_it() {
     assert_eq!(f3.config(WRITEBACK, 1), [0], "also over a kill");
     assert_eq!(f3.read(0, 64, 4096), [9; 4096]);
 }
+
+/// What it asked the first server for, long ago, does not count when it comes back from another one.
+#[test]
+fn the_cache_mode_is_that_of_the_last_server() {
+    let (bench, args) = disks().remove(0);
+    let first = serve(&bench, &args, &[]);
+    let second = serve(&bench, &args, &["--incoming"]);
+    let mut f = Frontend::connect(&first.socket, FEATURES | CONFIG_WCE, 1, 16);
+    assert!(f.set_config(WRITEBACK, &[1]));
+    f.stop_ring(0);
+    let mut f2 = Frontend::connect(&second.socket, FEATURES | CONFIG_WCE, 1, 16);
+    assert!(f2.set_config(WRITEBACK, &[0]));
+    f2.stop_ring(0);
+    assert!(starts(&mut f));
+    assert_eq!(f.config(WRITEBACK, 1), [0]);
+}

@@ -174,6 +174,9 @@ impl Drive {
             && !disk.read_only()
         {
             disk.set_write_cache(on).map_err(|e| Error::io("the write cache", "switch", e))?;
+            if self.remembers_write_cache() {
+                state.write_cache = None;
+            }
         }
         Ok(disk)
     }
@@ -223,9 +226,19 @@ impl Drive {
         }
         if let Some(active) = &state.active {
             active.disk.set_write_cache(on)?;
+            if self.remembers_write_cache() {
+                state.write_cache = None;
+                return Ok(());
+            }
         }
         state.write_cache = Some(on);
         Ok(())
+    }
+
+    /// An overlay remembers the mode itself, wherever the VM runs next. What was asked for here must not come back with
+    /// the VM: it may have asked another server for something else meanwhile.
+    fn remembers_write_cache(&self) -> bool {
+        matches!(self.recipe, Recipe::Image { .. })
     }
 
     /// Makes the disk larger; what is new reads as zeros. A disk that is not open is opened for it.

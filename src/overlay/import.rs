@@ -4,11 +4,13 @@
 use super::copy::Work;
 use super::create::{self, NewFile, check_options, exists, plan, write_metadata};
 use super::disk::Disk;
-use super::scan;
-use super::{CreateOptions, adopt, read_metadata, stopped};
+use super::header::Header;
+use super::layout::{CLUSTER, index};
+use super::{CreateOptions, adopt, read_metadata, scan, session, stopped};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Conversion, Format, Probe, convert_over, look_at};
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -20,6 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// backing file is another one (a chain is to be shortened with `qemu-img rebase` first).
 pub fn create_from(path: &Path, other: &Path, opts: &CreateOptions<'_>, work: &Work<'_>) -> Result<u64> {
     let from = fs::canonicalize(other).map_err(|e| Error::io(other, "open", e))?;
+    check_session(&from)?;
     let found = look_at(&from)?;
     check_backing(&from, found.backing.as_deref(), opts.backing)?;
     let size = if opts.size == 0 { found.size.max(opts.base.size) } else { opts.size };
@@ -46,6 +49,23 @@ pub fn create_from(path: &Path, other: &Path, opts: &CreateOptions<'_>, work: &W
     take_back(temporary)?;
     new.publish(path)?;
     Ok(size)
+}
+
+/// An overlay of vmar whose process was killed: `qemu-img` would see the state of the last flush. If QEMU has written to it
+/// since, that is the state that counts.
+fn check_session(from: &Path) -> Result<()> {
+    let read = |e| Error::io(from, "read", e);
+    let file = File::open(from).map_err(read)?;
+    let mut bytes = vec![0; index(file.metadata().map_err(read)?.len().min(CLUSTER))];
+    file.read_exact_at(&mut bytes, 0).map_err(read)?;
+    let Ok(header) = Header::parse_also_old(from, &bytes) else { return Ok(()) };
+    let open = header.extension.session;
+    if open.is_closed() || !header.untouched() || open.boot != session::boot_id()? {
+        return Ok(());
+    }
+    let cause = "is an overlay of vmar that is in use or whose vmar was killed, so not all of it is in the file";
+    let mend = format!("stop its VM, or finish it with 'vmar overlay relayout {}'", from.display());
+    Err(Error::file(ErrorKind::Busy, from, cause).mend(mend))
 }
 
 /// The backing file must be the image: `qemu-img` takes over the top layer only.

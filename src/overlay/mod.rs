@@ -333,8 +333,15 @@ impl Overlay {
         self.closed.store(true, Ordering::Release);
         let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
         header.set_write_through(!self.write_cache());
+        let session = header.extension.session;
         // If this sync fails nothing is lost: all data was flushed above.
-        write_header(&self.disk, &mut header, Session::CLOSED, || {}).map_err(|e| Error::io(&self.path, "close", e))?;
+        if let Err(e) = write_header(&self.disk, &mut header, Session::CLOSED, || {}) {
+            // The owner may go on with it, or try again. Not if the file may say that it is closed: after a kill nobody
+            // would look for what was written then.
+            let open_again = self.disk.write(header.with_session(session), 0);
+            self.closed.store(open_again.is_err(), Ordering::Release);
+            return Err(Error::io(&self.path, "close", e));
+        }
         self.words.remove()?;
         // Whoever waits for it need not wait until the last reader has dropped it.
         crate::io::lock::unlock(self.disk.bare()).map_err(|e| Error::io(&self.path, "unlock", e))

@@ -1,13 +1,14 @@
 //! Rewrites an overlay into the fixed layout: one that QEMU has rearranged, one of format 1, or one that is to have room for
 //! a larger disk. The new file is made beside the old one and takes its name by one rename, or gets a name of its own.
 
+use super::bits::state_in_word;
 use super::copy::{Copier, Named, Work};
 use super::create::{NewFile, exists, plan, write_metadata};
 use super::header::Session;
 use super::layout::{CLUSTER, SUB, SUBS};
 use super::live::{self, LiveId};
 use super::source::Source;
-use super::{CreateOptions, OpenOptions, Overlay, session};
+use super::{CreateOptions, OpenOptions, Overlay, State, session};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::lock::{Access, WAIT, lock};
 use crate::units::{IMAGE_SIZE_MAX, SECTOR_SIZE};
@@ -53,6 +54,7 @@ pub fn relayout(path: &Path, opts: &RelayoutOptions<'_>, work: &Work<'_>) -> Res
         return Err(unflushed(path));
     }
     let (size, capacity) = sizes(&source, opts)?;
+    check_end(&mut source, size)?;
     let target = opts.out.unwrap_or(path);
     let new = if opts.out.is_some() { NewFile::create(target)? } else { NewFile::create_named(target)? };
     rewrite(&mut source, Named { file: &new.file, path: target }, size, capacity, work)?;
@@ -84,8 +86,10 @@ pub fn grow(path: &Path, size: u64, opts: &RelayoutOptions<'_>, work: &Work<'_>)
         && header.size >= header.extension.base.size
     {
         let overlay = Overlay::open(path, &OpenOptions { read_only: false, state_dir, base: None, discard_unflushed })?;
-        overlay.resize(size)?;
-        return overlay.close();
+        // A size that cannot be leaves no session behind.
+        let resized = overlay.resize(size);
+        overlay.close()?;
+        return resized;
     }
     relayout(path, &RelayoutOptions { size: Some(size), ..*opts }, work)
 }
@@ -134,6 +138,22 @@ fn sizes(source: &Source, opts: &RelayoutOptions<'_>) -> Result<(u64, u64)> {
         return Err(Error::file(ErrorKind::Usage, &source.path, cause).mend(mend));
     }
     Ok((size, capacity))
+}
+
+/// Refuses to make a disk larger that QEMU made smaller than its base, if it ends inside a subcluster that is the base's: its
+/// rest reads through, and no bit can say that it does not.
+fn check_end(source: &mut Source, new_size: u64) -> Result<()> {
+    let (size, base) = (source.header.size, source.header.extension.base.size);
+    if new_size == size || size >= base || size.is_multiple_of(SUB) {
+        return Ok(());
+    }
+    let word = source.entry(size / CLUSTER)?.word;
+    if state_in_word(word, size / SUB % SUBS) != State::Base {
+        return Ok(());
+    }
+    let cause = format!("its disk ({size} bytes) ends inside a block of its larger base ({base} bytes)");
+    let mend = format!("make it larger with 'qemu-img resize {} {base}' first", source.path.display());
+    Err(Error::file(ErrorKind::Unsupported, &source.path, cause).mend(mend))
 }
 
 fn rewrite(source: &mut Source, target: Named<'_>, size: u64, capacity: u64, work: &Work<'_>) -> Result<()> {

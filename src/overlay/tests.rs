@@ -526,3 +526,25 @@ fn the_write_cache_stays_off_over_a_kill_and_over_a_close() {
     drop(o);
     assert!(fx.open(false).unwrap().write_cache());
 }
+
+#[test]
+fn an_overlay_that_could_not_be_closed_goes_on_and_can_be_closed_later() {
+    // The write of the header fails; its sync does.
+    for skip in [1, 2] {
+        let fx = Fx::new();
+        let o = fx.open(false).unwrap();
+        o.probe.fail_after(skip, libc::EIO);
+        assert!(o.close().unwrap_err().to_string().contains("cannot close"));
+        write(&o, 0, 2048).unwrap();
+        drop(o);
+        let o = fx.open(false).unwrap();
+        assert_eq!(sector(&o, 0), 7, "killed after that, and taken up");
+        o.probe.fail_after(skip + 3, libc::EIO);
+        o.close().unwrap_err();
+        write(&o, 2048, 2048).unwrap();
+        o.close().unwrap();
+        drop(o);
+        let o = fx.open(true).unwrap();
+        assert_eq!((sector(&o, 0), sector(&o, 2048)), (7, 7));
+    }
+}

@@ -335,6 +335,46 @@ fn what_cannot_be_taken_over_is_refused_and_leaves_nothing() {
 }
 
 #[test]
+fn an_overlay_of_a_killed_vmar_is_not_taken_over_before_it_is_finished() {
+    let fx = Fixture::new();
+    let file = fx.dir.path().join("taken.qcow2");
+    let take = || {
+        let opts = CreateOptions { size: 0, capacity: 0, ..fx.create_options() };
+        with_work(|work| overlay::create_from(&file, &fx.overlay, &opts, work))
+    };
+    let o = fx.open();
+    write(&o, &fx, 0, &[7; 65536]);
+    drop(o);
+    let err = take().unwrap_err().to_string();
+    assert!(err.contains("whose vmar was killed") && !file.exists(), "{err}");
+    fx.open().close().unwrap();
+    take().unwrap();
+    let o = fx.open_with(&file, false, false).unwrap();
+    assert!(read_all(&o, &fx)[..65536] == [7; 65536]);
+}
+
+#[test]
+fn a_size_that_cannot_be_leaves_no_session_and_one_inside_the_base_shows_nothing_of_it() {
+    let fx = Fixture::with_sizes(4 << 20, 8 << 20);
+    let state_dir = fx.state_dir();
+    let options =
+        RelayoutOptions { out: None, size: None, capacity: None, state_dir: &state_dir, discard_unflushed: false };
+    let grow = |size| with_work(|work| overlay::grow(&fx.overlay, size, &options, work));
+    assert_eq!(grow((4 << 20) + 100).unwrap_err().kind(), ErrorKind::Usage);
+    assert_eq!(overlay::inspect(&fx.overlay, &state_dir).unwrap().session, overlay::SessionInfo::Closed);
+    let small = (3 << 20) + 512;
+    let size = small.to_string();
+    qemu(&["qemu-img", "resize", "-q", "--shrink", "-f", "qcow2", path_str(&fx.overlay), &size]);
+    let err = grow(4 << 20).unwrap_err().to_string();
+    assert!(err.contains("ends inside a block of its larger base") && err.contains("qemu-img resize"), "{err}");
+    qemu(&["qemu-img", "resize", "-q", "-f", "qcow2", path_str(&fx.overlay), "4M"]);
+    grow(5 << 20).unwrap();
+    let mut want = fx.base[..small].to_vec();
+    want.resize(5 << 20, 0);
+    assert!(convert(&fx) == want);
+}
+
+#[test]
 fn an_overlay_that_was_replaced_while_somebody_waited_for_it_is_not_opened() {
     let fx = Fixture::new();
     let o = fx.open();
