@@ -206,7 +206,12 @@ impl Server {
         let hub = &self.served.hub;
         hub.pause(false);
         let resumed = hub.with_handler(self.stop_time(), |handler| match handler {
-            Some(handler) => handler.resume().map_err(|e| e.to_string()),
+            Some(handler) => handler.resume().map_err(|e| {
+                // Also the rings that could start: what is said to be drained is.
+                hub.pause(true);
+                let _ = handler.pause();
+                e.to_string()
+            }),
             None => Ok(()),
         });
         resumed.and_then(|resumed| resumed).map_err(|e| {

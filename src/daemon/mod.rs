@@ -189,6 +189,7 @@ struct Server<'s> {
 impl Server<'_> {
     /// Serves connections until a signal comes or another server has taken over.
     fn listen(&self, mut listening: Listening) -> Result<()> {
+        self.served.hub.listens();
         loop {
             self.accept_loop(&listening)?;
             let closed = self.served.close();
