@@ -9,6 +9,7 @@
 //! | [`revoke`] | takes guest memory away from transfers that hang |
 //! | [`backend_channel`] | messages to the frontend |
 //! | [`inflight`] | what is in flight, for whoever comes after a crash |
+//! | [`ring`] | whether a ring can be reached |
 //! | [`replay`] | a chain by its head |
 //! | [`dirty_log`] | the pages that we write, for a live migration |
 //! | [`control`], [`report`] | the control socket, and what it tells |
@@ -25,6 +26,7 @@ pub mod inflight;
 pub mod replay;
 pub mod report;
 pub mod revoke;
+pub mod ring;
 pub mod socket;
 pub mod take_over;
 pub mod worker;

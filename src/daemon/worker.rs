@@ -3,9 +3,9 @@
 use super::dirty_log::{DirtyLog, Logging};
 use super::inflight::{Part, Tracker};
 use super::replay::Shown;
+use super::ring::{in_reach, interrupts_off};
 use super::{GuestMap, GuestMemory, Vring};
 use crate::device::executor::Written;
-use crate::device::request::Status;
 use crate::device::{Completion, Disk, Executor, Jobs, Late, Mailbox, Request};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -14,18 +14,16 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vhost_user_backend::VringT;
 use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory as _, Permissions};
+use vm_memory::GuestAddressSpace;
 
 /// Requests taken off the ring before their completions are published and the guest is told.
 const BATCH: usize = 32;
-
-/// `avail.flags`: the driver wants no interrupts (virtio 1.2, section 2.7.6).
-const AVAIL_F_NO_INTERRUPT: u16 = 1;
 
 /// How long a queue may take to switch its log: it does so between two batches of requests.
 const LOG_TIME: Duration = Duration::from_secs(5);
@@ -74,6 +72,8 @@ const ANSWER_TIME: Duration = Duration::from_secs(2);
 /// A queue's thread, started when its ring first runs.
 pub struct Worker {
     commands: Sender<Command>,
+    /// There is a command: between two requests, each of which a slow disk may hold up, the thread looks only at this.
+    asked: Arc<AtomicBool>,
     mailbox: Mailbox,
     thread: Option<JoinHandle<()>>,
     /// The kernel may keep the thread, or what it works for, as long as it likes: it is not waited for.
@@ -91,9 +91,10 @@ impl Worker {
     ) -> io::Result<Self> {
         let mailbox = Mailbox::new()?;
         let (commands, receiver) = channel();
+        let asked = Arc::new(AtomicBool::new(false));
         let (ready, started) = channel();
         let thread = std::thread::Builder::new().name(format!("vmar-queue{index}")).spawn({
-            let mailbox = mailbox.clone();
+            let (mailbox, asked) = (mailbox.clone(), Arc::clone(&asked));
             move || {
                 // The ring must be made on the thread that uses it.
                 let executor = match Executor::new(index, disk, jobs, mailbox.clone()) {
@@ -106,6 +107,7 @@ impl Worker {
                     vring,
                     memory,
                     mailbox,
+                    asked,
                     executor,
                     kick: None,
                     err: None,
@@ -121,7 +123,7 @@ impl Worker {
             }
         })?;
         started.recv().unwrap_or_else(|_| Err(io::Error::other("the queue thread died")))?;
-        Ok(Worker { commands, mailbox, thread: Some(thread), detached: false })
+        Ok(Worker { commands, asked, mailbox, thread: Some(thread), detached: false })
     }
 
     /// Lets the ring run.
@@ -163,6 +165,7 @@ impl Worker {
 
     fn tell(&self, command: Command) {
         let _ = self.commands.send(command);
+        self.asked.store(true, Ordering::Release);
         self.mailbox.wake();
     }
 }
@@ -173,6 +176,7 @@ impl Drop for Worker {
     fn drop(&mut self) {
         let (closed, _) = channel();
         self.commands = closed;
+        self.asked.store(true, Ordering::Release);
         self.mailbox.wake();
         if let Some(thread) = self.thread.take()
             && !self.detached
@@ -189,6 +193,7 @@ struct Queue {
     vring: Vring,
     memory: GuestMemory,
     mailbox: Mailbox,
+    asked: Arc<AtomicBool>,
     executor: Executor<Arc<GuestMap>>,
     /// The ring runs as long as this is here.
     kick: Option<File>,
@@ -226,6 +231,7 @@ impl Queue {
                 log::error!("queue {}: poll failed: {e}", self.index);
                 return;
             }
+            self.asked.store(false, Ordering::Release);
             loop {
                 match commands.try_recv() {
                     Ok(Command::Run(Run { kick, err, write_through, part })) => {
@@ -282,7 +288,7 @@ impl Queue {
             log::error!("queue {}: the ring is not in the guest's memory", self.index);
             return false;
         }
-        let load = std::sync::atomic::Ordering::Acquire;
+        let load = Ordering::Acquire;
         let (Ok(used), Ok(avail)) = (queue.used_idx(&*memory, load), queue.avail_idx(&*memory, load)) else {
             return false;
         };
@@ -381,6 +387,7 @@ impl Queue {
             self.publish();
             match looked {
                 Looked::Empty => return false,
+                Looked::More if self.asked.load(Ordering::Acquire) => return true,
                 Looked::More => {}
                 Looked::Broken => {
                     self.kick = None;
@@ -421,7 +428,8 @@ impl Queue {
             }
         };
         while taken < BATCH && !self.executor.is_full() && self.tracker.outstanding() < usize::from(size) {
-            let Some(chain) = chains.next() else { break };
+            let chain = if self.asked.load(Ordering::Acquire) { None } else { chains.next() };
+            let Some(chain) = chain else { break };
             taken += 1;
             let head = chain.head_index();
             if head >= size {
@@ -550,10 +558,8 @@ impl Queue {
         let vring = self.vring.get_ref();
         if in_reach(vring.get_queue(), &memory) {
             for head in self.again.drain(..) {
-                let Some(chain) = Shown::new(&memory, head).chain(vring.get_queue()).map(Request::parse) else {
-                    continue;
-                };
-                self.ended.push(Completion { head, len: chain.finish(Status::IoErr) });
+                let request = Shown::new(&memory, head).chain(vring.get_queue()).map(Request::parse);
+                self.ended.extend(request.and_then(|request| self.executor.refuse(head, &request, &memory)));
             }
         }
     }
@@ -597,28 +603,10 @@ fn start_again(
     started
 }
 
-/// True when all three parts of the ring lie in the guest's memory (sizes: virtio 1.2, section 2.7). The crate checks only
-/// the bytes that it comes across, and takes those that it cannot read for an empty ring.
-fn in_reach(queue: &virtio_queue::Queue, memory: &GuestMap) -> bool {
-    let size = usize::from(queue.size());
-    let part = |at, len, access| memory.check_range(GuestAddress(at), len, access);
-    part(queue.desc_table(), 16 * size, Permissions::Read)
-        && part(queue.avail_ring(), 6 + 2 * size, Permissions::Read)
-        && part(queue.used_ring(), 6 + 8 * size, Permissions::Write)
-}
-
 /// As poll takes it; rounded up to a millisecond, so that a wait for a moment does not end just before it.
 fn timespec(time: Duration) -> rustix::event::Timespec {
     let ns = if time.is_zero() { 0 } else { time.subsec_millis() * 1_000_000 + 999_999 };
     rustix::event::Timespec { tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX), tv_nsec: i64::from(ns) }
-}
-
-/// The driver set NO_INTERRUPT, which counts only without EVENT_IDX. The crate leaves this flag to us.
-fn interrupts_off(queue: &virtio_queue::Queue, memory: &GuestMap) -> bool {
-    !queue.event_idx_enabled()
-        && memory
-            .load::<u16>(GuestAddress(queue.avail_ring()), std::sync::atomic::Ordering::Relaxed)
-            .is_ok_and(|flags| u16::from_le(flags) & AVAIL_F_NO_INTERRUPT != 0)
 }
 
 /// Stops these workers' rings, and waits until nothing of them is in flight, or until the deadline. All at once: queues

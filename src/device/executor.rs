@@ -206,6 +206,12 @@ impl<G> Executor<G> {
         self.finish(&memory, head, &request, Some(status), None)
     }
 
+    /// Ends a request that is not to be started with an I/O error.
+    pub fn refuse(&self, head: u16, request: &Request, memory: &G) -> Option<Completion> {
+        self.stats().begin();
+        self.finish(memory, head, request, Some(Status::IoErr), None)
+    }
+
     /// Hands what [`Executor::start`] queued to the kernel: once a batch. What it does not take is offered again later.
     pub fn submit(&mut self) {
         let result = self.reader.submit();
@@ -247,8 +253,14 @@ impl<G> Executor<G> {
         self.reader.cancel_waiting(|token, _| unseen.push(to_usize(token)));
         let status = (late == Late::Fail).then_some(Status::IoErr);
         for token in unseen {
-            let Some(flight) = self.slots[token].take() else { unreachable!("a result names a request in flight") };
-            out.extend(self.complete(token, flight, status));
+            match self.slots[token].take() {
+                Some(flight) if flight.stage != Stage::Abandoned => out.extend(self.complete(token, flight, status)),
+                // Given up before, and only now done with.
+                flight => {
+                    self.slots[token] = flight;
+                    out.extend(self.end(token, Err(io::ErrorKind::Interrupted.into())));
+                }
+            }
         }
         for token in 0..self.slots.len() {
             let Some(mut flight) = self.slots[token].take() else { continue };
@@ -258,6 +270,9 @@ impl<G> Executor<G> {
                 self.abandoned += 1;
                 self.bytes -= total_len(&flight.request.data);
                 self.ledger.stuck_begins();
+                if flight.pause.take().is_some() {
+                    self.ledger.retry_ends();
+                }
                 out.extend(self.finish(&flight.memory, flight.head, &flight.request, status, Some(flight.since)));
             }
             self.slots[token] = Some(flight);

@@ -201,6 +201,41 @@ fn a_write_that_hangs_ends_the_server() {
     assert!(log.contains("a queue's thread with it"), "{log}");
 }
 
+/// A disk that is slow, as one is when the host's page cache is full of writes, but does not hang: a queue stops between two
+/// requests, however many its guest has offered.
+#[test]
+fn a_slow_disk_is_not_taken_for_one_that_hangs() {
+    let place = place();
+    let mut f = place.frontend(1);
+    place.disk.slow_writes(Duration::from_millis(400));
+    let heads: Vec<u16> = (0..16).map(|n| n * 4).collect();
+    for n in 0..16 {
+        let header = HEADERS + u64::from(n) * 16;
+        f.header(header, OUT, u64::from(n) * 8);
+        f.put(status_of(0, n), &[PENDING]);
+        f.put(data_of(0, n), &[n as u8 + 1; 4096]);
+        let table = f.rings[0].desc();
+        let chain = Frontend::chain(n * 4, &[r(header, 16), r(data_of(0, n), 4096), w(status_of(0, n), 1)]);
+        f.table(table, n * 4, &chain);
+    }
+    f.offer(0, &heads);
+    f.kick(0);
+    let deadline = Instant::now() + LIMIT;
+    while status(&f, 0, 0) == PENDING {
+        assert!(Instant::now() < deadline, "the first write does not end");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let base = f.stop_ring(0);
+    let done = f.take(0);
+    assert_eq!(done.len(), usize::from(base), "all that was taken has ended");
+    assert!((0..16).all(|n| status(&f, 0, n) == if n < base { OK } else { PENDING }));
+    f.start_ring(0, base);
+    f.wait(0, 16 - done.len());
+    assert!((0..16).all(|n| status(&f, 0, n) == OK));
+    drop(f);
+    assert!(place.server.stop().0.success());
+}
+
 /// What waits for another try when a ring has to stop ends with an I/O error, or well if there is room in time.
 #[test]
 fn a_retry_ends_with_the_drain() {

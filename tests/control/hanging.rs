@@ -28,6 +28,8 @@ struct State {
     /// Requests of this kind get no answer for now.
     held: Option<u32>,
     waiting: Vec<Vec<u8>>,
+    /// What a write takes.
+    write_time: Duration,
 }
 
 /// The file; unmounted when dropped.
@@ -72,6 +74,9 @@ impl Hanging {
                     if state.held == Some(word(&request, 4)) {
                         state.waiting.push(request);
                     } else {
+                        if word(&request, 4) == WRITE {
+                            std::thread::sleep(state.write_time);
+                        }
                         answer(&device, &mut state, &request);
                     }
                 }
@@ -97,6 +102,11 @@ impl Hanging {
     /// From now on fsyncs hang.
     pub fn hold_fsyncs(&self) {
         self.hold(FSYNC);
+    }
+
+    /// From now on each write takes that long.
+    pub fn slow_writes(&self, time: Duration) {
+        self.state.lock().unwrap().write_time = time;
     }
 
     /// Waits until something hangs.
