@@ -222,6 +222,11 @@ impl Disk {
         }
     }
 
+    /// True after [`Disk::close`] has got so far that no request is taken any more, even if it failed then.
+    pub fn is_closed(&self) -> bool {
+        matches!(&self.store, Store::Overlay(overlay) if overlay.is_closed())
+    }
+
     fn overlay(&self) -> Option<&Overlay> {
         match &self.store {
             Store::Overlay(o) | Store::ReadOnly(Some(o)) => Some(o),

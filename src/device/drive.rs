@@ -138,9 +138,16 @@ impl Drive {
     /// Those of opening; the disk stays closed then and nothing may be served.
     pub fn activate(&self) -> Result<Active> {
         let mut state = self.state();
-        if let Some(active) = state.active.clone() {
-            state.used = true;
-            return Ok(active);
+        match state.active.take() {
+            // Its close failed halfway: it takes no request any more, but can be opened again like that of a server that
+            // was killed.
+            Some(active) if active.disk.is_closed() => active.jobs.end(),
+            Some(active) => {
+                state.active = Some(active.clone());
+                state.used = true;
+                return Ok(active);
+            }
+            None => {}
         }
         let disk = self.open(&mut state)?;
         let disk = Arc::new(disk);

@@ -317,6 +317,11 @@ impl Overlay {
         }
     }
 
+    /// True once [`close`](Self::close) has flushed: nothing can be written any more, whatever became of the rest of it.
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
     /// Stops cleanly: flushes, closes the session in the file, removes the live bitmap, lets go of the file's locks. Waits
     /// for writes in flight; later ones fail, and reads must not come later (another process may write then). If it fails, the session stays as it is, for the next open to take up.
     pub fn close(&self) -> Result<()> {
