@@ -164,7 +164,8 @@ impl Handler {
         let vring = ring.vring.clone();
         let part = inflight::part_of(self.inflight.as_ref(), index, &vring)?;
         if self.ring(index)?.worker.is_none() {
-            let worker = self.start_worker(index, vring)?;
+            // Without its thread nobody uses a disk that was opened for this ring.
+            let worker = self.start_worker(index, vring).inspect_err(|_| self.rest())?;
             self.ring(index)?.worker = Some(worker);
             self.update_logging(index)?;
         }

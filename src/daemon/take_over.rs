@@ -57,7 +57,14 @@ impl TakeOver {
         let failed = |e| Error::io(&self.path, "take over from the server of this control socket", e);
         self.stream.set_read_timeout(Some(TAKEN_TIME)).map_err(failed)?;
         (&self.stream).write_all(b"{\"execute\":\"taken\"}\n").map_err(failed)?;
-        receive(&self.stream).map(drop).map_err(failed)
+        let (line, _) = receive(&self.stream).map_err(failed)?;
+        let answer: Value = serde_json::from_slice(&line).map_err(|e| failed(e.into()))?;
+        // One that has lost patience serves on, and does not know what this is about.
+        match answer.get("return") {
+            Some(_) => Ok(()),
+            None => Err(Error::file(ErrorKind::Busy, &self.path, "its server did not wait so long, and serves on")
+                .mend("try again; opening the disk must not take longer than 15 s")),
+        }
     }
 }
 
