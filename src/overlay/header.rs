@@ -446,8 +446,8 @@ impl Fields {
             )
             .mend("delete them with 'qemu-img snapshot -d'"));
         }
-        if !self.snapshots_at.is_multiple_of(CLUSTER) {
-            // QEMU looks at it also if there are none.
+        if !self.snapshots_at.is_multiple_of(CLUSTER) || i64::try_from(self.snapshots_at).is_err() {
+            // QEMU looks at it also if there are none, and keeps offsets in 63 bits.
             return Err(Error::file(ErrorKind::Corrupt, path, "the offset of its snapshot table is no cluster's"));
         }
         Ok(())
