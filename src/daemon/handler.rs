@@ -341,6 +341,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             .map_err(memory_error)?;
         self.replace_memory(map)?;
         self.mappings.retain(|m| m.guest != region.guest_phys_addr);
+        self.rings.iter().filter_map(|ring| ring.worker.as_ref()).for_each(Worker::forget);
         Ok(())
     }
 

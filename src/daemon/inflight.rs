@@ -18,8 +18,8 @@
 //! | 6..8 | next of the batch list |
 //! | 8..16 | counter: the order in which heads were taken |
 //!
-//! Batches have one request each here, so that the list never has more than one entry that counts. Recovery takes longer
-//! lists too. All stores are releases, and so keep their order: whoever is killed between two of them has done the first
+//! The requests of a batch are linked into the list one by one, shown in the used ring together, and then noted: first each
+//! as no longer in flight, last the index. All stores are releases, and so keep their order: whoever is killed between two of them has done the first
 //! and not the second.
 //!
 //! # What a crash may repeat
@@ -299,9 +299,12 @@ impl Part {
         self.bytes.u16(LAST_BATCH_HEAD).store(head, RELEASE);
     }
 
-    /// It is there, and the used ring's index is `used`.
-    fn published(&mut self, head: u16, used: u16) {
-        self.bytes.u8(entry(head, IN_FLIGHT)).store(0, RELEASE);
+    /// They are there, and the used ring's index is `used`: noted last, as long as it is not they are a batch that is looked
+    /// through.
+    fn published(&mut self, heads: &[u16], used: u16) {
+        for head in heads {
+            self.bytes.u8(entry(*head, IN_FLIGHT)).store(0, RELEASE);
+        }
         self.bytes.u16(USED_IDX).store(used, RELEASE);
     }
 }
@@ -376,11 +379,11 @@ impl Tracker {
         }
     }
 
-    /// `head` is in the used ring, whose index is `used` now.
-    pub fn published(&mut self, head: u16, used: u16) {
-        self.outstanding = self.outstanding.saturating_sub(1);
+    /// These heads are in the used ring, whose index is `used` now.
+    pub fn published(&mut self, heads: &[u16], used: u16) {
+        self.outstanding = self.outstanding.saturating_sub(heads.len());
         if let Some(part) = &mut self.part {
-            part.published(head, used);
+            part.published(heads, used);
         }
     }
 }

@@ -9,8 +9,8 @@
 //! | [`revoke`] | takes guest memory away from transfers that hang |
 //! | [`backend_channel`] | messages to the frontend |
 //! | [`inflight`] | what is in flight, for whoever comes after a crash |
-//! | [`ring`] | whether a ring can be reached |
-//! | [`replay`] | a chain by its head |
+//! | [`port`] | the ring of a queue, in the guest's present memory |
+//! | [`spin`] | how long a queue looks before it sleeps |
 //! | [`dirty_log`] | the pages that we write, for a live migration |
 //! | [`control`], [`report`] | the control socket, and what it tells |
 //! | [`hub`] | where it meets the serving thread |
@@ -23,11 +23,11 @@ pub mod frontend;
 pub mod handler;
 pub mod hub;
 pub mod inflight;
-pub mod replay;
+pub mod port;
 pub mod report;
 pub mod revoke;
-pub mod ring;
 pub mod socket;
+pub mod spin;
 pub mod take_over;
 pub mod worker;
 
@@ -49,10 +49,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use vhost::vhost_user::BackendReqHandler;
 use vhost_user_backend::VringMutex;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::GuestMemoryAtomic;
 
-/// A snapshot of the guest's memory map.
-pub type GuestMap = GuestMemoryMmap<()>;
+pub use crate::device::GuestMap;
+
 /// The guest's memory map, replaced as a whole when the frontend changes it.
 pub type GuestMemory = GuestMemoryAtomic<GuestMap>;
 /// A ring, shared by the message handler and the queue's thread.

@@ -2,11 +2,11 @@
 
 use super::dirty_log::{DirtyLog, Logging};
 use super::inflight::{Part, Tracker};
-use super::replay::Shown;
-use super::ring::{in_reach, interrupts_off};
+use super::port::Port;
+use super::spin::Spin;
 use super::{GuestMap, GuestMemory, Vring};
 use crate::device::executor::Written;
-use crate::device::{Completion, Disk, Executor, Jobs, Late, Mailbox, Request};
+use crate::device::{Completion, Disk, Executor, Jobs, Late, Mailbox, Request, Ring};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use std::collections::VecDeque;
@@ -19,11 +19,14 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vhost_user_backend::VringT;
-use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::GuestAddressSpace;
+use virtio_queue::QueueT;
 
 /// Requests taken off the ring before their completions are published and the guest is told.
 const BATCH: usize = 32;
+
+/// Completions after which they are published before the batch is through: a guest that sleeps is woken early, and works on
+/// the first while we work on the last.
+const EARLY: usize = 8;
 
 /// How long a queue may take to switch its log: it does so between two batches of requests.
 const LOG_TIME: Duration = Duration::from_secs(5);
@@ -38,6 +41,8 @@ enum Command {
     Abandon { done: Sender<()>, late: Late },
     /// Log what is written to guest memory from here on, or no more.
     Log { logging: Option<Logging>, done: Sender<()> },
+    /// Let go of guest memory that is not the guest's any more.
+    Forget,
     /// Publish again, now that the memory of what was given up is revoked.
     Publish { done: Sender<()> },
 }
@@ -104,8 +109,7 @@ impl Worker {
                 let _ = ready.send(Ok(()));
                 let queue = Queue {
                     index,
-                    vring,
-                    memory,
+                    port: Port::new(vring, memory),
                     mailbox,
                     asked,
                     executor,
@@ -115,6 +119,9 @@ impl Worker {
                     tracker: Tracker::default(),
                     again: VecDeque::new(),
                     ended: Vec::new(),
+                    request: Request::default(),
+                    shown: Vec::new(),
+                    spin: Spin::new(),
                     bad_heads: 0,
                     held: false,
                     log_used: None,
@@ -145,6 +152,11 @@ impl Worker {
         let (done, wait) = channel();
         self.tell(Command::Publish { done });
         let _ = wait.recv();
+    }
+
+    /// Has the thread look up its ring anew, so that it does not keep memory that the frontend took away.
+    pub fn forget(&self) {
+        self.tell(Command::Forget);
     }
 
     /// Leaves the thread alone from now on: it hangs.
@@ -190,8 +202,7 @@ impl Drop for Worker {
 /// What lives on the thread.
 struct Queue {
     index: usize,
-    vring: Vring,
-    memory: GuestMemory,
+    port: Port,
     mailbox: Mailbox,
     asked: Arc<AtomicBool>,
     executor: Executor<Arc<GuestMap>>,
@@ -206,6 +217,10 @@ struct Queue {
     again: VecDeque<u16>,
     /// What has ended and was not yet told to the tracker.
     ended: Vec<Completion>,
+    /// The request in hand, and the heads of the batch that is being published: their lists keep their room.
+    request: Request,
+    shown: Vec<u16>,
+    spin: Spin,
     bad_heads: u64,
     /// What has ended must not be published yet.
     held: bool,
@@ -227,6 +242,7 @@ impl Queue {
     fn run(mut self, commands: Receiver<Command>) {
         let mut busy = false;
         loop {
+            let mut away = false;
             if let Err(e) = self.wait(busy) {
                 log::error!("queue {}: poll failed: {e}", self.index);
                 return;
@@ -237,11 +253,14 @@ impl Queue {
                     Ok(Command::Run(Run { kick, err, write_through, part })) => {
                         self.executor.set_write_through(write_through);
                         self.err = err;
+                        // What the driver accepted, or the memory, may be new.
+                        self.port.close();
                         self.kick = (!self.fresh || self.take_up(part)).then_some(kick);
                     }
                     Ok(Command::Stop { done, deadline, late }) => {
                         let stopped = self.drain(Some(deadline), late);
                         self.kick = None;
+                        self.port.close();
                         if stopped == Stopped::Drained {
                             self.let_go();
                         }
@@ -253,11 +272,18 @@ impl Queue {
                         if late == Late::Fail {
                             self.refuse_rest();
                         }
+                        // It is about to be revoked.
+                        self.port.close();
                         drop(done);
                     }
                     Ok(Command::Log { logging, done }) => {
                         self.log(logging);
                         let _ = done.send(());
+                    }
+                    Ok(Command::Forget) => {
+                        self.port.close();
+                        // The frontend takes a region away and gives it back to change its size; it says so when it has.
+                        away = self.port.ring().is_none();
                     }
                     Ok(Command::Publish { done }) => {
                         self.held = false;
@@ -274,31 +300,27 @@ impl Queue {
             }
             self.collect();
             self.publish();
-            busy = self.kick.is_some() && self.serve();
+            busy = self.kick.is_some() && !away && self.serve();
         }
     }
 
     /// Begins with a ring: finds out what another process has left in flight, and tells the guest to look, as that one may
     /// have published something and not told. False when the ring cannot be served as it is.
     fn take_up(&mut self, part: Option<Part>) -> bool {
-        let memory = self.memory.memory().into_inner();
-        let mut vring = self.vring.get_mut();
-        let queue = vring.get_queue_mut();
-        if !in_reach(queue, &memory) {
+        let Some((used, avail)) = self.port.ring().map(|ring| ring.indices()) else {
             log::error!("queue {}: the ring is not in the guest's memory", self.index);
             return false;
-        }
-        let load = Ordering::Acquire;
-        let (Ok(used), Ok(avail)) = (queue.used_idx(&*memory, load), queue.avail_idx(&*memory, load)) else {
-            return false;
         };
-        queue.set_next_used(used.0);
+        self.port.close();
+        let mut vring = self.port.vring().get_mut();
+        let queue = vring.get_queue_mut();
+        queue.set_next_used(used);
         self.tracker = Tracker::default();
         if let Some(mut part) = part {
-            let found = part.recover(used.0, queue.size());
+            let found = part.recover(used, queue.size());
             let heads = found.as_ref().map_or(0, Vec::len);
             // The driver has that many in flight, all told.
-            let offered = (avail - used).0;
+            let offered = avail.wrapping_sub(used);
             if heads > usize::from(offered) {
                 log::error!(
                     "queue {}: the inflight region has {heads} requests, the ring only {offered}; it is left alone",
@@ -308,7 +330,7 @@ impl Queue {
             }
             if let Some(found) = found {
                 // Heads are taken in order, so those that were taken follow the used ones. SET_VRING_BASE knows less.
-                queue.set_next_avail(used.0.wrapping_add(u16::try_from(heads).unwrap_or(0)));
+                queue.set_next_avail(used.wrapping_add(u16::try_from(heads).unwrap_or(0)));
                 self.again = found.into();
                 if heads > 0 {
                     log::info!("queue {}: {heads} requests in flight are started again", self.index);
@@ -328,7 +350,8 @@ impl Queue {
         let (left, forgotten) = (self.tracker.outstanding(), self.tracker.forgotten());
         if left > 0 {
             log::error!("queue {}: {left} requests are left to be started again", self.index);
-            let mut vring = self.vring.get_mut();
+            self.port.close();
+            let mut vring = self.port.vring().get_mut();
             let queue = vring.get_queue_mut();
             queue.set_next_avail(queue.next_avail().wrapping_sub(forgotten));
         }
@@ -343,20 +366,22 @@ impl Queue {
     fn wait(&mut self, busy: bool) -> io::Result<()> {
         // A guest that floods its ring faster than it is drained waits here, not in memory of ours.
         let full = self.full();
-        let mailbox = self.mailbox.clone();
-        let mut fds = vec![PollFd::from_borrowed_fd(mailbox.as_fd(), PollFlags::IN)];
-        if let Some(kick) = &self.kick
-            && !full
-        {
-            fds.push(PollFd::new(kick, PollFlags::IN));
-        }
+        let event = PollFd::from_borrowed_fd(self.mailbox.as_fd(), PollFlags::IN);
+        // Without a kick to wait for, the same event twice.
+        let kick = self.kick.as_ref().filter(|_| !full);
+        let mut fds = [event.clone(), kick.map_or(event, |kick| PollFd::new(kick, PollFlags::IN))];
         let limit = if busy && !full { Some(Duration::ZERO) } else { self.executor.until_due() };
         match poll(&mut fds, limit.map(timespec).as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }
-        let seen = fds.get(1).map_or(PollFlags::empty(), PollFd::revents);
-        self.mailbox.clear();
+        let seen = kick.map_or(PollFlags::empty(), |_| fds[1].revents());
+        if fds[0].revents().contains(PollFlags::IN) {
+            self.mailbox.clear();
+        }
+        if seen.contains(PollFlags::IN) {
+            self.spin.woken();
+        }
         if let Some(kick) = &self.kick {
             let dead = if seen.contains(PollFlags::IN) {
                 // Not blocking: the handler has seen to that. Whatever cannot be emptied would be ready forever.
@@ -373,18 +398,17 @@ impl Queue {
     }
 
     fn full(&self) -> bool {
-        self.executor.is_full() || self.tracker.outstanding() >= usize::from(self.vring.get_ref().get_queue().size())
+        self.executor.is_full() || self.tracker.outstanding() >= usize::from(self.port.size())
     }
 
     /// Serves up to one ring's worth of requests; true when the ring may hold more.
     fn serve(&mut self) -> bool {
-        let rounds = usize::from(self.vring.get_ref().get_queue().size()).div_ceil(BATCH);
+        let rounds = usize::from(self.port.size()).div_ceil(BATCH);
         for _ in 0..rounds.max(1) {
-            let looked = self.batch();
-            self.used_written();
-            self.executor.submit();
-            self.collect();
-            self.publish();
+            let looked = match self.batch() {
+                Looked::Empty => self.rest(),
+                looked => looked,
+            };
             match looked {
                 Looked::Empty => return false,
                 Looked::More if self.asked.load(Ordering::Acquire) => return true,
@@ -402,36 +426,33 @@ impl Queue {
         true
     }
 
-    /// Takes up to [`BATCH`] chains off the ring and starts them.
+    /// Takes up to [`BATCH`] chains off the ring, starts them, and publishes what has ended. `Empty`: there was none.
     fn batch(&mut self) -> Looked {
-        // One snapshot of the memory map for the batch; each request keeps it alive until it has ended.
-        let memory = self.memory.memory().into_inner();
-        let mut vring = self.vring.get_mut();
-        let queue = vring.get_queue_mut();
-        let size = queue.size();
-        if !in_reach(queue, &memory) {
+        let Some(ring) = self.port.ring() else {
             log::error!("queue {}: the ring is not in the guest's memory", self.index);
             return Looked::Broken;
-        }
-        if let Err(e) = queue.disable_notification(&*memory) {
-            log::error!("queue {}: the used ring is out of reach: {e}", self.index);
-            return Looked::Broken;
-        }
-        let mut taken = start_again(&mut self.again, &mut self.executor, &mut self.ended, queue, &memory);
-        let mut chains = match queue.iter(Arc::clone(&memory)) {
-            Ok(chains) => chains,
-            // The handler is about to stop it.
-            Err(virtio_queue::Error::QueueNotReady) => return Looked::Empty,
-            Err(e) => {
-                log::error!("queue {}: the guest broke its ring: {e}", self.index);
-                return Looked::Broken;
-            }
         };
-        while taken < BATCH && !self.executor.is_full() && self.tracker.outstanding() < usize::from(size) {
-            let chain = if self.asked.load(Ordering::Acquire) { None } else { chains.next() };
-            let Some(chain) = chain else { break };
+        ring.quiet();
+        let size = ring.size();
+        let mut taken =
+            start_again(&mut self.again, &mut self.executor, &mut self.ended, &mut self.request, ring);
+        let mut broken = false;
+        while taken < BATCH
+            && !self.executor.is_full()
+            && self.tracker.outstanding() < usize::from(size)
+            && !self.asked.load(Ordering::Acquire)
+        {
+            let Some(ring) = self.port.open() else { break };
+            let head = match ring.pop() {
+                Ok(Some(head)) => head,
+                Ok(None) => break,
+                Err(e) => {
+                    log::error!("queue {}: the guest broke its ring: {e}", self.index);
+                    broken = true;
+                    break;
+                }
+            };
             taken += 1;
-            let head = chain.head_index();
             if head >= size {
                 // There is no such descriptor, and no place in the used ring for it.
                 self.bad_heads += 1;
@@ -440,21 +461,40 @@ impl Queue {
                 }
                 continue;
             }
-            let request = Request::parse(chain);
+            self.request.parse(ring, head);
             self.tracker.take(head);
-            self.ended.extend(self.executor.start(head, request, Arc::clone(&memory)));
-        }
-        if taken > 0 {
-            return Looked::More;
-        }
-        match queue.enable_notification(&*memory) {
-            Ok(true) if !self.executor.is_full() && self.tracker.outstanding() < usize::from(size) => Looked::More,
-            Ok(_) => Looked::Empty,
-            Err(e) => {
-                log::error!("queue {}: the ring is out of reach: {e}", self.index);
-                Looked::Broken
+            self.ended.extend(self.executor.start(head, &mut self.request, ring.space().map()));
+            if self.ended.len() >= EARLY {
+                self.publish();
             }
         }
+        self.used_written();
+        self.executor.submit();
+        self.collect();
+        self.publish();
+        match taken {
+            _ if broken => Looked::Broken,
+            0 => Looked::Empty,
+            _ => Looked::More,
+        }
+    }
+
+    /// Nothing is left to take: looks for more for a while, then asks the guest for a kick.
+    fn rest(&mut self) -> Looked {
+        if self.full() {
+            return Looked::Empty;
+        }
+        let Some(ring) = self.port.open() else { return Looked::Empty };
+        let found = self.spin.look(|| {
+            ring.has_more() || self.asked.load(Ordering::Acquire) || self.executor.is_ready()
+        });
+        if found || ring.listen() {
+            self.collect();
+            self.publish();
+            return Looked::More;
+        }
+        self.used_written();
+        Looked::Empty
     }
 
     fn log(&mut self, logging: Option<Logging>) {
@@ -468,7 +508,7 @@ impl Queue {
     /// Marks the used ring as written, after it was (the indices, or whether we want to be told).
     fn used_written(&self) {
         if let Some((log, at)) = &self.log_used {
-            log.mark(*at, 6 + 8 * u64::from(self.vring.get_ref().get_queue().size()));
+            log.mark(*at, 6 + 8 * u64::from(self.port.size()));
         }
     }
 
@@ -489,25 +529,20 @@ impl Queue {
         if !self.tracker.is_ready() {
             return;
         }
-        let memory = self.memory.memory().into_inner();
-        let mut vring = self.vring.get_mut();
-        let queue = vring.get_queue_mut();
-        if !in_reach(queue, &memory) {
-            return;
-        }
+        let Some(ring) = self.port.ring() else { return };
+        self.shown.clear();
         while let Some(done) = self.tracker.next_ended() {
             self.tracker.publishing(done.head);
-            match queue.add_used(&*memory, done.head, done.len) {
-                Ok(()) => self.tracker.published(done.head, queue.next_used()),
-                Err(e) => log::error!("queue {}: the used ring is out of reach: {e}", self.index),
-            }
+            ring.push(done.head, done.len);
+            self.shown.push(done.head);
         }
-        let wanted = queue.needs_notification(&*memory).unwrap_or(true) && !interrupts_off(queue, &memory);
-        drop(vring);
+        ring.publish();
+        self.tracker.published(&self.shown, ring.position().1);
+        let wanted = ring.wants_signal();
         self.used_written();
         // A call descriptor that takes no more is a guest that has been told.
         if wanted
-            && let Err(e) = self.vring.signal_used_queue()
+            && let Err(e) = self.port.vring().signal_used_queue()
             && e.kind() != io::ErrorKind::WouldBlock
         {
             log::error!("queue {}: cannot signal the guest: {e}", self.index);
@@ -543,24 +578,17 @@ impl Queue {
     }
 
     /// True when something is in flight that can end, and should. What was not started again yet can be left as it is.
-    fn has_work(&self, late: Late) -> bool {
+    fn has_work(&mut self, late: Late) -> bool {
         let again = late == Late::Fail && !self.again.is_empty();
-        self.executor.in_flight() > 0 || again && self.reaches_ring()
-    }
-
-    fn reaches_ring(&self) -> bool {
-        in_reach(self.vring.get_ref().get_queue(), &self.memory.memory().into_inner())
+        self.executor.in_flight() > 0 || again && self.port.ring().is_some()
     }
 
     /// Ends what was to be started again with an I/O error, for a queue that must stop now.
     fn refuse_rest(&mut self) {
-        let memory = self.memory.memory().into_inner();
-        let vring = self.vring.get_ref();
-        if in_reach(vring.get_queue(), &memory) {
-            for head in self.again.drain(..) {
-                let request = Shown::new(&memory, head).chain(vring.get_queue()).map(Request::parse);
-                self.ended.extend(request.and_then(|request| self.executor.refuse(head, &request, &memory)));
-            }
+        let Some(ring) = self.port.ring() else { return };
+        for head in self.again.drain(..).filter(|head| *head < ring.size()) {
+            self.request.parse(ring, head);
+            self.ended.extend(self.executor.refuse(head, &self.request, ring.space().map()));
         }
     }
 
@@ -569,25 +597,20 @@ impl Queue {
         if self.again.is_empty() {
             return;
         }
-        let memory = self.memory.memory().into_inner();
-        let vring = self.vring.get_ref();
-        let queue = vring.get_queue();
-        while in_reach(queue, &memory)
-            && start_again(&mut self.again, &mut self.executor, &mut self.ended, queue, &memory) > 0
-        {}
-        drop(vring);
+        let Some(ring) = self.port.ring() else { return };
+        while start_again(&mut self.again, &mut self.executor, &mut self.ended, &mut self.request, ring) > 0 {}
         self.executor.submit();
         self.collect();
     }
 }
 
-/// Starts up to [`BATCH`] of the requests that another process had in flight; tells how many. The ring is in reach.
+/// Starts up to [`BATCH`] of the requests that another process had in flight; tells how many.
 fn start_again(
     again: &mut VecDeque<u16>,
     executor: &mut Executor<Arc<GuestMap>>,
     ended: &mut Vec<Completion>,
-    queue: &virtio_queue::Queue,
-    memory: &Arc<GuestMap>,
+    request: &mut Request,
+    ring: &Ring,
 ) -> usize {
     let mut started = 0;
     while started < BATCH
@@ -595,10 +618,10 @@ fn start_again(
         && let Some(head) = again.pop_front()
     {
         started += 1;
-        // The region says that it was taken; what it asks for is in the guest's own memory, still.
-        if let Some(chain) = Shown::new(memory, head).chain(queue) {
-            ended.extend(executor.start(head, Request::parse(chain), Arc::clone(memory)));
-        }
+        // The region says that it was taken; what it asks for is in the guest's own memory, still. Recovery looks at heads
+        // below the ring's size only.
+        request.parse(ring, head);
+        ended.extend(executor.start(head, request, ring.space().map()));
     }
     started
 }

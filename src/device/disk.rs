@@ -133,8 +133,13 @@ impl Disk {
         match *source {
             Source::Zero => None,
             Source::Overlay { offset } => self.overlay().map(|o| (o.file(), offset)),
-            Source::Image { target, offset } => Some((self.base.file(target).into(), offset)),
+            Source::Image { target, offset } => Some((self.base.file_ref(target), offset)),
         }
+    }
+
+    /// This thread had to wait for a page that was held to be in the page cache.
+    pub fn cool(&self) {
+        self.base.cool();
     }
 
     /// Writes without waiting for locks or base data. `Ok(false)`: [`Disk::write`] must do it, on a thread that may wait.

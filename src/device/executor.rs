@@ -11,6 +11,7 @@ use super::request::{Kind, Request, Status};
 use super::retry::Pause;
 use super::stats::{Ledger, QueueStats};
 use crate::io::buf::{self, total_len};
+use crate::io::hot::Watch;
 use crate::redirect::plan::Piece;
 use crate::redirect::reader::Reader;
 use crate::units::to_usize;
@@ -40,6 +41,10 @@ pub enum Late {
 /// memory of its own, and each costs memory of ours by the pieces that its plan has.
 const BYTES_MAX: usize = 256 << 20;
 
+/// Reads after which a queue asks whether it had to wait for a page that was held to be in the cache (see
+/// [`crate::io::hot`]): as many may be held up before it stops relying on that.
+const WATCH_EVERY: u32 = 64;
+
 /// How long to wait when io_uring takes no work.
 const SUBMIT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -55,6 +60,12 @@ struct InFlight<G> {
     /// Set by its first failure that is tried again.
     pause: Option<Pause>,
     memory: G,
+}
+
+impl<G> InFlight<G> {
+    fn new(head: u16, request: Request, stage: Stage, memory: G) -> Self {
+        InFlight { head, request, since: Instant::now(), stage, pause: None, memory }
+    }
 }
 
 /// What a request in flight waits for.
@@ -97,9 +108,12 @@ pub struct Executor<G> {
     /// The driver did not negotiate FLUSH: it expects a write-through disk (virtio 1.2, section 5.2.6.2).
     write_through: bool,
     written: Option<Written<G>>,
+    /// Reads since this thread was last asked whether it had to wait for a page.
+    unwatched: u32,
+    watch: Watch,
 }
 
-impl<G> Executor<G> {
+impl<G: Clone> Executor<G> {
     /// The executor of queue `index`; raises `mailbox` when [`Executor::reap`] has something to tell. Must stay on this
     /// thread.
     pub fn new(index: usize, disk: Arc<Disk>, jobs: Arc<Jobs>, mailbox: Mailbox) -> io::Result<Self> {
@@ -125,6 +139,8 @@ impl<G> Executor<G> {
             own_target,
             write_through: false,
             written: None,
+            unwatched: 0,
+            watch: Watch::default(),
         })
     }
 
@@ -161,8 +177,9 @@ impl<G> Executor<G> {
         self.written = written;
     }
 
-    /// Starts a request; `Some` when it has ended already.
-    pub fn start(&mut self, head: u16, request: Request, memory: G) -> Option<Completion> {
+    /// Starts a request; `Some` when it has ended already. Else the request and a clone of `memory` are kept until it has,
+    /// and what the caller gave is empty.
+    pub fn start(&mut self, head: u16, request: &mut Request, memory: &G) -> Option<Completion> {
         self.stats().begin();
         let read_only = self.disk.read_only();
         let status = match &request.kind {
@@ -187,23 +204,23 @@ impl<G> Executor<G> {
             Ok(Kind::Read { .. } | Kind::Write { .. } | Kind::WriteZeroes(_) | Kind::Discard(_) | Kind::Flush) => {
                 let token = self.allot();
                 let mut stage = Stage::Work;
-                let Some(result) = self.attempt(token, &request, &mut stage) else {
-                    self.keep(token, InFlight { head, request, since: Instant::now(), stage, pause: None, memory });
+                let Some(result) = self.attempt(token, request, &mut stage) else {
+                    self.keep(token, InFlight::new(head, std::mem::take(request), stage, memory.clone()));
                     return None;
                 };
                 if let Err(e) = &result
                     && self.ledger.on_error().tries_again(e)
                 {
-                    self.keep(token, InFlight { head, request, since: Instant::now(), stage, pause: None, memory });
+                    self.keep(token, InFlight::new(head, std::mem::take(request), stage, memory.clone()));
                     self.pause(token, e);
                     return None;
                 }
                 self.release(token);
-                let status = self.status_of(&result, &request);
-                return self.finish(&memory, head, &request, Some(status), None);
+                let status = self.status_of(&result, request);
+                return self.finish(memory, head, request, Some(status), None);
             }
         };
-        self.finish(&memory, head, &request, Some(status), None)
+        self.finish(memory, head, request, Some(status), None)
     }
 
     /// Ends a request that is not to be started with an I/O error.
@@ -214,8 +231,19 @@ impl<G> Executor<G> {
 
     /// Hands what [`Executor::start`] queued to the kernel: once a batch. What it does not take is offered again later.
     pub fn submit(&mut self) {
+        if self.unwatched >= WATCH_EVERY {
+            self.unwatched = 0;
+            if self.watch.faulted() {
+                self.disk.cool();
+            }
+        }
         let result = self.reader.submit();
         self.submitted(&result);
+    }
+
+    /// True when [`Executor::reap`] would find something that has ended. For a thread that would rather look than sleep.
+    pub fn is_ready(&mut self) -> bool {
+        self.mailbox.is_filled() || self.reader.is_ready()
     }
 
     /// Appends the requests that have ended, and tries again what is due; never waits.
@@ -311,6 +339,7 @@ impl<G> Executor<G> {
         let mut pieces = std::mem::take(&mut self.pieces);
         pieces.clear();
         self.disk.plan(offset, total_len(&request.data), &mut pieces);
+        self.unwatched += 1;
         self.disk.record(&pieces);
         self.stats().sources(&pieces, self.own_target);
         let disk = &self.disk;

@@ -2,6 +2,7 @@
 //!
 //! | file | holds |
 //! | --- | --- |
+//! | [`ring`] | the split ring in guest memory |
 //! | [`request`] | a descriptor chain taken apart |
 //! | [`config`] | config space and feature bits |
 //! | [`disk`] | base and overlay as one disk |
@@ -19,6 +20,7 @@ pub mod jobs;
 pub mod mailbox;
 pub mod request;
 pub mod retry;
+pub mod ring;
 pub mod stats;
 
 pub use config::Geometry;
@@ -29,4 +31,5 @@ pub use jobs::Jobs;
 pub use mailbox::Mailbox;
 pub use request::Request;
 pub use retry::OnError;
+pub use ring::{GuestMap, Place, Ring, Space};
 pub use stats::Ledger;

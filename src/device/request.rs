@@ -1,13 +1,12 @@
 //! From a descriptor chain to a request (virtio 1.2, sections 2.7.5 and 5.2.6). No guest byte may panic here.
 
+use super::ring::Ring;
 use crate::io::buf::{self, IoBuf};
 use crate::units::SECTOR_SIZE;
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use virtio_queue::DescriptorChain;
-use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 /// Bytes of the request header: type u32, reserved u32, sector u64, little-endian.
 const HEADER_SIZE: usize = 16;
@@ -17,9 +16,6 @@ pub const SEGMENT_SIZE: usize = 16;
 
 /// The serial that GET_ID answers with: 20 bytes, not terminated when full.
 pub const SERIAL_SIZE: usize = 20;
-
-/// Descriptors that a chain may have. QEMU's own limit is 1,024; a guest that follows SEG_MAX stays far below.
-const CHAIN_MAX: usize = 1024;
 
 /// The most segments that one discard or write-zeroes request may carry (and what the config space offers).
 pub const SEGMENTS_MAX: u32 = 1;
@@ -81,7 +77,7 @@ pub struct Segment {
     pub unmap: bool,
 }
 
-/// A request whose buffers are pieces of guest memory.
+/// A request whose buffers are pieces of guest memory. Made to be used again: its lists keep their room.
 #[derive(Debug)]
 pub struct Request {
     /// What the guest wants, or the status it gets at once.
@@ -90,42 +86,57 @@ pub struct Request {
     pub data: Vec<IoBuf>,
     /// The status byte; none in a chain that has no byte we may write.
     status: Option<IoBuf>,
+    /// Room for the pieces that are not data.
+    rest: Vec<IoBuf>,
+}
+
+impl Default for Request {
+    fn default() -> Self {
+        Request { kind: Err(Status::IoErr), data: Vec::new(), status: None, rest: Vec::new() }
+    }
 }
 
 impl Request {
-    /// Takes a chain apart. The framing is the guest's own business (section 2.7.4.3): header and status are found by
-    /// byte count, not by descriptor.
+    /// Takes the chain that begins with `head`, which is less than the ring's size, apart. The framing is the guest's own
+    /// business (section 2.7.4.3): header and status are found by byte count, not by descriptor.
     ///
     /// A chain that makes no sense becomes a request with a status to answer, never an error: its head must go back.
     /// The caller keeps the memory behind the chain mapped as long as the request lives.
-    pub fn parse<M>(chain: DescriptorChain<M>) -> Request
-    where
-        M: std::ops::Deref + Clone,
-        M::Target: GuestMemory,
-    {
-        let Chain { mut readable, mut writable, whole } = Chain::collect(chain);
-        let status = buf::pop_byte(&mut writable);
-        if !whole || status.is_none() {
-            return Request { kind: Err(Status::IoErr), data: Vec::new(), status };
-        }
+    #[inline]
+    pub fn parse(&mut self, ring: &Ring, head: u16) {
+        let (readable, writable) = (&mut self.rest, &mut self.data);
+        readable.clear();
+        writable.clear();
+        let whole = ring.chain(head, readable, writable);
+        self.status = buf::pop_byte(writable);
         let mut header = [0u8; HEADER_SIZE];
-        if buf::copy_from(&readable, &mut header) < HEADER_SIZE {
-            return Request { kind: Err(Status::IoErr), data: Vec::new(), status };
+        if !whole || self.status.is_none() || buf::copy_from(readable, &mut header) < HEADER_SIZE {
+            writable.clear();
+            self.kind = Err(Status::IoErr);
+            return;
         }
-        buf::advance(&mut readable, HEADER_SIZE);
         let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
         let sector = u64::from(word(8)) | u64::from(word(12)) << 32;
         let offset = sector.checked_mul(SECTOR_SIZE).ok_or(Status::IoErr);
-        let (kind, data) = match word(0) {
-            VIRTIO_BLK_T_IN => (offset.map(|offset| Kind::Read { offset }), writable),
-            VIRTIO_BLK_T_OUT => (offset.map(|offset| Kind::Write { offset }), readable),
-            VIRTIO_BLK_T_FLUSH => (Ok(Kind::Flush), Vec::new()),
-            VIRTIO_BLK_T_GET_ID => (Ok(Kind::GetId), writable),
-            VIRTIO_BLK_T_WRITE_ZEROES => (parse_segments(&readable, false).map(Kind::WriteZeroes), Vec::new()),
-            VIRTIO_BLK_T_DISCARD => (parse_segments(&readable, true).map(Kind::Discard), Vec::new()),
-            _ => (Err(Status::Unsupported), Vec::new()),
+        if word(0) == VIRTIO_BLK_T_IN {
+            self.kind = offset.map(|offset| Kind::Read { offset });
+            return;
+        }
+        buf::advance(readable, HEADER_SIZE);
+        self.kind = match word(0) {
+            VIRTIO_BLK_T_OUT => {
+                std::mem::swap(readable, writable);
+                offset.map(|offset| Kind::Write { offset })
+            }
+            VIRTIO_BLK_T_FLUSH => Ok(Kind::Flush),
+            VIRTIO_BLK_T_GET_ID => Ok(Kind::GetId),
+            VIRTIO_BLK_T_WRITE_ZEROES => parse_segments(readable, false).map(Kind::WriteZeroes),
+            VIRTIO_BLK_T_DISCARD => parse_segments(readable, true).map(Kind::Discard),
+            _ => Err(Status::Unsupported),
         };
-        Request { kind, data, status }
+        if !matches!(self.kind, Ok(Kind::Write { .. } | Kind::GetId)) {
+            self.data.clear();
+        }
     }
 
     /// Bytes that it is about: transferred, or made to read as zeros.
@@ -156,73 +167,6 @@ impl Request {
         };
         u32::try_from(data).unwrap_or(u32::MAX - 1) + 1
     }
-}
-
-/// The buffers of a chain.
-struct Chain {
-    readable: Vec<IoBuf>,
-    writable: Vec<IoBuf>,
-    /// False when something is wrong with the chain: cut short by a bad index or table, a piece out of reach, out of order,
-    /// too long.
-    whole: bool,
-}
-
-impl Chain {
-    fn collect<M>(mut chain: DescriptorChain<M>) -> Chain
-    where
-        M: std::ops::Deref + Clone,
-        M::Target: GuestMemory,
-    {
-        let mut out = Chain { readable: Vec::new(), writable: Vec::new(), whole: true };
-        let mut count = 0;
-        // The crate's iterator ends in silence at a bad descriptor: a chain whose last descriptor promises another one
-        // was cut short.
-        let mut promised = true;
-        // A chain with something wrong in it is still walked to its end, where the status byte is: a driver that finds no
-        // status there may take the one of an earlier request for it, which said that all went well.
-        while let Some(desc) = chain.next() {
-            promised = desc.has_next();
-            count += 1;
-            if count > CHAIN_MAX {
-                promised = true;
-                break;
-            }
-            let (list, access) = if desc.is_write_only() {
-                (&mut out.writable, Permissions::Write)
-            } else {
-                // Readable descriptors come first (section 2.7.4.2).
-                out.whole &= out.writable.is_empty();
-                (&mut out.readable, Permissions::Read)
-            };
-            // u32 always fits in usize on the 64-bit machines that vmar is for.
-            let len = desc.len() as usize;
-            if !push_slices(chain.memory(), desc.addr(), len, access, list) {
-                out.whole = false;
-                // What came before a byte that is out of reach does not end with the status.
-                list.clear();
-            }
-        }
-        out.whole &= !promised;
-        out
-    }
-}
-
-/// Appends the pieces of a guest range; false when a part of it is not in guest memory.
-fn push_slices<M: GuestMemory + ?Sized>(
-    memory: &M,
-    addr: GuestAddress,
-    len: usize,
-    access: Permissions,
-    list: &mut Vec<IoBuf>,
-) -> bool {
-    let Ok(slices) = memory.get_slices(addr, len, access) else { return false };
-    for slice in slices {
-        let Ok(slice) = slice else { return false };
-        // SAFETY: the slice lies in mapped guest memory; the memory snapshot that the chain was read through is kept by
-        // the executor until the request has ended. No Rust reference to guest memory exists.
-        list.push(unsafe { IoBuf::from_raw(slice.ptr_guard_mut().as_ptr(), slice.len()) });
-    }
-    true
 }
 
 /// The segments of a discard or write-zeroes request (section 5.2.6: reserved flags are "unsupported", and so is UNMAP in a

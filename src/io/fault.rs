@@ -7,6 +7,7 @@
 
 use super::buf::{IoBuf, copy_from, slice_into, total_len};
 use super::file;
+use super::hot::Hot;
 use crate::units::to_usize;
 use std::fmt::Debug;
 use std::fs::File;
@@ -92,18 +93,30 @@ pub trait Faults: Debug + Send + Sync {
 pub struct FileRef<'a> {
     file: &'a File,
     faults: Option<&'a Arc<dyn Faults>>,
+    hot: Option<&'a Hot>,
 }
 
 impl<'a> From<&'a File> for FileRef<'a> {
     fn from(file: &'a File) -> Self {
-        FileRef { file, faults: None }
+        FileRef { file, faults: None, hot: None }
     }
 }
 
 impl<'a> FileRef<'a> {
     /// A file whose operations pass `faults`.
     pub fn new(file: &'a File, faults: Option<&'a Arc<dyn Faults>>) -> Self {
-        FileRef { file, faults }
+        FileRef { file, faults, hot: None }
+    }
+
+    /// A file that is mapped, too.
+    pub fn with_hot(file: &'a File, hot: Option<&'a Hot>) -> Self {
+        FileRef { file, faults: None, hot }
+    }
+
+    /// Its mapping.
+    #[inline]
+    pub(super) fn hot(self) -> Option<&'a Hot> {
+        self.hot
     }
 
     /// The file itself, for what is neither reading nor writing: its length, locks, names.

@@ -146,6 +146,11 @@ impl Uring {
         Ok(())
     }
 
+    /// True when [`Uring::reap`] would find something.
+    pub fn is_ready(&mut self) -> bool {
+        self.in_kernel > 0 && (self.ring.submission().taskrun() || !self.ring.completion().is_empty())
+    }
+
     /// Collects finished reads without waiting. Short reads are carried on and do not show.
     pub fn reap(&mut self, mut finished: impl FnMut(Finished)) -> io::Result<()> {
         self.take(&mut finished);

@@ -15,8 +15,9 @@ pub mod trace;
 pub use record::Recorder;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::fault::FileRef;
 use crate::io::lock::{self, Access};
-use crate::io::{Mapping, file};
+use crate::io::{Hot, Mapping, file};
 use crate::library::Library;
 use crate::map::Map;
 use crate::units::{IMAGE_SIZE_MAX, ImageId, SECTOR_SIZE};
@@ -43,6 +44,8 @@ struct Open {
     id: ImageId,
     path: PathBuf,
     file: File,
+    /// Its mapping; `None` where it cannot be mapped.
+    hot: Option<Hot>,
 }
 
 impl std::fmt::Debug for Base {
@@ -87,7 +90,8 @@ impl Base {
         // One writer, or any number of readers.
         lock::lock(&file, path, if writable { Access::Write } else { Access::Read }, lock::WAIT)?;
         let size = flat_size(path, &file)?;
-        let open = Open { id: ImageId(0), path: path.to_path_buf(), file };
+        let hot = Hot::map(&file, size);
+        let open = Open { id: ImageId(0), path: path.to_path_buf(), file, hot };
         Ok(Base { layout: Layout::Flat, targets: vec![open], size: AtomicU64::new(size) })
     }
 
@@ -132,6 +136,17 @@ impl Base {
     /// If there is no such target: the map was verified when it was opened.
     pub fn file(&self, target: u32) -> &File {
         &self.targets[target as usize].file
+    }
+
+    /// The file of a target and its mapping, to be read.
+    pub fn file_ref(&self, target: u32) -> FileRef<'_> {
+        let open = &self.targets[target as usize];
+        FileRef::with_hot(&open.file, open.hot.as_ref())
+    }
+
+    /// Relies no more on what was in the page cache.
+    pub fn cool(&self) {
+        self.targets.iter().filter_map(|t| t.hot.as_ref()).for_each(Hot::cool);
     }
 
     /// The path of that file.
@@ -204,5 +219,6 @@ fn open_target(library: &Library, map: &Path, target: crate::map::Target) -> Res
     // that was killed is in the way of that for longer than it takes to die, so there is little to wait for.
     lock::lock(&file, &path, Access::Read, BASE_LOCK_WAIT)?;
     file::disable_readahead(&file).map_err(|e| Error::io(&path, "switch readahead off", e))?;
-    Ok(Open { id: target.image, path, file })
+    let hot = Hot::map(&file, target.size);
+    Ok(Open { id: target.image, path, file, hot })
 }

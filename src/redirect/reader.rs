@@ -51,6 +51,11 @@ impl Reader {
         self.ring.in_flight()
     }
 
+    /// True when [`Reader::reap`] would find something.
+    pub fn is_ready(&mut self) -> bool {
+        self.ring.is_ready()
+    }
+
     /// Fills `bufs` as `pieces` say. `Some` when that is done already; `None` when [`Reader::reap`] will tell it under
     /// `token`. `file_of` gives the file of a piece and the offset in it; `None` for zeros.
     ///
