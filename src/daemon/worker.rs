@@ -253,6 +253,7 @@ impl Queue {
                     Ok(Command::Run(Run { kick, err, write_through, part })) => {
                         self.executor.set_write_through(write_through);
                         self.err = err;
+                        away = false;
                         // What the driver accepted, or the memory, may be new.
                         self.port.close();
                         self.kick = (!self.fresh || self.take_up(part)).then_some(kick);
