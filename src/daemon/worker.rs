@@ -435,8 +435,7 @@ impl Queue {
         };
         ring.quiet();
         let size = ring.size();
-        let mut taken =
-            start_again(&mut self.again, &mut self.executor, &mut self.ended, &mut self.request, ring);
+        let mut taken = start_again(&mut self.again, &mut self.executor, &mut self.ended, &mut self.request, ring);
         let mut broken = false;
         while taken < BATCH
             && !self.executor.is_full()
@@ -486,9 +485,8 @@ impl Queue {
             return Looked::Empty;
         }
         let Some(ring) = self.port.open() else { return Looked::Empty };
-        let found = self.spin.look(|| {
-            ring.has_more() || self.asked.load(Ordering::Acquire) || self.executor.is_ready()
-        });
+        let found =
+            self.spin.look(|| ring.has_more() || self.asked.load(Ordering::Acquire) || self.executor.is_ready());
         if found || ring.listen() {
             self.collect();
             self.publish();

@@ -86,7 +86,9 @@ impl Hot {
             if left > 0 {
                 self.broken.store(true, Ordering::Relaxed);
                 self.clear();
-                log::error!("a mapped page was lost: the file was truncated, or its disk fails; it is not mapped any more");
+                log::error!(
+                    "a mapped page was lost: the file was truncated, or its disk fails; it is not mapped any more"
+                );
                 return false;
             }
             from = from.wrapping_add(buf.len());
@@ -208,7 +210,10 @@ mod tests {
         let mut out = vec![0xAA; len];
         // SAFETY: `out` outlives the call, and is not used meanwhile.
         let bufs = unsafe {
-            [IoBuf::from_raw(out.as_mut_ptr(), len / 3), IoBuf::from_raw(out.as_mut_ptr().wrapping_add(len / 3), len - len / 3)]
+            [
+                IoBuf::from_raw(out.as_mut_ptr(), len / 3),
+                IoBuf::from_raw(out.as_mut_ptr().wrapping_add(len / 3), len - len / 3),
+            ]
         };
         hot.read(&bufs, offset).then_some(out)
     }
