@@ -140,6 +140,7 @@ impl Disk {
     /// This thread had to wait for a page that was held to be in the page cache.
     pub fn cool(&self) {
         self.base.cool();
+        self.overlay().iter().for_each(|overlay| overlay.cool());
     }
 
     /// Writes without waiting for locks or base data. `Ok(false)`: [`Disk::write`] must do it, on a thread that may wait.

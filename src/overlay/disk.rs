@@ -1,7 +1,7 @@
 //! The overlay file as a device: every read, write, fsync and punch of it goes through here and nowhere else, so that the
 //! order of them can be recorded, and any of them be held or made to fail ([`crate::io::fault`]).
 
-use crate::io::IoBuf;
+use crate::io::{Hot, IoBuf};
 use crate::io::fault::{Faults, FileRef};
 use std::fs::File;
 use std::io;
@@ -13,16 +13,31 @@ pub(super) struct Disk {
     file: File,
     /// `None` outside of tests.
     faults: Option<Arc<dyn Faults>>,
+    /// The file mapped, for the reads of a running VM.
+    hot: Option<Hot>,
 }
 
 impl Disk {
     pub fn new(file: File, faults: Option<Arc<dyn Faults>>) -> Disk {
-        Disk { file, faults }
+        Disk { file, faults, hot: None }
+    }
+
+    /// Maps the first `len` bytes for reading. A file with faults is not mapped: nothing may pass them by.
+    pub fn map(&mut self, len: u64) {
+        self.hot = if self.faults.is_none() { Hot::map(&self.file, len) } else { None };
+    }
+
+    /// Relies no more on what was in the page cache.
+    pub fn cool(&self) {
+        self.hot.iter().for_each(Hot::cool);
     }
 
     /// The file for those who read it elsewhere.
     pub fn file(&self) -> FileRef<'_> {
-        FileRef::new(&self.file, self.faults.as_ref())
+        match &self.hot {
+            Some(hot) => FileRef::with_hot(&self.file, Some(hot)),
+            None => FileRef::new(&self.file, self.faults.as_ref()),
+        }
     }
 
     /// The file without faults: for its metadata.

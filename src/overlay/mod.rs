@@ -211,7 +211,7 @@ impl Overlay {
         let access = if opts.read_only { Access::Read } else { Access::Write };
         crate::io::lock::lock(&file, path, access, WAIT)?;
         relayout::check_named(&file, path)?;
-        let (disk, mut header, layout) = read_metadata(path, Disk::new(file, faults))?;
+        let (mut disk, mut header, layout) = read_metadata(path, Disk::new(file, faults))?;
         check_base(path, &header, opts.base)?;
         let dirty = Dirty::new(if opts.read_only { 0 } else { index(layout.clusters) });
 
@@ -246,6 +246,7 @@ impl Overlay {
             }
             None => begin(path, &disk, &layout, &mut header, opts.state_dir, unsynced)?,
         };
+        disk.map(layout.file_len());
         Ok(Overlay {
             path: path.to_path_buf(),
             disk,
@@ -288,6 +289,11 @@ impl Overlay {
     /// would go behind the bitmap's back.
     pub fn file(&self) -> FileRef<'_> {
         self.disk.file()
+    }
+
+    /// Relies no more on what was in the page cache, see [`crate::io::hot`].
+    pub fn cool(&self) {
+        self.disk.cool();
     }
 
     /// Host offset of guest byte 0.
