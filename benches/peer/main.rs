@@ -113,6 +113,10 @@ fn about(args: &Args, vmar: &std::path::Path) -> Result<serde_json::Value> {
     let own = if args.socket.is_none() { Some(rig::run(Command::new(vmar).arg("--version"))?) } else { None };
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let cpus = std::thread::available_parallelism().map_or(0, usize::from);
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    if load.split(' ').next().and_then(|l| l.parse().ok()).is_some_and(|l: f64| l > 0.5) {
+        eprintln!("this machine is not quiet (load average {}): the figures will be noisy", load.trim());
+    }
     Ok(serde_json::json!({
         "vmar": own.map(first_line),
         "qemu_storage_daemon": qsd.map(first_line),
@@ -121,6 +125,6 @@ fn about(args: &Args, vmar: &std::path::Path) -> Result<serde_json::Value> {
         "image_bytes": args.image_bytes(),
         "rounds": args.rounds(),
         "seconds": args.seconds(),
-        "load_average": std::fs::read_to_string("/proc/loadavg").unwrap_or_default().trim(),
+        "load_average": load.trim(),
     }))
 }

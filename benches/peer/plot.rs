@@ -44,7 +44,7 @@ pub fn draw(path: &Path, measured: &[Measured]) -> Result<()> {
 }
 
 fn paint(area: &Area, measured: &[Measured], names: &[&str]) -> std::result::Result<(), Box<dyn std::error::Error>> {
-    let font = ("sans-serif", 12).into_font();
+    let font = ("sans-serif", 14).into_font();
     area.fill(&WHITE)?;
     let bottom = HEAD + i32::try_from(measured.len())? * LINE + 4;
     for (i, name) in names.iter().enumerate() {

@@ -41,7 +41,7 @@ pub fn compare(args: &Args, rig: &Rig, scenario: &Scenario) -> Result<Vec<Row>> 
             row.turns.push(turn(args, subject, scenario, round).map_err(named(kind))?);
         }
     }
-    running.into_iter().try_for_each(Running::stop)?;
+    running.into_iter().for_each(Running::stop);
     Ok(rows)
 }
 
@@ -56,7 +56,7 @@ pub fn drive(args: &Args, socket: &std::path::Path, scenario: &Scenario) -> Resu
     for round in 0..args.rounds() {
         row.turns.push(turn(args, &mut subject, scenario, round)?);
     }
-    subject.stop()?;
+    subject.stop();
     Ok(vec![row])
 }
 
@@ -72,7 +72,7 @@ fn fresh(args: &Args, rig: &Rig, scenario: &Scenario, kind: Kind, round: u32) ->
         rig.settle()?;
     }
     let turn = turn(args, &mut subject, scenario, round)?;
-    subject.stop()?;
+    subject.stop();
     if scenario.writes() {
         rig.settle()?;
     }

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+/// A server that is told to end has this long.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// A running server; killed when dropped.
 #[derive(Debug)]
 pub struct Server {
@@ -61,18 +64,19 @@ impl Server {
         }
     }
 
-    /// SIGTERM, as a supervisor would, and waits for the end: what is written must be out of the way of the next subject.
-    pub fn stop(mut self) -> Result<()> {
+    /// SIGTERM, as a supervisor would, and waits for the end: what is written must be out of the way of the next subject. One
+    /// that does not end is named and killed: qemu-storage-daemon 7.2 with an I/O thread often hangs there.
+    pub fn stop(mut self) {
         // SAFETY: kill has no memory effects; the child is not reaped yet, so the number is still its own.
         unsafe { libc::kill(self.child.id().cast_signed(), libc::SIGTERM) };
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + PATIENCE;
         while matches!(self.child.try_wait(), Ok(None)) {
             if Instant::now() > deadline {
-                return Err(format!("{}: still running 30 s after SIGTERM: {}", self.name, self.words()));
+                eprintln!("{}: killed, as it still runs {PATIENCE:?} after SIGTERM: {}", self.name, self.words());
+                return;
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        Ok(())
     }
 
     fn words(&self) -> String {
