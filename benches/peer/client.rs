@@ -257,7 +257,8 @@ fn pump(lanes: &mut [Lane], is_polling: bool, length: Duration) -> Result<Tally>
                 tally.requests_all += 1;
                 let slot = completion.user_data;
                 let (began, is_flush) = lane.began[slot];
-                if last <= deadline {
+                // On a crowded machine the server may not even have run: the first requests count in any case.
+                if last <= deadline || tally.requests == 0 {
                     tally.ns = last;
                     tally.requests += u64::from(!is_flush);
                     if is_flush { &mut tally.flushes } else { &mut tally.latencies }.add(last - began);
@@ -267,7 +268,7 @@ fn pump(lanes: &mut [Lane], is_polling: bool, length: Duration) -> Result<Tally>
         }
     }
     if last > deadline {
-        tally.ns = deadline;
+        tally.ns = tally.ns.max(deadline);
     }
     Ok(tally)
 }

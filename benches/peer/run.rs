@@ -80,11 +80,7 @@ fn fresh(args: &Args, rig: &Rig, scenario: &Scenario, kind: Kind, round: u32) ->
 }
 
 fn turn(args: &Args, subject: &mut Running, scenario: &Scenario, round: u32) -> Result<Turn> {
-    let turn = subject.turn(scenario, u64::from(round), Duration::from_secs_f64(args.seconds()))?;
-    if turn.tally.requests == 0 {
-        return Err("no request ended in time: give it more --seconds".into());
-    }
-    Ok(turn)
+    subject.turn(scenario, u64::from(round), Duration::from_secs_f64(args.seconds()))
 }
 
 fn warm_up(args: &Args) -> Duration {

@@ -112,8 +112,8 @@ pub fn cpu_ns(pid: u32) -> Result<u64> {
     Ok(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64)
 }
 
-/// KiB of memory that only this process has: private mappings, as Private_* of smaps counts them. Shared mappings are left
-/// out: the client's memory, and image files, whose pages belong to the page cache.
+/// KiB of memory that the process has for itself: anonymous pages of its private mappings. Left out are the client's memory,
+/// image files that are mapped, and the program's text, which more processes of it share: all of them are page cache.
 ///
 /// # Errors
 /// If the process is not there, or belongs to somebody else.
@@ -128,7 +128,7 @@ pub fn private_kib(pid: u32) -> Result<u64> {
         if !first.ends_with(':') {
             // The head of a mapping: "START-END rw-p ...".
             is_private = second.ends_with('p');
-        } else if is_private && matches!(first, "Private_Clean:" | "Private_Dirty:") {
+        } else if is_private && first == "Anonymous:" {
             sum += second.parse::<u64>().unwrap_or(0);
         }
     }
