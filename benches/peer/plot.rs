@@ -47,10 +47,12 @@ fn paint(area: &Area, measured: &[Measured], names: &[&str]) -> std::result::Res
     let font = ("sans-serif", 14).into_font();
     area.fill(&WHITE)?;
     let bottom = HEAD + i32::try_from(measured.len())? * LINE + 4;
+    let mut legend = 16;
     for (i, name) in names.iter().enumerate() {
-        let x = NAMES + i32::try_from(i)? * 140;
-        area.draw(&Circle::new((x, 12), 4, color(i).filled()))?;
-        area.draw(&Text::new(format!("vmar ÷ {name}"), (x + 8, 6), font.clone()))?;
+        area.draw(&Circle::new((legend, 12), 4, color(i).filled()))?;
+        area.draw(&Text::new(format!("vmar ÷ {name}"), (legend + 8, 6), font.clone()))?;
+        // About 7 pixels a letter.
+        legend += 7 * i32::try_from(name.len() + 7)? + 32;
     }
     for (panel, title) in
         ["IOPS (right of 1: vmar is faster)", "CPU of the server a request (left of 1: vmar is cheaper)"]
