@@ -7,6 +7,7 @@ use super::spin::Spin;
 use super::{GuestMap, GuestMemory, Vring};
 use crate::device::executor::Written;
 use crate::device::{Completion, Disk, Executor, Jobs, Late, Mailbox, Request, Ring};
+use crate::units::BLOCK_SIZE;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use std::collections::VecDeque;
@@ -24,9 +25,12 @@ use virtio_queue::QueueT;
 /// Requests taken off the ring before their completions are published and the guest is told.
 const BATCH: usize = 32;
 
-/// Completions after which they are published before the batch is through: a guest that sleeps is woken early, and works on
-/// the first while we work on the last.
-const EARLY: usize = 8;
+/// Requests that are taken apart together, before the first of them is started.
+const GROUP: usize = 8;
+
+/// Bytes after which what has ended is published before the batch is through: a guest that sleeps is woken early, and works
+/// on the first requests while we work on the last. Every request counts as a block at least.
+const EARLY: u64 = 32 << 10;
 
 /// How long a queue may take to switch its log: it does so between two batches of requests.
 const LOG_TIME: Duration = Duration::from_secs(5);
@@ -119,7 +123,8 @@ impl Worker {
                     tracker: Tracker::default(),
                     again: VecDeque::new(),
                     ended: Vec::new(),
-                    request: Request::default(),
+                    requests: Default::default(),
+                    heads: Vec::new(),
                     shown: Vec::new(),
                     spin: Spin::new(),
                     bad_heads: 0,
@@ -217,8 +222,9 @@ struct Queue {
     again: VecDeque<u16>,
     /// What has ended and was not yet told to the tracker.
     ended: Vec<Completion>,
-    /// The request in hand, and the heads of the batch that is being published: their lists keep their room.
-    request: Request,
+    /// The requests in hand, their heads, and the heads that are being published: these lists keep their room.
+    requests: [Request; GROUP],
+    heads: Vec<u16>,
     shown: Vec<u16>,
     spin: Spin,
     bad_heads: u64,
@@ -435,37 +441,42 @@ impl Queue {
         };
         ring.quiet();
         let size = ring.size();
-        let mut taken = start_again(&mut self.again, &mut self.executor, &mut self.ended, &mut self.request, ring);
+        let mut taken = start_again(&mut self.again, &mut self.executor, &mut self.ended, &mut self.requests[0], ring);
+        let mut bytes = 0;
         let mut broken = false;
-        while taken < BATCH
-            && !self.executor.is_full()
-            && self.tracker.outstanding() < usize::from(size)
-            && !self.asked.load(Ordering::Acquire)
-        {
-            let Some(ring) = self.port.open() else { break };
-            let head = match ring.pop() {
-                Ok(Some(head)) => head,
-                Ok(None) => break,
-                Err(e) => {
-                    log::error!("queue {}: the guest broke its ring: {e}", self.index);
-                    broken = true;
-                    break;
-                }
-            };
-            taken += 1;
-            if head >= size {
-                // There is no such descriptor, and no place in the used ring for it.
-                self.bad_heads += 1;
-                if self.bad_heads.is_power_of_two() {
-                    log::warn!("queue {}: the guest offered descriptor {head} of {size}", self.index);
-                }
-                continue;
+        'batch: while taken < BATCH && !broken {
+            broken = !self.look_ahead(GROUP.min(BATCH - taken));
+            if self.heads.is_empty() {
+                break;
             }
-            self.request.parse(ring, head);
-            self.tracker.take(head);
-            self.ended.extend(self.executor.start(head, &mut self.request, ring.space().map()));
-            if self.ended.len() >= EARLY {
-                self.publish();
+            for at in 0..self.heads.len() {
+                if self.asked.load(Ordering::Acquire)
+                    || self.executor.is_full()
+                    || self.tracker.outstanding() >= usize::from(size)
+                {
+                    // Those that are not taken are looked at again.
+                    break 'batch;
+                }
+                let Some(ring) = self.port.open() else { break 'batch };
+                ring.advance();
+                taken += 1;
+                let (head, request) = (self.heads[at], &mut self.requests[at]);
+                if head >= size {
+                    // There is no such descriptor, and no place in the used ring for it.
+                    self.bad_heads += 1;
+                    if self.bad_heads.is_power_of_two() {
+                        log::warn!("queue {}: the guest offered descriptor {head} of {size}", self.index);
+                    }
+                    continue;
+                }
+                self.tracker.take(head);
+                bytes += request.bytes().max(BLOCK_SIZE);
+                self.ended.extend(self.executor.start(head, request, ring.space().map()));
+                if bytes >= EARLY {
+                    bytes = 0;
+                    // In the memory map of this batch: the requests of the group lie in it.
+                    self.show();
+                }
             }
         }
         self.used_written();
@@ -477,6 +488,24 @@ impl Queue {
             0 => Looked::Empty,
             _ => Looked::More,
         }
+    }
+
+    /// Takes the next requests apart, but not off the ring. Their first bytes are fetched side by side: from memory that is
+    /// spread widely, each alone would take as long as the copy. False when the ring makes no sense.
+    #[inline]
+    fn look_ahead(&mut self, max: usize) -> bool {
+        self.heads.clear();
+        let Some(ring) = self.port.open() else { return true };
+        let result = ring.peek(max, &mut self.heads);
+        for (head, request) in self.heads.iter().zip(&mut self.requests) {
+            if *head < ring.size() {
+                request.parse(ring, *head);
+                self.executor.fetch(request);
+            }
+        }
+        result
+            .inspect_err(|e| log::error!("queue {}: the guest broke its ring: {e}", self.index))
+            .is_ok()
     }
 
     /// Nothing is left to take: looks for more for a while, then asks the guest for a kick.
@@ -519,6 +548,14 @@ impl Queue {
     /// Puts what has ended into the used ring and tells the guest, if it wants to be told. While the frontend is changing
     /// the memory map the ring may be out of reach; what has ended then waits for the next look.
     fn publish(&mut self) {
+        // Looked up anew if the map has changed.
+        if !self.held && self.port.ring().is_some() {
+            self.show();
+        }
+    }
+
+    /// [`Queue::publish`], in the ring as it was last looked up.
+    fn show(&mut self) {
         if self.held {
             return;
         }
@@ -528,7 +565,7 @@ impl Queue {
         if !self.tracker.is_ready() {
             return;
         }
-        let Some(ring) = self.port.ring() else { return };
+        let Some(ring) = self.port.open() else { return };
         self.shown.clear();
         while let Some(done) = self.tracker.next_ended() {
             self.tracker.publishing(done.head);
@@ -586,8 +623,8 @@ impl Queue {
     fn refuse_rest(&mut self) {
         let Some(ring) = self.port.ring() else { return };
         for head in self.again.drain(..).filter(|head| *head < ring.size()) {
-            self.request.parse(ring, head);
-            self.ended.extend(self.executor.refuse(head, &self.request, ring.space().map()));
+            self.requests[0].parse(ring, head);
+            self.ended.extend(self.executor.refuse(head, &self.requests[0], ring.space().map()));
         }
     }
 
@@ -597,7 +634,7 @@ impl Queue {
             return;
         }
         let Some(ring) = self.port.ring() else { return };
-        while start_again(&mut self.again, &mut self.executor, &mut self.ended, &mut self.request, ring) > 0 {}
+        while start_again(&mut self.again, &mut self.executor, &mut self.ended, &mut self.requests[0], ring) > 0 {}
         self.executor.submit();
         self.collect();
     }

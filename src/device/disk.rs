@@ -105,6 +105,9 @@ impl Disk {
         let Some(overlay) = self.overlay() else {
             return self.base.plan(offset, len, 0, out);
         };
+        if overlay.is_base(offset, len as u64) {
+            return self.base.plan(offset, len, 0, out);
+        }
         for run in overlay.runs(offset, len as u64) {
             let at = to_usize(run.offset - offset);
             let len = to_usize(run.len);

@@ -12,7 +12,6 @@ use super::retry::Pause;
 use super::stats::{Ledger, QueueStats};
 use crate::io::buf::{self, total_len};
 use crate::io::hot::Watch;
-use crate::redirect::plan::Piece;
 use crate::redirect::reader::Reader;
 use crate::units::to_usize;
 use std::io;
@@ -103,7 +102,6 @@ pub struct Executor<G> {
     /// How often io_uring took no work, and when to try again.
     refusals: u64,
     submit_at: Option<Instant>,
-    pieces: Vec<Piece>,
     own_target: Option<u32>,
     /// The driver did not negotiate FLUSH: it expects a write-through disk (virtio 1.2, section 5.2.6.2).
     write_through: bool,
@@ -135,7 +133,6 @@ impl<G: Clone> Executor<G> {
             failures: 0,
             refusals: 0,
             submit_at: None,
-            pieces: Vec::new(),
             own_target,
             write_through: false,
             written: None,
@@ -221,6 +218,22 @@ impl<G: Clone> Executor<G> {
             }
         };
         self.finish(memory, head, request, Some(status), None)
+    }
+
+    /// Plans a read before its turn, and has the processor fetch the beginning of what it will copy. Requests that a guest
+    /// has in flight together have no order, so a write that ends between plan and read may or may not be seen.
+    #[inline]
+    pub fn fetch(&self, request: &mut Request) {
+        if let Ok(Kind::Read { offset }) = request.kind
+            && self.disk.contains(offset, total_len(&request.data) as u64)
+        {
+            self.disk.plan(offset, total_len(&request.data), &mut request.plan);
+            if let (Some(piece), Some(buf)) = (request.plan.first(), request.data.first())
+                && let Some((file, at)) = self.disk.file_of(&piece.source)
+            {
+                file.fetch(at, buf);
+            }
+        }
     }
 
     /// Ends a request that is not to be started with an I/O error.
@@ -314,10 +327,10 @@ impl<G: Clone> Executor<G> {
 
     /// One try at a request that makes sense: `Some` when it has ended by it, else [`Executor::reap`] will see it end under
     /// `token`.
-    fn attempt(&mut self, token: usize, request: &Request, stage: &mut Stage) -> Option<io::Result<()>> {
+    fn attempt(&mut self, token: usize, request: &mut Request, stage: &mut Stage) -> Option<io::Result<()>> {
         *stage = Stage::Work;
         let work = match &request.kind {
-            Ok(Kind::Read { offset }) => return self.read(token, *offset, request),
+            &Ok(Kind::Read { offset }) => return self.read(token, offset, request),
             Ok(Kind::Write { offset }) => match self.disk.try_write(*offset, &request.data) {
                 Ok(true) if self.writes_through() => Work::Flush,
                 Ok(true) => return Some(Ok(())),
@@ -335,16 +348,18 @@ impl<G: Clone> Executor<G> {
         None
     }
 
-    fn read(&mut self, token: usize, offset: u64, request: &Request) -> Option<io::Result<()>> {
-        let mut pieces = std::mem::take(&mut self.pieces);
-        pieces.clear();
-        self.disk.plan(offset, total_len(&request.data), &mut pieces);
+    fn read(&mut self, token: usize, offset: u64, request: &mut Request) -> Option<io::Result<()>> {
+        let Request { plan, data, .. } = request;
+        if plan.is_empty() {
+            self.disk.plan(offset, total_len(data), plan);
+        }
         self.unwatched += 1;
-        self.disk.record(&pieces);
-        self.stats().sources(&pieces, self.own_target);
+        self.disk.record(plan);
+        self.stats().sources(plan, self.own_target);
         let disk = &self.disk;
-        let done = self.reader.read(token as u64, &pieces, &request.data, |source| disk.file_of(source));
-        self.pieces = pieces;
+        let done = self.reader.read(token as u64, plan, data, |source| disk.file_of(source));
+        // Another try is another look.
+        plan.clear();
         done
     }
 
@@ -406,7 +421,7 @@ impl<G: Clone> Executor<G> {
         for token in ready {
             self.stats().retry();
             let Some(mut flight) = self.slots[token].take() else { unreachable!("a paused request has a slot") };
-            let result = self.attempt(token, &flight.request, &mut flight.stage);
+            let result = self.attempt(token, &mut flight.request, &mut flight.stage);
             self.slots[token] = Some(flight);
             if let Some(result) = result {
                 // Without write-through: `attempt` has seen to the flush.

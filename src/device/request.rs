@@ -2,6 +2,7 @@
 
 use super::ring::Ring;
 use crate::io::buf::{self, IoBuf};
+use crate::redirect::plan::Piece;
 use crate::units::SECTOR_SIZE;
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
@@ -88,11 +89,13 @@ pub struct Request {
     status: Option<IoBuf>,
     /// Room for the pieces that are not data.
     rest: Vec<IoBuf>,
+    /// What a read is made of, if that was found out before its turn; see [`super::Executor::fetch`].
+    pub(super) plan: Vec<Piece>,
 }
 
 impl Default for Request {
     fn default() -> Self {
-        Request { kind: Err(Status::IoErr), data: Vec::new(), status: None, rest: Vec::new() }
+        Request { kind: Err(Status::IoErr), data: Vec::new(), status: None, rest: Vec::new(), plan: Vec::new() }
     }
 }
 
@@ -104,6 +107,7 @@ impl Request {
     /// The caller keeps the memory behind the chain mapped as long as the request lives.
     #[inline]
     pub fn parse(&mut self, ring: &Ring, head: u16) {
+        self.plan.clear();
         let (readable, writable) = (&mut self.rest, &mut self.data);
         readable.clear();
         writable.clear();

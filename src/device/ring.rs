@@ -213,26 +213,36 @@ impl Ring {
         self.avail_idx() != self.next_avail
     }
 
-    /// Takes the next head off the available ring, whatever its value is.
+    /// Appends the next heads of the available ring, whatever their values are, until there are `max` or no more.
+    /// [`Ring::advance`] takes them, one by one.
     ///
     /// # Errors
     /// When the guest's index makes no sense.
     #[inline]
-    pub fn pop(&mut self) -> Result<Option<u16>, Overrun> {
-        if self.offered == self.next_avail {
-            self.offered = self.avail_idx();
-            let offered = self.offered.wrapping_sub(self.next_avail);
-            if offered > self.size {
-                self.offered = self.next_avail;
-                return Err(Overrun { offered, size: self.size });
+    pub fn peek(&mut self, max: usize, heads: &mut Vec<u16>) -> Result<(), Overrun> {
+        let mut at = self.next_avail;
+        while heads.len() < max {
+            if at == self.offered {
+                let offered = self.avail_idx().wrapping_sub(self.next_avail);
+                if offered > self.size {
+                    return Err(Overrun { offered, size: self.size });
+                }
+                self.offered = self.next_avail.wrapping_add(offered);
+                if at == self.offered {
+                    break;
+                }
             }
-            if offered == 0 {
-                return Ok(None);
-            }
+            let slot = usize::from(at & (self.size - 1));
+            heads.push(u16::from_le(self.u16_of(self.avail, ENTRIES + 2 * slot).load(Ordering::Relaxed)));
+            at = at.wrapping_add(1);
         }
-        let slot = usize::from(self.next_avail & (self.size - 1));
+        Ok(())
+    }
+
+    /// Takes the first of what [`Ring::peek`] has shown.
+    #[inline]
+    pub fn advance(&mut self) {
         self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(Some(u16::from_le(self.u16_of(self.avail, ENTRIES + 2 * slot).load(Ordering::Relaxed))))
     }
 
     /// Puts a head into the used ring. The guest sees it after [`Ring::publish`].

@@ -113,6 +113,12 @@ impl<'a> FileRef<'a> {
         FileRef { file, faults: None, hot }
     }
 
+    /// Has the processor fetch where a copy from `at` to `buf` begins, if it would be one from a mapping.
+    #[inline]
+    pub fn fetch(self, at: u64, buf: &IoBuf) {
+        self.hot.iter().for_each(|hot| hot.fetch(at, buf));
+    }
+
     /// Its mapping.
     #[inline]
     pub(super) fn hot(self) -> Option<&'a Hot> {

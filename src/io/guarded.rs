@@ -30,8 +30,15 @@ pub unsafe fn copy(dst: *mut u8, src: *const u8, len: usize) -> usize {
     unsafe { imp::copy(dst, src, len) }
 }
 
+/// Has the processor fetch the first lines of a copy that is to come. A hint that never faults.
+#[inline]
+pub fn fetch(src: *const u8, dst: *mut u8) {
+    imp::fetch(src, dst);
+}
+
 #[cfg(target_arch = "x86_64")]
 mod imp {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
     use std::io;
     use std::mem::MaybeUninit;
     use std::ptr::null_mut;
@@ -70,6 +77,19 @@ mod imp {
     pub(super) unsafe fn copy(dst: *mut u8, src: *const u8, len: usize) -> usize {
         // SAFETY: the caller's promise; the function touches nothing else and keeps to the calling convention.
         unsafe { vmar_guarded_copy(dst, src, len) }
+    }
+
+    /// Lines fetched at the source: what the copy takes to get going.
+    const LINES: usize = 4;
+
+    #[inline]
+    pub(super) fn fetch(src: *const u8, dst: *mut u8) {
+        for line in 0..LINES {
+            // SAFETY: a prefetch of any address is allowed.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(64 * line).cast()) };
+        }
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(dst.cast_const().cast()) };
     }
 
     pub(super) fn install() -> io::Result<()> {
@@ -125,6 +145,8 @@ mod imp {
     pub(super) fn install() -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
+
+    pub(super) fn fetch(_src: *const u8, _dst: *mut u8) {}
 
     pub(super) unsafe fn copy(_dst: *mut u8, _src: *const u8, len: usize) -> usize {
         len

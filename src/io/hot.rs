@@ -96,6 +96,15 @@ impl Hot {
         true
     }
 
+    /// Has the processor fetch the first lines of a copy from `offset` to `buf`, and with them the translations of their
+    /// addresses. A hint: it touches nothing, whatever the addresses are.
+    #[inline]
+    pub fn fetch(&self, offset: u64, buf: &IoBuf) {
+        if offset < self.map.len() as u64 {
+            guarded::fetch(self.map.as_ptr().wrapping_add(to_usize(offset)), buf.as_ptr());
+        }
+    }
+
     /// The range was just found in the page cache.
     pub fn mark(&self, offset: u64, len: u64) {
         let Some(end) = offset.checked_add(len).filter(|end| *end <= self.map.len() as u64) else { return };

@@ -52,6 +52,18 @@ pub(super) fn state_in_word(word: u64, sub: u64) -> State {
     }
 }
 
+/// True if a range of bytes lies in one cluster and none of its subclusters is data or zero.
+#[inline]
+pub(super) fn is_base(words: &[AtomicU64], offset: u64, len: u64) -> bool {
+    let (first, last) = (offset >> SUB_BITS, (offset + len.max(1) - 1) >> SUB_BITS);
+    if first / SUBS != last / SUBS {
+        return false;
+    }
+    let mask = (u64::MAX >> (63 - (last - first))) << (first % SUBS);
+    let word = words[index(first / SUBS)].load(Ordering::Acquire);
+    (word | word >> 32) & mask == 0
+}
+
 /// The words that hold a range of subclusters: index of the word, and its subclusters as a 32-bit mask.
 fn words_of(subs: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
     let clusters = if subs.is_empty() { 0..0 } else { subs.start / SUBS..subs.end.div_ceil(SUBS) };
@@ -194,6 +206,27 @@ fn ones(mut bits: u64) -> impl Iterator<Item = usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_range_is_base_as_its_runs_say() {
+        for changed in 0..2 * SUBS {
+            for zero in [false, true] {
+                let words = [AtomicU64::new(0), AtomicU64::new(0)];
+                match zero {
+                    true => set_zero(&words, changed..changed + 1, |_| ()),
+                    false => set_data(&words, changed..changed + 1, |_| ()),
+                }
+                for first in 0..2 * SUBS {
+                    for end in first + 1..=2 * SUBS {
+                        let (from, to) = ((first << SUB_BITS) + 512, (end << SUB_BITS) - 512);
+                        let runs = Runs::new(&words, from..to).all(|run| run.state == State::Base);
+                        let one = first / SUBS == (end - 1) / SUBS;
+                        assert_eq!(is_base(&words, from, to - from), runs && one, "{changed} {first}..{end}");
+                    }
+                }
+            }
+        }
+    }
     use proptest::prelude::*;
 
     fn word_strategy() -> impl Strategy<Value = u64> {

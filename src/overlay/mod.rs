@@ -301,6 +301,13 @@ impl Overlay {
         self.layout.data
     }
 
+    /// True if all of `[offset, offset + len)`, inside the disk, was never written, as far as one look can tell: it is false
+    /// for a range that spans clusters. One atomic load.
+    #[inline]
+    pub fn is_base(&self, offset: u64, len: u64) -> bool {
+        bits::is_base(self.words.get(), offset, len)
+    }
+
     /// Where the content of `[offset, offset + len)` comes from, as runs that cover it exactly. Only looks at the live
     /// bitmap: no allocation, no lock, no system call. What is behind the end of the disk is not covered.
     pub fn runs(&self, offset: u64, len: u64) -> Runs<'_> {

@@ -13,6 +13,9 @@ use crate::units::to_usize;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
+/// Pieces of a request whose first bytes are being fetched while one is copied: they are spread widely.
+const FETCH_AHEAD: usize = 4;
+
 /// A request of which some sub-reads are still in flight.
 #[derive(Debug)]
 struct Pending {
@@ -69,7 +72,16 @@ impl Reader {
     ) -> Option<io::Result<()>> {
         let mut slot = None;
         let mut error = None;
-        for piece in pieces {
+        let fetch = |piece: Option<&Piece>| {
+            if let (Some(piece), Some(buf)) = (piece, bufs.first())
+                && let Some((file, offset)) = file_of(&piece.source)
+            {
+                file.fetch(offset, buf);
+            }
+        };
+        (1..FETCH_AHEAD).for_each(|i| fetch(pieces.get(i)));
+        for (i, piece) in pieces.iter().enumerate() {
+            fetch(pieces.get(i + FETCH_AHEAD));
             self.parts.clear();
             slice_into(bufs, piece.at, piece.len, &mut self.parts);
             let Some((file, offset)) = file_of(&piece.source) else {
