@@ -313,7 +313,7 @@ impl Shown {
 }
 
 fn policy_name(code: u32) -> String {
-    if code == Policy::Paper.code() { Policy::Paper.to_string() } else { format!("number {code}") }
+    Policy::name_of(code).map_or_else(|| format!("number {code}"), str::to_string)
 }
 
 /// The name of an image that a map points to; its number if the library does not know it.

@@ -43,7 +43,7 @@ fn print_table(library: &Library, stats: &Stats) -> Result<()> {
     }
     table.print();
     println!();
-    println!("policy                      {}", stats.policy);
+    println!("policy                      {}", library.catalog().policy);
     println!("non-zero blocks             {}", stats.nonzero_blocks);
     let unique_share = percent(stats.unique_blocks, stats.nonzero_blocks);
     println!("unique blocks               {} ({unique_share})", stats.unique_blocks);

@@ -10,12 +10,15 @@
 //! ```
 //!
 //! - [`add`] puts images into a library, all or none,
+//! - [`remap`] makes the maps anew, with another policy,
 //! - [`verify`] reads everything again and compares,
 //! - [`stats`] counts what is shared.
 
 pub mod add;
+mod arrange;
 mod compare;
 mod join;
+pub mod remap;
 mod resolve;
 pub mod stats;
 pub mod verify;

@@ -96,7 +96,7 @@ fn a_writer_killed_at_any_step_leaves_before_or_after() {
             fs::write(staging.join(&file.staged), "x").unwrap();
         }
         if step >= 1 {
-            write_journal(&staging, &Journal { version: JOURNAL_VERSION, files: moves.clone() }).unwrap();
+            write_journal(&staging, JOURNAL, &Journal { version: JOURNAL_VERSION, files: moves.clone() }).unwrap();
         }
         for (i, file) in moves.iter().enumerate() {
             if step >= 2 + i {
@@ -140,7 +140,7 @@ fn recovery_keeps_a_file_of_that_name_that_it_did_not_move() {
     fs::write(&mine, "mine").unwrap();
     fs::write(staging.join("b.g1.raw"), "x").unwrap();
     let file = Move { staged: "b.g1.raw".to_string(), to: converted_file("b", 1) };
-    write_journal(&staging, &Journal { version: JOURNAL_VERSION, files: vec![file.clone()] }).unwrap();
+    write_journal(&staging, JOURNAL, &Journal { version: JOURNAL_VERSION, files: vec![file.clone()] }).unwrap();
     Writer::open(library.dir()).unwrap();
     assert_eq!(fs::read_to_string(&mine).unwrap(), "mine");
     assert!(!staging.join("b.g1.raw").exists());
@@ -149,7 +149,7 @@ fn recovery_keeps_a_file_of_that_name_that_it_did_not_move() {
     fs::remove_file(&mine).unwrap();
     fs::write(staging.join("b.g1.raw"), "x").unwrap();
     fs::hard_link(staging.join("b.g1.raw"), &mine).unwrap();
-    write_journal(&staging, &Journal { version: JOURNAL_VERSION, files: vec![file] }).unwrap();
+    write_journal(&staging, JOURNAL, &Journal { version: JOURNAL_VERSION, files: vec![file] }).unwrap();
     Writer::open(library.dir()).unwrap();
     assert!(!mine.exists());
 }
@@ -160,9 +160,9 @@ fn a_journal_that_leads_out_of_the_library_is_refused() {
     let staging = library.dir().join(STAGING);
     for to in ["../x", "library.json", "runs/../../x", "other/x", "maps/.."] {
         let file = Move { staged: "x".to_string(), to: to.to_string() };
-        write_journal(&staging, &Journal { version: JOURNAL_VERSION, files: vec![file] }).unwrap();
+        write_journal(&staging, JOURNAL, &Journal { version: JOURNAL_VERSION, files: vec![file] }).unwrap();
         assert_eq!(Writer::open(library.dir()).unwrap_err().kind(), ErrorKind::Corrupt, "{to}");
     }
-    write_journal(&staging, &Journal { version: JOURNAL_VERSION + 1, files: vec![] }).unwrap();
+    write_journal(&staging, JOURNAL, &Journal { version: JOURNAL_VERSION + 1, files: vec![] }).unwrap();
     assert_eq!(Writer::open(library.dir()).unwrap_err().kind(), ErrorKind::Unsupported);
 }
