@@ -7,13 +7,16 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::indexer::read_map;
 use crate::library::Library;
 use crate::map::Map;
+use crate::redirect::Base;
 use crate::redirect::plan::{Layout, Piece, Source, plan_base};
 use crate::redirect::trace::{Record, TraceReader};
-use crate::units::{BLOCK_SIZE, human_bytes, to_usize};
+use crate::units::{BLOCK_SIZE, ImageId, human_bytes, to_usize};
 use serde::Serialize;
 use std::collections::HashMap;
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// What came of it.
 #[derive(Debug, Serialize)]
@@ -31,11 +34,14 @@ struct Replayed {
     /// Distinct blocks behind the maps: pages of the host's cache with it.
     distinct_blocks: u64,
     distinct_bytes: u64,
+    /// How long reading the bytes took, with `--read`.
+    read_ms: Option<u64>,
 }
 
 /// Runs the verb.
-pub(super) fn run(common: &Common, files: &[PathBuf]) -> Result<()> {
+pub(super) fn run(common: &Common, files: &[PathBuf], with_bytes: bool) -> Result<()> {
     let library = Library::open(common.library()?)?;
+    let mut took = Duration::ZERO;
     let (mut own, mut read) = (Seen::default(), Seen::default());
     let mut counts = Vec::new();
     for file in files {
@@ -44,7 +50,7 @@ pub(super) fn run(common: &Common, files: &[PathBuf]) -> Result<()> {
         let layout = Layout::Mapped(Box::new(map));
         let mut requests: HashMap<u32, u32> = HashMap::new();
         let mut pieces: Vec<Piece> = Vec::new();
-        for record in records {
+        for record in &records {
             own.add(id, record.block.into(), record.end());
             pieces.clear();
             let bytes = to_usize(u64::from(record.count) * BLOCK_SIZE);
@@ -59,6 +65,9 @@ pub(super) fn run(common: &Common, files: &[PathBuf]) -> Result<()> {
             }
         }
         counts.extend(requests.into_values());
+        if with_bytes {
+            took += read_all(&library, id, &records)?;
+        }
     }
     let distinct_blocks = read.blocks();
     let replayed = Replayed {
@@ -70,6 +79,7 @@ pub(super) fn run(common: &Common, files: &[PathBuf]) -> Result<()> {
         own_blocks: own.blocks(),
         distinct_blocks,
         distinct_bytes: distinct_blocks * BLOCK_SIZE,
+        read_ms: with_bytes.then(|| u64::try_from(took.as_millis()).unwrap_or(u64::MAX)),
     };
     if common.json {
         return print_json(&replayed);
@@ -83,7 +93,30 @@ pub(super) fn run(common: &Common, files: &[PathBuf]) -> Result<()> {
         human_bytes(r.distinct_bytes),
         r.own_blocks
     );
+    if let Some(ms) = r.read_ms {
+        println!("read in {:.3} s", ms as f64 / 1e3);
+    }
     Ok(())
+}
+
+/// Does the reads of a trace, in its order, as fast as they come.
+fn read_all(library: &Library, image: u32, records: &[Record]) -> Result<Duration> {
+    let base = Base::open(library, &library.image_by_id(ImageId(image))?.name)?;
+    let (mut pieces, mut buf) = (Vec::new(), Vec::new());
+    let began = Instant::now();
+    for record in records {
+        let start = u64::from(record.block) * BLOCK_SIZE;
+        let len = to_usize((u64::from(record.count) * BLOCK_SIZE).min(base.size().saturating_sub(start)));
+        buf.resize(buf.len().max(len), 0);
+        pieces.clear();
+        base.plan(start, len, 0, &mut pieces);
+        for piece in &pieces {
+            let Source::Image { target, offset } = piece.source else { continue };
+            let part = buf.get_mut(..piece.len).unwrap_or(&mut []);
+            base.file(target).read_exact_at(part, offset).map_err(|e| Error::io(base.path(target), "read", e))?;
+        }
+    }
+    Ok(began.elapsed())
 }
 
 /// The records of a trace, the map of its image as it is now, and the ID of that image.

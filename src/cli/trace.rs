@@ -36,6 +36,9 @@ pub enum Verb {
         /// Files that 'vmar serve --record' wrote
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
+        /// Read the bytes too, one read after the other, and say how long that took
+        #[arg(long)]
+        read: bool,
     },
 }
 
@@ -44,7 +47,7 @@ pub fn run(common: &Common, verb: Verb) -> Result<()> {
     match verb {
         Verb::Show { file, rows } => show(common, &file, rows),
         Verb::Stat { files } => stat(common, &files),
-        Verb::Replay { files } => super::replay::run(common, &files),
+        Verb::Replay { files, read } => super::replay::run(common, &files, read),
     }
 }
 

@@ -154,6 +154,24 @@ impl<B: AsRef<[u8]>> Map<B> {
         if candidates.is_empty() || (candidates.len() > FILTER_ABOVE && !self.may_hold(block)) {
             return None;
         }
+        self.find(candidates, block)
+    }
+
+    /// The answer of [`Map::lookup`] by one of the schemes of figure 10, to compare what they cost.
+    #[inline]
+    pub fn lookup_by(&self, scheme: Scheme, block: u32) -> Option<Hit> {
+        if u64::from(block) >= self.header.totals.blocks
+            || (scheme == Scheme::SectionsAndBloom && !self.may_hold(block))
+        {
+            return None;
+        }
+        let candidates = if scheme == Scheme::Plain { 0..self.table().len() } else { self.candidates(block) };
+        if candidates.is_empty() { None } else { self.find(candidates, block) }
+    }
+
+    /// The search among entries of which at least one is left.
+    #[inline]
+    fn find(&self, candidates: Range<usize>, block: u32) -> Option<Hit> {
         let table = self.table();
         let entry = table.get(table.search(candidates, block));
         // Below the entry this wraps to at least 2^32 - source, which no length exceeds.
