@@ -24,40 +24,47 @@ use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 use trace::Trace;
-use vmar::map::{Hit, Map, Scheme};
+use vmar::map::{Hit, Map, MapSpec, Scheme, build, build_with_filter};
 
-/// A map, the exact bitmap of its data, and who reads it how.
+/// A map, what may stand before its search, and who reads it how.
 pub struct Case {
-    pub name: String,
-    pub map: Map<Vec<u8>>,
-    pub bytes: Vec<u8>,
-    pub traces: Vec<Trace>,
+    name: String,
+    /// As the library has it.
+    map: Map<Vec<u8>>,
+    bytes: Vec<u8>,
+    /// The same with the paper's Bloom filter.
+    filtered: Map<Vec<u8>>,
+    bits: Bitmap,
+    traces: Vec<Trace>,
 }
 
-/// How a block is looked up.
-type Lookup = fn(&Map<Vec<u8>>, &Bitmap, u32) -> Option<Hit>;
-
-const LOOKUPS: [(&str, Lookup); 5] = [
-    ("plain", |map, _, block| map.lookup_by(Scheme::Plain, block)),
-    ("sections", |map, _, block| map.lookup_by(Scheme::Sections, block)),
-    ("sections+bloom", |map, _, block| map.lookup_by(Scheme::SectionsAndBloom, block)),
-    (
-        "sections+bitmap",
-        |map, bits, block| {
-            if bits.holds(block) { map.lookup_by(Scheme::Sections, block) } else { None }
-        },
-    ),
-    ("default", |map, _, block| map.lookup(block)),
-];
-
-fn depth(map: &Map<Vec<u8>>, bits: &Bitmap, lookup: &str, block: u32) -> u32 {
-    match lookup {
-        "plain" => map.search_depth_by(Scheme::Plain, block),
-        "sections+bloom" => map.search_depth_by(Scheme::SectionsAndBloom, block),
-        "sections+bitmap" if !bits.holds(block) => 0,
-        _ => map.search_depth_by(Scheme::Sections, block),
+impl Case {
+    pub fn new(name: String, spec: &MapSpec, traces: Vec<Trace>) -> Case {
+        let bytes = build(spec).unwrap();
+        let map = Map::new(bytes.clone()).unwrap();
+        let filtered = Map::new(build_with_filter(spec).unwrap()).unwrap();
+        Case { name, bits: Bitmap::of(&map), map, bytes, filtered, traces }
     }
 }
+
+/// How a block is looked up, and how deep.
+type Lookup = (&'static str, fn(&Case, u32) -> Option<Hit>, fn(&Case, u32) -> u32);
+
+const LOOKUPS: [Lookup; 4] = [
+    ("plain", |c, b| c.map.lookup_by(Scheme::Plain, b), |c, b| c.map.search_depth_by(Scheme::Plain, b)),
+    // What vmar does.
+    ("sections", |c, b| c.map.lookup(b), |c, b| c.map.search_depth(b)),
+    (
+        "sections+bloom",
+        |c, b| c.filtered.lookup_by(Scheme::SectionsAndBloom, b),
+        |c, b| c.filtered.search_depth_by(Scheme::SectionsAndBloom, b),
+    ),
+    (
+        "sections+bitmap",
+        |c, b| if c.bits.holds(b) { c.map.lookup(b) } else { None },
+        |c, b| if c.bits.holds(b) { c.map.search_depth(b) } else { 0 },
+    ),
+];
 
 /// Nanoseconds of one call in a pass over `items`: the median of 15 passes.
 fn ns_per<T>(items: &[T], mut call: impl FnMut(&T)) -> f64 {
@@ -72,7 +79,8 @@ fn ns_per<T>(items: &[T], mut call: impl FnMut(&T)) -> f64 {
     passes[passes.len() / 2]
 }
 
-fn print_case(case: &Case, bits: &Bitmap) {
+fn print_case(case: &Case) {
+    let bits = &case.bits;
     let (totals, layout) = (case.map.totals(), case.map.layout());
     let mut opens: Vec<f64> = (0..9)
         .map(|_| {
@@ -82,9 +90,10 @@ fn print_case(case: &Case, bits: &Bitmap) {
         })
         .collect();
     opens.sort_unstable_by(f64::total_cmp);
-    let [_, entries, index, filter] = layout.part_bytes;
+    let [_, entries, index, _] = layout.part_bytes;
+    let [.., filter] = case.filtered.layout().part_bytes;
     println!(
-        "\n{}: {} of {} blocks non-zero, {} entries; map {} KiB (entries {}, index {}, filter {}); bitmap {} KiB; \
+        "\n{}: {} of {} blocks non-zero, {} entries; map {} KiB (entries {}, index {}); Bloom filter {} KiB, bitmap {} KiB; \
          {} blocks a section; open {:.2} ms",
         case.name,
         totals.nonzero_blocks,
@@ -103,16 +112,16 @@ fn print_case(case: &Case, bits: &Bitmap) {
         "trace",
         "lookups",
         "zero",
-        LOOKUPS.map(|(name, _)| format!("{name:>16}")).concat(),
+        LOOKUPS.map(|(name, ..)| format!("{name:>16}")).concat(),
         "runs"
     );
     for trace in &case.traces {
         let blocks = &trace.blocks;
-        let cells = LOOKUPS.map(|(name, lookup)| {
+        let cells = LOOKUPS.map(|(_, lookup, depth)| {
             let ns = ns_per(blocks, |&block| {
-                black_box(lookup(&case.map, bits, block));
+                black_box(lookup(case, block));
             });
-            let sum: u64 = blocks.iter().map(|&b| u64::from(depth(&case.map, bits, name, b))).sum();
+            let sum: u64 = blocks.iter().map(|&b| u64::from(depth(case, b))).sum();
             format!("{:>16}", format!("{ns:.1} / {:.2}", sum as f64 / blocks.len() as f64))
         });
         let zero = blocks.iter().filter(|&&b| !bits.holds(b)).count() as f64 / blocks.len() as f64;
@@ -120,8 +129,7 @@ fn print_case(case: &Case, bits: &Bitmap) {
         let ns = ns_per(&trace.requests, |&(first, count)| {
             black_box(case.map.runs(first, count).fold(0u32, |n, run| n ^ run.len));
         });
-        let sum: u64 =
-            trace.requests.iter().map(|&(b, _)| u64::from(case.map.search_depth_by(Scheme::Sections, b))).sum();
+        let sum: u64 = trace.requests.iter().map(|&(b, _)| u64::from(case.map.search_depth(b))).sum();
         let n = trace.requests.len() as f64;
         let runs = format!("{ns:.1} / {:.2}", sum as f64 / n);
         println!("  {:<22}{:>10}{:>7.1}%  {}{runs:>18}", trace.name, blocks.len(), 100.0 * zero, cells.concat());
@@ -135,17 +143,16 @@ fn print_case(case: &Case, bits: &Bitmap) {
 
 fn lookups(c: &mut Criterion) {
     for case in shape::cases().into_iter().chain(trace::recorded()) {
-        let bits = Bitmap::of(&case.map);
-        print_case(&case, &bits);
+        print_case(&case);
         for trace in &case.traces {
             let mut group = c.benchmark_group(format!("{}/{}", case.name, trace.name));
             group.warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_millis(400)).sample_size(20);
-            for (name, lookup) in LOOKUPS {
+            for (name, lookup, _) in LOOKUPS {
                 let mut next = 0;
                 group.bench_function(BenchmarkId::from_parameter(name), |b| {
                     b.iter(|| {
                         next = if next + 1 < trace.blocks.len() { next + 1 } else { 0 };
-                        lookup(&case.map, &bits, black_box(trace.blocks[next]))
+                        lookup(&case, black_box(trace.blocks[next]))
                     });
                 });
             }

@@ -48,7 +48,7 @@ impl Random {
 }
 
 /// An image of so many GiB that reads from seven others of its size and from itself.
-fn map_of(gib: u64, runs: &[f64; 14]) -> Vec<u8> {
+fn map_of(gib: u64, runs: &[f64; 14]) -> MapSpec {
     const TARGETS: u64 = 8;
     let blocks = (gib << 30) / BLOCK_SIZE;
     let image = |id: u32| Target { image: ImageId(id), generation: 1, digest: [0; 32], size: gib << 30 };
@@ -68,15 +68,15 @@ fn map_of(gib: u64, runs: &[f64; 14]) -> Vec<u8> {
         at += if holes % HOLES_A_LARGE_ONE == 0 { LARGE } else { random.length(&HOLES) };
     }
     let targets = (0..u32_of(TARGETS)).map(image).collect();
-    build(&MapSpec { source: image(u32_of(TARGETS - 1)), policy: 0, targets, entries }).unwrap()
+    MapSpec { source: image(u32_of(TARGETS - 1)), policy: 0, targets, entries }
 }
 
 pub fn cases() -> Vec<Case> {
     let of = |name: &str, gib: u64, runs| {
-        let bytes = map_of(gib, runs);
-        let map = Map::new(bytes.clone()).unwrap();
+        let spec = map_of(gib, runs);
+        let map = Map::new(build(&spec).unwrap()).unwrap();
         let traces = vec![Trace::random(&map), Trace::sequential(&map), Trace::boot_like(&map)];
-        Case { name: name.into(), map, bytes, traces }
+        Case::new(name.into(), &spec, traces)
     };
     vec![
         of("1 GiB", 1, &RUNS_BRIDGE),

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::path::Path;
 use vmar::indexer::read_map;
 use vmar::library::Library;
-use vmar::map::{Entry, Map};
+use vmar::map::{Entry, Map, MapSpec};
 use vmar::redirect::trace::TraceReader;
 
 /// Lookups of a synthetic trace.
@@ -92,8 +92,13 @@ pub fn recorded() -> Vec<Case> {
     let case = |(image, traces)| {
         let record = library.image_by_id(vmar::units::ImageId(image)).unwrap();
         let map = read_map(&library, record).unwrap();
-        let bytes = std::fs::read(library.map_path(&record.name)).unwrap();
-        Case { name: format!("{} ({})", record.name, library.catalog().policy), map, bytes, traces }
+        let spec = MapSpec {
+            source: map.source(),
+            policy: map.policy(),
+            targets: map.targets().map(|(target, _)| target).collect(),
+            entries: map.entries().collect(),
+        };
+        Case::new(format!("{} ({})", record.name, library.catalog().policy), &spec, traces)
     };
     by_image.into_iter().map(case).collect()
 }

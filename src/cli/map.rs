@@ -292,7 +292,10 @@ impl Shown {
         let row = |what: &str, d: Depth| println!("{what:<28}{:>12.2}{:>10.2}{:>10.2}", d.nonzero, d.zero, d.all);
         row("  binary search", self.search_depth.plain);
         row("  + section index", self.search_depth.sections);
-        row("  + Bloom filter", self.search_depth.sections_and_bloom);
+        // The least filter that the format allows says nothing.
+        if self.bloom_keys > 2 {
+            row("  + Bloom filter", self.search_depth.sections_and_bloom);
+        }
         println!();
         println!(
             "map {} bytes: targets {}, entries {}, index {} ({} sections of {} blocks), \

@@ -113,16 +113,16 @@ pub fn clusters(library: &Library) -> Result<Clusters> {
     Ok(clusters)
 }
 
-/// Mean number of probes that a lookup makes, under the three schemes of the paper's figure 10, in this order: binary
-/// search among all entries, section index, section index and Bloom filter. All blocks of the image count alike (the
+/// Mean number of probes that a lookup makes, under two schemes of the paper's figure 10, in this order: binary search among
+/// all entries, section index. All blocks of the image count alike (the
 /// paper's means are over the blocks that a booting guest reads); of a large image an even sample is taken.
-pub fn mean_search_depths(map: &Map<impl AsRef<[u8]>>) -> [f64; 3] {
+pub fn mean_search_depths(map: &Map<impl AsRef<[u8]>>) -> [f64; 2] {
     const SAMPLES_MAX: u64 = 1 << 20;
     let blocks = map.totals().blocks;
     let step = blocks.div_ceil(SAMPLES_MAX).max(1);
     let sample =
         || (0..blocks).step_by(usize::try_from(step).unwrap_or(usize::MAX)).filter_map(|b| u32::try_from(b).ok());
-    [Scheme::Plain, Scheme::Sections, Scheme::SectionsAndBloom].map(|scheme| {
+    [Scheme::Plain, Scheme::Sections].map(|scheme| {
         let (sum, count) = sample()
             .fold((0u64, 0u64), |(sum, count), block| (sum + u64::from(map.search_depth_by(scheme, block)), count + 1));
         sum as f64 / count.max(1) as f64
