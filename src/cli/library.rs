@@ -44,10 +44,10 @@ pub enum Verb {
 /// Knobs of the policy `bridge`.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct Knobs {
-    /// Policy bridge: read on in another image through a break of at most N blocks, if it holds them too [default: 8]
+    /// Policy bridge: read on in another image through a break of at most N blocks, if it holds them too [8 with --policy]
     #[arg(long, value_name = "N")]
     bridge: Option<u32>,
-    /// Policy bridge: runs of fewer than N blocks stay in the image itself [default: 8]
+    /// Policy bridge: runs of fewer than N blocks stay in the image itself [8 with --policy]
     #[arg(long, value_name = "N")]
     min_run: Option<u32>,
 }

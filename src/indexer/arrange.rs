@@ -129,7 +129,7 @@ mod tests {
     #[test]
     fn what_is_no_gap() {
         assert_eq!(gaps(&picture(), OWN, 1), [], "too long");
-        assert_eq!(gaps(&picture(), 1, 2), [], "the image itself is left to min-run");
+        assert!(gaps(&picture(), 1, 2).iter().all(|g| g.image != 1), "the image itself is left to min-run");
         let mut zero = picture();
         zero.remove(3);
         assert_eq!(gaps(&zero, OWN, 8), [], "a zero block ends a run");

@@ -39,7 +39,7 @@ impl Policy {
     pub const BRIDGE: Policy = Policy::Bridge { bridge: 8, min_run: 8 };
 
     /// What a new library gets.
-    pub const DEFAULT: Policy = Policy::Paper;
+    pub const DEFAULT: Policy = Policy::BRIDGE;
 
     /// Most blocks that a bridge may span: finding one looks at so many blocks for each break.
     pub const BRIDGE_MAX: u32 = 4096;

@@ -274,6 +274,9 @@ fn policies_and_knobs_on_the_command_line() {
         serde_json::from_str(&place.ok(&["library", "remap", "--policy", "paper", "--json"])).unwrap();
     assert_eq!(json[1]["reads_from"], serde_json::json!([0]));
 
+    let default = place.path("default");
+    place.ok(&["library", "init", default.to_str().unwrap()]);
+    assert_eq!(vmar::library::Library::open(default).unwrap().catalog().policy, Policy::DEFAULT);
     let other = place.path("other");
     let other = other.to_str().unwrap();
     place.ok(&["library", "init", other, "--policy", "bridge", "--bridge", "4", "--min-run", "3"]);
