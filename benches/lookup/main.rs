@@ -13,7 +13,7 @@
 //!
 //! First comes a table with the depths, the means of all lookups, and what opening costs; then criterion, lookup by lookup.
 #![allow(missing_docs, reason = "criterion's macros make public items")]
-#![allow(clippy::unwrap_used, reason = "a benchmark")]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a benchmark")]
 
 mod bitmap;
 mod shape;

@@ -404,7 +404,7 @@ fn finish_remap(library: &mut Library, journal: &RemapJournal) -> Result<()> {
 
 fn read_remap(path: &Path) -> Result<Option<RemapJournal>> {
     let Some(journal) = read_json::<RemapJournal>(path, |j| j.version)? else { return Ok(None) };
-    match journal.images.iter().map(|name| check_name(name)).collect::<Result<()>>() {
+    match journal.images.iter().try_for_each(|name| check_name(name)) {
         Ok(()) => Ok(Some(journal)),
         Err(e) => Err(corrupt_journal(path, e)),
     }

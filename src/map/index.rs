@@ -21,7 +21,7 @@ pub(super) const SECTION_BITS_MAX: u32 = 31;
 const SECTION_BITS_MIN: u32 = 4;
 
 /// Sections per entry, at most: a map of few entries stays small.
-const SECTIONS_PER_ENTRY: u64 = 64;
+const SECTIONS_PER_ENTRY: u64 = 256;
 
 /// Sections that every map may have: 1 MiB of index, enough for images up to 8 GiB. A map of more entries than that may
 /// have as many sections as entries; the index is then at most half as large as they are.
@@ -109,7 +109,7 @@ mod tests {
             let bits = section_bits_for(blocks, entries);
             let bytes = section_count(blocks, bits) * SECTION_BYTES as u64;
             assert!(bytes <= (entries * 8).max(1 << 20), "{blocks} blocks, {entries} entries");
-            assert!(section_count(blocks, bits) <= (entries * 64).max(2));
+            assert!(section_count(blocks, bits) <= (entries * 256).max(2));
         }
     }
 }
