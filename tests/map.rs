@@ -3,7 +3,9 @@
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
 
 use proptest::prelude::*;
-use vmar::map::{Entry, EntryBuilder, Map, MapErrorKind, MapSpec, Run, Scheme, Target, VERSION, build};
+use vmar::map::{
+    Entry, EntryBuilder, Map, MapErrorKind, MapSpec, Run, Scheme, Target, VERSION, build, build_with_filter,
+};
 use vmar::units::{BLOCK_SIZE, ImageId};
 
 /// One element a block: where it lives, `None` for a zero block.
@@ -71,6 +73,7 @@ proptest! {
             }
             for scheme in [Scheme::Plain, Scheme::Sections, Scheme::SectionsAndBloom] {
                 prop_assert!(map.search_depth_by(scheme, block) <= map.search_depth_by(Scheme::Plain, block));
+                prop_assert_eq!(map.lookup_by(scheme, block), hit);
             }
             prop_assert_eq!(map.entry_of(block).is_some(), hit.is_some());
         }
@@ -231,7 +234,7 @@ fn a_damaged_map_with_right_checksums_stays_inside_its_images() {
 
 #[test]
 fn index_and_filter_must_fit_the_entries() {
-    let good = build(&spec_of(&small_model())).unwrap();
+    let good = build_with_filter(&spec_of(&small_model())).unwrap();
     for (part, what) in [(2, "section index"), (3, "Bloom filter")] {
         let at = PARTS_AT + 20 * part;
         let offset = u32::from_le_bytes(good[at..at + 4].try_into().unwrap()) as usize;
@@ -333,21 +336,29 @@ fn the_largest_image_works_and_costs_little() {
     assert_eq!(map.totals().nonzero_blocks, 1 << 32);
 }
 
-/// Many entries in one section: there lookups ask the Bloom filter.
+/// Many entries in one section, as in a large image.
 #[test]
 fn a_fragmented_corner_of_a_large_image_is_right() {
-    let mut model: Model = vec![None; 1 << 20];
+    let mut model: Model = vec![None; 1 << 22];
     for i in 0..2000 {
         model[70_000 + 2 * i] = Some((1, (i as u32 * 7) % 600));
     }
-    let map = Map::new(build(&spec_of(&model)).unwrap()).unwrap();
-    assert!(map.search_depth_by(Scheme::Sections, 71_001) >= 6, "the test is about crowded sections");
+    let spec = spec_of(&model);
+    let map = Map::new(build(&spec).unwrap()).unwrap();
+    let filtered = Map::new(build_with_filter(&spec).unwrap()).unwrap();
+    assert!(map.search_depth(71_001) >= 4, "the test is about crowded sections");
     let (mut zeros, mut unfiltered) = (0, 0);
     for block in 69_000..76_000 {
-        assert_eq!(map.lookup(block).map(|h| (h.target, h.block)), model[block as usize]);
-        if model[block as usize].is_none() {
+        let want = model[block as usize];
+        assert_eq!(map.lookup(block).map(|h| (h.target, h.block)), want);
+        for scheme in [Scheme::Plain, Scheme::Sections, Scheme::SectionsAndBloom] {
+            for map in [&map, &filtered] {
+                assert_eq!(map.lookup_by(scheme, block), map.lookup(block), "{scheme:?}, block {block}");
+            }
+        }
+        if want.is_none() {
             zeros += 1;
-            unfiltered += u32::from(map.search_depth(block) > 0);
+            unfiltered += u32::from(filtered.search_depth_by(Scheme::SectionsAndBloom, block) > 0);
         }
     }
     assert!(unfiltered * 20 < zeros, "{unfiltered} of {zeros} zero blocks pass the filter");

@@ -33,7 +33,7 @@ cat "$work/data.tar" "${raws[@]}" >/dev/null
 bytes=$(stat -c %s "$work/data.tar")
 for _ in 1 2 3; do
   a=$(now); sha1sum "$work/data.tar" >/dev/null; b=$(now)
-  rm -rf "${work:?}/lib"; "$vmar" library init "$work/lib"
+  rm -rf "${work:?}/lib"; "$vmar" library init "$work/lib" --policy paper
   c=$(now); "$vmar" --library "$work/lib" image add "${add[@]}" 2>"$work/add.log" >&2 || fail "$(tail -n 1 "$work/add.log")"; d=$(now)
   echo "$a $b $c $d" >>"$work/times"
 done
@@ -72,7 +72,7 @@ sync
 for raw in "${raws[@]}"; do dd if="$raw" iflag=nocache count=0 status=none; done
 for name in "${three[@]}"; do compare "$name" "$dir/$name.raw"; done
 pages=$(fincore --bytes --noheadings --output PAGES "${raws[@]}" | awk '{ s += $1 } END { print s }')
-rm -rf "${work:?}/three"; "$vmar" library init "$work/three"
+rm -rf "${work:?}/three"; "$vmar" library init "$work/three" --policy paper
 only=()
 for name in "${three[@]}"; do only+=("$name=$dir/$name.raw"); done
 unique=$("$target/examples/brute_force" "${only[@]}" | jq .unique_blocks)

@@ -292,7 +292,10 @@ impl Shown {
         let row = |what: &str, d: Depth| println!("{what:<28}{:>12.2}{:>10.2}{:>10.2}", d.nonzero, d.zero, d.all);
         row("  binary search", self.search_depth.plain);
         row("  + section index", self.search_depth.sections);
-        row("  + Bloom filter", self.search_depth.sections_and_bloom);
+        // The least filter that the format allows says nothing.
+        if self.bloom_keys > 2 {
+            row("  + Bloom filter", self.search_depth.sections_and_bloom);
+        }
         println!();
         println!(
             "map {} bytes: targets {}, entries {}, index {} ({} sections of {} blocks), \
@@ -313,7 +316,7 @@ impl Shown {
 }
 
 fn policy_name(code: u32) -> String {
-    if code == Policy::Paper.code() { Policy::Paper.to_string() } else { format!("number {code}") }
+    Policy::name_of(code).map_or_else(|| format!("number {code}"), str::to_string)
 }
 
 /// The name of an image that a map points to; its number if the library does not know it.

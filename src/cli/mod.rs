@@ -6,6 +6,7 @@ pub mod library;
 pub mod map;
 pub mod output;
 pub mod overlay;
+mod replay;
 pub mod serve;
 pub mod stats;
 pub mod trace;

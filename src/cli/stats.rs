@@ -27,7 +27,7 @@ fn print_table(library: &Library, stats: &Stats) -> Result<()> {
     let head = ["name", "id", "blocks", "non-zero", "redirected", "", "entries", "blocks/entry", "map", "search depth"];
     let mut table = Table::new(&head, 1);
     for image in &stats.images {
-        let [plain, _, depth] = mean_search_depths(&read_map(library, library.image(&image.name)?)?);
+        let [plain, depth] = mean_search_depths(&read_map(library, library.image(&image.name)?)?);
         table.row(vec![
             image.name.clone(),
             image.id.to_string(),
@@ -43,7 +43,7 @@ fn print_table(library: &Library, stats: &Stats) -> Result<()> {
     }
     table.print();
     println!();
-    println!("policy                      {}", stats.policy);
+    println!("policy                      {}", library.catalog().policy);
     println!("non-zero blocks             {}", stats.nonzero_blocks);
     let unique_share = percent(stats.unique_blocks, stats.nonzero_blocks);
     println!("unique blocks               {} ({unique_share})", stats.unique_blocks);

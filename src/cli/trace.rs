@@ -7,7 +7,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::redirect::trace::{Record, TraceEnd, TraceHeader, TraceReader};
 use crate::units::{BLOCK_SIZE, human_bytes};
 use serde::Serialize;
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -28,6 +28,18 @@ pub enum Verb {
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
     },
+    /// Plan the requests of traces again, through the block maps that the library has now
+    ///
+    /// The traces must hold addresses in the VM's own image: record them while no block is redirected
+    /// (vmar library remap --policy bridge --min-run 4294967295). Zero blocks leave no trace and count nowhere.
+    Replay {
+        /// Files that 'vmar serve --record' wrote
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+        /// Read the bytes too, one read after the other, and say how long that took
+        #[arg(long)]
+        read: bool,
+    },
 }
 
 /// Runs the verb.
@@ -35,6 +47,7 @@ pub fn run(common: &Common, verb: Verb) -> Result<()> {
     match verb {
         Verb::Show { file, rows } => show(common, &file, rows),
         Verb::Stat { files } => stat(common, &files),
+        Verb::Replay { files, read } => super::replay::run(common, &files, read),
     }
 }
 
@@ -46,6 +59,9 @@ struct Sums {
     requests: u64,
     /// Records: reads after redirection.
     reads: u64,
+    /// Reads that a request was split into.
+    #[serde(flatten)]
+    split: Split,
     /// Blocks of these reads.
     blocks: u64,
     distinct_blocks: u64,
@@ -56,13 +72,81 @@ struct Sums {
     cut: u64,
 }
 
+/// How many reads became of a request that reads base data; all 0 without requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub(super) struct Split {
+    reads_per_request_mean: f64,
+    /// 95 of 100 requests have at most so many.
+    reads_per_request_p95: u32,
+    reads_per_request_max: u32,
+}
+
+impl Split {
+    /// `counts`: reads of each request, in any order.
+    pub(super) fn of(mut counts: Vec<u32>) -> Split {
+        counts.sort_unstable();
+        let Some(&max) = counts.last() else { return Split::default() };
+        let sum: u64 = counts.iter().copied().map(u64::from).sum();
+        let rank = (counts.len() * 95).div_ceil(100).max(1);
+        Split {
+            reads_per_request_mean: sum as f64 / counts.len() as f64,
+            reads_per_request_p95: counts.get(rank - 1).copied().unwrap_or(max),
+            reads_per_request_max: max,
+        }
+    }
+}
+
+impl std::fmt::Display for Split {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Split { reads_per_request_mean: mean, reads_per_request_p95: p95, reads_per_request_max: max } = self;
+        write!(f, "reads a request: mean {mean:.3}, p95 {p95}, max {max}")
+    }
+}
+
+/// Distinct blocks as ranges.
+#[derive(Debug, Default)]
+pub(super) struct Seen {
+    /// (image, first, end): sorted and apart up to `merged`, as they came after that.
+    ranges: Vec<(u32, u64, u64)>,
+    merged: usize,
+}
+
+impl Seen {
+    /// Takes in blocks `first..end` of an image.
+    pub(super) fn add(&mut self, image: u32, first: u64, end: u64) {
+        self.ranges.push((image, first, end));
+        if self.ranges.len() > 2 * self.merged + (1 << 16) {
+            self.merge();
+        }
+    }
+
+    /// Joins ranges that touch or overlap.
+    fn merge(&mut self) {
+        self.ranges.sort_unstable();
+        self.ranges.dedup_by(|next, last| {
+            let joins = next.0 == last.0 && next.1 <= last.2;
+            if joins {
+                last.2 = last.2.max(next.2);
+            }
+            joins
+        });
+        self.merged = self.ranges.len();
+    }
+
+    /// How many blocks were taken in.
+    pub(super) fn blocks(&mut self) -> u64 {
+        self.merge();
+        self.ranges.iter().map(|(_, first, end)| end - first).sum()
+    }
+}
+
 /// Collects the sums; remembers which blocks were seen as ranges.
 #[derive(Debug, Default)]
 struct Tally {
     sums: Sums,
-    /// (image, first, end): sorted and apart up to `merged`, as they came after that.
-    seen: Vec<(u32, u64, u64)>,
-    merged: usize,
+    seen: Seen,
+    /// Reads of each request.
+    counts: Vec<u32>,
 }
 
 impl Tally {
@@ -70,20 +154,18 @@ impl Tally {
     fn add(&mut self, path: &Path, mut each: impl FnMut(&Record)) -> Result<TraceHeader> {
         let file = File::open(path).map_err(|e| Error::io(path, "open the trace", e))?;
         let mut reader = TraceReader::new(file, path)?;
-        let mut requests = HashSet::new();
+        let mut requests: HashMap<u32, u32> = HashMap::new();
         for record in reader.by_ref() {
             let record = record?;
             each(&record);
-            requests.insert(record.request);
+            *requests.entry(record.request).or_default() += 1;
             self.sums.reads += 1;
             self.sums.blocks += u64::from(record.count);
-            self.seen.push((record.image, record.block.into(), record.end()));
-            if self.seen.len() > 2 * self.merged + (1 << 16) {
-                self.merge();
-            }
+            self.seen.add(record.image, record.block.into(), record.end());
         }
         self.sums.traces += 1;
         self.sums.requests += requests.len() as u64;
+        self.counts.extend(requests.into_values());
         match reader.end() {
             Some(TraceEnd::Finished { dropped }) => self.sums.dropped += dropped,
             Some(TraceEnd::Cut { torn_bytes }) => {
@@ -95,23 +177,10 @@ impl Tally {
         Ok(*reader.header())
     }
 
-    /// Joins ranges that touch or overlap.
-    fn merge(&mut self) {
-        self.seen.sort_unstable();
-        self.seen.dedup_by(|next, last| {
-            let joins = next.0 == last.0 && next.1 <= last.2;
-            if joins {
-                last.2 = last.2.max(next.2);
-            }
-            joins
-        });
-        self.merged = self.seen.len();
-    }
-
     fn finish(mut self) -> Sums {
-        self.merge();
-        self.sums.distinct_blocks = self.seen.iter().map(|(_, first, end)| end - first).sum();
+        self.sums.distinct_blocks = self.seen.blocks();
         self.sums.distinct_bytes = self.sums.distinct_blocks * BLOCK_SIZE;
+        self.sums.split = Split::of(self.counts);
         self.sums
     }
 }
@@ -210,6 +279,7 @@ fn print_sums(s: &Sums) {
         human_bytes(s.distinct_bytes),
         s.dropped
     );
+    println!("{}", s.split);
     if s.cut > 0 {
         println!("{} of {} traces ended without a trailer", s.cut, s.traces);
     }
@@ -255,14 +325,21 @@ mod tests {
 
     #[test]
     fn many_ranges_are_merged_on_the_way() {
-        let mut tally = Tally::default();
+        let mut seen = Seen::default();
         for i in 0..200_000u64 {
-            tally.seen.push((0, i % 1000, i % 1000 + 1));
-            if tally.seen.len() > 2 * tally.merged + (1 << 16) {
-                tally.merge();
-            }
+            seen.add(0, i % 1000, i % 1000 + 1);
         }
-        assert!(tally.seen.len() < 70_000);
-        assert_eq!(tally.finish().distinct_blocks, 1000);
+        assert!(seen.ranges.len() < 70_000);
+        assert_eq!(seen.blocks(), 1000);
+    }
+
+    #[test]
+    fn requests_are_counted_by_their_reads() {
+        let counts = (0..100).map(|i| if i < 95 { 1 } else { 9 }).collect();
+        let split = Split::of(counts);
+        assert_eq!((split.reads_per_request_p95, split.reads_per_request_max), (1, 9));
+        assert!((split.reads_per_request_mean - 1.4).abs() < 1e-9);
+        assert_eq!(Split::of(vec![3]).reads_per_request_p95, 3);
+        assert_eq!(Split::of(vec![]), Split::default());
     }
 }

@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::{Row, run, scan};
 use crate::image::{Conversion, Format, Probe, convert, probe, virtual_size};
 use crate::library::{
-    ImageRecord, Library, RunRef, Source, Transaction, Writer, check_name, converted_file, map_file, mtime_ns,
+    ImageRecord, Library, Policy, RunRef, Source, Transaction, Writer, check_name, converted_file, map_file, mtime_ns,
     run_file, settle_mtime,
 };
 use crate::map::{Map, MapSpec, Totals, build};
@@ -49,12 +49,12 @@ pub struct Added {
 }
 
 /// Everything about an image of the library that a later one is compared with.
-struct Earlier {
-    record: ImageRecord,
+pub(super) struct Earlier {
+    pub record: ImageRecord,
     /// Where its run is now: in place, or staged by this very command.
-    run: PathBuf,
+    pub run: PathBuf,
     /// The open file of an image that this command adds; others are opened when they are needed.
-    side: Option<Side>,
+    pub side: Option<Side>,
 }
 
 /// Adds the images, in order; IDs count up in that order.
@@ -127,7 +127,7 @@ fn add_one(
     let groups = join(&rows, earlier, &side.record, work)?;
     open_sides(change.library(), earlier, &groups)?;
     let sides = Sides::new(earlier.iter().map(|e| e.side.as_ref()).collect(), &side);
-    let resolved = resolve(rows, &groups, &sides, work)?;
+    let resolved = resolve(rows, &groups, &sides, change.library().catalog().policy, work)?;
     // What was compared must still be what the catalog says.
     sides.open().try_for_each(check_unchanged)?;
 
@@ -135,7 +135,9 @@ fn add_one(
     side.record.run = RunRef { bytes: stamp.bytes, crc32c: stamp.crc32c, ..side.record.run };
     let targets = resolved.images.iter().filter_map(|&i| earlier.get(i as usize).map(|e| e.record.id));
     let reads_from = targets.collect();
-    let totals = write_map(change, earlier, &side.record, resolved)?;
+    let path = change.stage(&map_file(name))?;
+    let policy = change.library().catalog().policy;
+    let totals = write_map(&path, policy, earlier, &side.record, resolved)?;
     let map_time = map_began.elapsed();
     let record = side.record.clone();
     Ok((Added { record, totals, data_bytes, reads_from, convert_time, hash_time, map_time }, side))
@@ -211,7 +213,7 @@ fn fingerprint(
 }
 
 /// What the earlier images of the same domain know of the new image's hashes.
-fn join(rows: &[Row], earlier: &[Earlier], new: &ImageRecord, work: &Work) -> Result<Groups> {
+pub(super) fn join(rows: &[Row], earlier: &[Earlier], new: &ImageRecord, work: &Work) -> Result<Groups> {
     let mut groups = Groups::new(rows);
     for (i, other) in (0u32..).zip(earlier) {
         work.check_stop(&new.name)?;
@@ -224,7 +226,7 @@ fn join(rows: &[Row], earlier: &[Earlier], new: &ImageRecord, work: &Work) -> Re
 }
 
 /// Opens the earlier images that blocks will be compared with.
-fn open_sides(library: &Library, earlier: &mut [Earlier], groups: &Groups) -> Result<()> {
+pub(super) fn open_sides(library: &Library, earlier: &mut [Earlier], groups: &Groups) -> Result<()> {
     let mut needed = vec![false; earlier.len()];
     for group in 0..groups.len() {
         for known in groups.first(group).iter().chain(groups.more(group)) {
@@ -242,7 +244,7 @@ fn open_sides(library: &Library, earlier: &mut [Earlier], groups: &Groups) -> Re
 }
 
 /// Refuses a file that was written to since it was opened.
-fn check_unchanged(side: &Side) -> Result<()> {
+pub(super) fn check_unchanged(side: &Side) -> Result<()> {
     let meta = side.file.metadata().map_err(|e| Error::io(&side.path, "look at it", e))?;
     if meta.len() != side.record.size || mtime_ns(&meta) != side.record.mtime_ns {
         let cause = format!("image {} was written to while it was being read", side.record.name);
@@ -266,24 +268,25 @@ fn write_run(change: &mut Transaction, record: &ImageRecord, resolved: &Resolved
     run::write(&path, &meta, &resolved.rows)
 }
 
-fn write_map(
-    change: &mut Transaction,
+/// Writes the map to a new file, once it has passed what every reader asks of it.
+pub(super) fn write_map(
+    path: &Path,
+    policy: Policy,
     earlier: &[Earlier],
     record: &ImageRecord,
     resolved: Resolved,
 ) -> Result<Totals> {
-    let path = change.stage(&map_file(&record.name))?;
     let target = |&i: &u32| target_of(earlier.get(i as usize).map_or(record, |e| &e.record));
     let spec = MapSpec {
         source: target_of(record),
-        policy: change.library().catalog().policy.code(),
+        policy: policy.code(),
         targets: resolved.images.iter().map(target).collect(),
         entries: resolved.entries,
     };
-    let bytes = build(&spec).map_err(|e| e.at(&path))?;
+    let bytes = build(&spec).map_err(|e| e.at(path))?;
     // What a `serve` would refuse must not be published.
-    let totals = Map::new(&bytes[..]).map_err(|e| e.at(&path))?.totals();
-    write_new(&path, &bytes).map_err(|e| Error::io(&path, "write", e))?;
+    let totals = Map::new(&bytes[..]).map_err(|e| e.at(path))?.totals();
+    write_new(path, &bytes).map_err(|e| Error::io(path, "write", e))?;
     Ok(totals)
 }
 

@@ -10,12 +10,15 @@
 //! ```
 //!
 //! - [`add`] puts images into a library, all or none,
+//! - [`remap`] makes the maps anew, with another policy,
 //! - [`verify`] reads everything again and compares,
 //! - [`stats`] counts what is shared.
 
 pub mod add;
+mod arrange;
 mod compare;
 mod join;
+pub mod remap;
 mod resolve;
 pub mod stats;
 pub mod verify;
@@ -80,7 +83,7 @@ pub fn target_of(record: &ImageRecord) -> Target {
 pub fn read_map(library: &Library, record: &ImageRecord) -> Result<Map<Vec<u8>>> {
     let path = library.map_path(&record.name);
     let bytes = std::fs::read(&path)
-        .map_err(|e| Error::io(&path, "read the block map", e).mend("restore it from a copy of the library"))?;
+        .map_err(|e| Error::io(&path, "read the block map", e).mend("make it anew with 'vmar library remap'"))?;
     let map = Map::new(bytes).map_err(|e| e.at(&path))?;
     if map.source() != target_of(record) {
         let cause = format!("it is a map of another image than {}", record.name);

@@ -5,10 +5,12 @@
 //! hash, and becomes a content of its own (another *variant*) if it equals none.
 
 use super::Work;
+use super::arrange::{Gap, bridge, gaps, keep_short_runs, pairs_of};
 use super::compare::{Pair, Sides, differing, equal};
 use super::join::{Groups, Known};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::{BLOCK_BYTES, Row, hash_block, scan};
+use crate::library::Policy;
 use crate::map::{Entry, EntryBuilder};
 use crate::units::BLOCK_SIZE;
 use std::collections::{BTreeSet, HashMap};
@@ -32,10 +34,16 @@ struct Choice {
     block: u32,
 }
 
-/// Compares every block with its candidate and settles what differs.
+/// Compares every block with its candidate and settles what differs; then the policy has its say.
 ///
 /// `groups` are those of `rows`, joined with the earlier ones of `sides`.
-pub(super) fn resolve(mut rows: Vec<Row>, groups: &Groups, sides: &Sides, work: &Work) -> Result<Resolved> {
+pub(super) fn resolve(
+    mut rows: Vec<Row>,
+    groups: &Groups,
+    sides: &Sides,
+    policy: Policy,
+    work: &Work,
+) -> Result<Resolved> {
     let mut choices = candidates(&rows, groups, sides.own_index());
     let order = by_block(&rows);
     let pair = |&i: &u32| {
@@ -57,7 +65,11 @@ pub(super) fn resolve(mut rows: Vec<Row>, groups: &Groups, sides: &Sides, work: 
     let odd: Vec<u32> = differing.into_iter().map(|d| redirects[d]).collect();
     drop(redirects);
     settle(&odd, &rows, &mut choices, groups, sides)?;
-    let (images, entries) = entries(&rows, &choices, &order, sides);
+    let mut places = places(&rows, &choices, &order, sides);
+    if let Policy::Bridge { bridge, min_run } = policy {
+        arrange(&mut places, bridge, min_run, sides, work)?;
+    }
+    let (images, entries) = entries(&places, sides);
     for (row, choice) in rows.iter_mut().zip(&choices) {
         row.variant = choice.variant;
     }
@@ -138,24 +150,52 @@ fn check_collision(row: Row, tried: Choice, sides: &Sides) -> Result<()> {
     Ok(())
 }
 
-/// The images that are read from, ascending, and the map's entries.
-fn entries(rows: &[Row], choices: &[Choice], order: &[u32], sides: &Sides) -> (Vec<u32>, Vec<Entry>) {
-    // A partial last block is its own target, whoever else holds its content.
-    let place = |i: u32| {
+/// Where each block is read from by its canonical address, in order of block. A partial last block is its own target,
+/// whoever else holds its content.
+fn places(rows: &[Row], choices: &[Choice], order: &[u32], sides: &Sides) -> Vec<Pair> {
+    let place = |&i: &u32| {
         let (row, choice) = (rows[i as usize], choices[i as usize]);
         let is_partial = sides.own().record.block_len(row.block) < BLOCK_SIZE;
-        if is_partial { (sides.own_index(), row.block) } else { (choice.image, choice.block) }
+        let (image, block) = if is_partial { (sides.own_index(), row.block) } else { (choice.image, choice.block) };
+        Pair { source: row.block, image, block }
     };
+    order.iter().map(place).collect()
+}
+
+/// The policy `bridge`: what it reads elsewhere than the canonical address says is compared like every redirect.
+fn arrange(places: &mut [Pair], limit: u32, min_run: u32, sides: &Sides, work: &Work) -> Result<()> {
+    let found = gaps(places, sides.own_index(), limit);
+    let pairs: Vec<Pair> = pairs_of(&found, places).collect();
+    work.observer.begin(&format!("bridging {}", sides.own().record.name), pairs.len() as u64 * BLOCK_SIZE);
+    let differing = differing(sides, &pairs, work)?;
+    work.observer.end();
+    let (mut differing, mut first) = (differing.into_iter().peekable(), 0);
+    let same = |gap: &Gap| {
+        let end = first + gap.gap.len();
+        first = end;
+        let mut all_equal = true;
+        while differing.next_if(|&i| i < end).is_some() {
+            all_equal = false;
+        }
+        all_equal
+    };
+    let proved: Vec<Gap> = found.into_iter().filter(same).collect();
+    bridge(places, &proved);
+    keep_short_runs(places, sides.own_index(), min_run);
+    Ok(())
+}
+
+/// The images that are read from, ascending, and the map's entries.
+fn entries(places: &[Pair], sides: &Sides) -> (Vec<u32>, Vec<Entry>) {
     let mut is_target = vec![false; sides.own_index() as usize + 1];
-    order.iter().for_each(|&i| is_target[place(i).0 as usize] = true);
+    places.iter().for_each(|p| is_target[p.image as usize] = true);
     let images: Vec<u32> = (0u32..).zip(&is_target).filter(|(_, is)| **is).map(|(image, _)| image).collect();
     let mut number = vec![0u32; is_target.len()];
     (0u32..).zip(&images).for_each(|(n, &image)| number[image as usize] = n);
 
     let mut builder = EntryBuilder::new();
-    for &i in order {
-        let (image, block) = place(i);
-        builder.push(rows[i as usize].block, number[image as usize], block);
+    for place in places {
+        builder.push(place.source, number[place.image as usize], place.block);
     }
     (images, builder.finish())
 }

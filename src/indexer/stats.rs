@@ -4,15 +4,18 @@ use super::read_map;
 use crate::cluster::{Clusters, merge};
 use crate::error::Result;
 use crate::fingerprint::run;
-use crate::library::{ImageRecord, Library};
+use crate::library::{ImageRecord, Library, Policy};
 use crate::map::{Map, Scheme};
 use serde::Serialize;
 
 /// Figures of a library. Shares are of its non-zero blocks, 0 to 1.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Stats {
-    /// Which copy is the canonical one.
+    /// Name of the policy that chose which copy is read.
     pub policy: String,
+    /// Its knobs `bridge` and `min_run`, in blocks; nothing for a policy without knobs.
+    #[serde(flatten)]
+    pub knobs: Option<Knobs>,
     /// Non-zero blocks of all images.
     pub nonzero_blocks: u64,
     /// Distinct non-zero contents.
@@ -27,6 +30,15 @@ pub struct Stats {
     pub shared_gt3_images: f64,
     /// In order of ID.
     pub images: Vec<ImageStats>,
+}
+
+/// Knobs of the policy `bridge` (see [`Policy::Bridge`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Knobs {
+    /// Longest break that is bridged, in blocks.
+    pub bridge: u32,
+    /// Shortest run that leaves the image, in blocks.
+    pub min_run: u32,
 }
 
 /// Figures of one image.
@@ -53,7 +65,11 @@ pub fn stats(library: &Library) -> Result<Stats> {
     let clusters = clusters(library)?;
     let images = library.images().iter().map(|record| image_stats(library, record)).collect::<Result<_>>()?;
     Ok(Stats {
-        policy: library.catalog().policy.to_string(),
+        policy: library.catalog().policy.name().to_string(),
+        knobs: match library.catalog().policy {
+            Policy::Paper => None,
+            Policy::Bridge { bridge, min_run } => Some(Knobs { bridge, min_run }),
+        },
         nonzero_blocks: clusters.blocks(),
         unique_blocks: clusters.contents(),
         clusters: clusters.clusters().len() as u64,
@@ -97,16 +113,16 @@ pub fn clusters(library: &Library) -> Result<Clusters> {
     Ok(clusters)
 }
 
-/// Mean number of probes that a lookup makes, under the three schemes of the paper's figure 10, in this order: binary
-/// search among all entries, section index, section index and Bloom filter. All blocks of the image count alike (the
+/// Mean number of probes that a lookup makes, under two schemes of the paper's figure 10, in this order: binary search among
+/// all entries, section index. All blocks of the image count alike (the
 /// paper's means are over the blocks that a booting guest reads); of a large image an even sample is taken.
-pub fn mean_search_depths(map: &Map<impl AsRef<[u8]>>) -> [f64; 3] {
+pub fn mean_search_depths(map: &Map<impl AsRef<[u8]>>) -> [f64; 2] {
     const SAMPLES_MAX: u64 = 1 << 20;
     let blocks = map.totals().blocks;
     let step = blocks.div_ceil(SAMPLES_MAX).max(1);
     let sample =
         || (0..blocks).step_by(usize::try_from(step).unwrap_or(usize::MAX)).filter_map(|b| u32::try_from(b).ok());
-    [Scheme::Plain, Scheme::Sections, Scheme::SectionsAndBloom].map(|scheme| {
+    [Scheme::Plain, Scheme::Sections].map(|scheme| {
         let (sum, count) = sample()
             .fold((0u64, 0u64), |(sum, count), block| (sum + u64::from(map.search_depth_by(scheme, block)), count + 1));
         sum as f64 / count.max(1) as f64

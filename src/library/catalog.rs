@@ -15,31 +15,85 @@ use std::str::FromStr;
 
 /// What the file says it is.
 const FORMAT: &str = "vmar-library";
-/// The version that this code reads and writes. A newer one is refused.
-const VERSION: u32 = 1;
+/// The newest version that this code reads. Version 2 can have the policy `bridge`; a library with the policy `paper` is
+/// written as version 1, so that an older vmar goes on with it, and says that it is too old for the others.
+const VERSION: u32 = 2;
 
-/// Which copy of a content is the canonical one, the one that all reads are sent to.
+/// Which copy of a content is read: the policy that chooses the targets of block maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Policy {
     /// The lowest block of the lowest image ID, inside one image too (paper, section 3.1).
     Paper,
+    /// The same, but for runs that would be short: fewer descendant reads for a little less sharing.
+    Bridge {
+        /// A run into another image is read on through a break of at most so many blocks, if that image holds them too.
+        bridge: u32,
+        /// Runs of fewer blocks than this stay in the image itself.
+        min_run: u32,
+    },
 }
 
 impl Policy {
-    /// The number that stands for the policy in a block map.
+    /// Bridge 8, min-run 8: measured on recorded boots (`docs/performance.md`).
+    pub const BRIDGE: Policy = Policy::Bridge { bridge: 8, min_run: 8 };
+
+    /// What a new library gets.
+    pub const DEFAULT: Policy = Policy::BRIDGE;
+
+    /// Most blocks that a bridge may span: finding one looks at so many blocks for each break.
+    pub const BRIDGE_MAX: u32 = 4096;
+
+    /// The number that stands for the policy in a block map; its knobs are in the catalog.
     pub fn code(self) -> u32 {
         match self {
             Policy::Paper => 1,
+            Policy::Bridge { .. } => 2,
+        }
+    }
+
+    /// The name of the policy whose number a block map has; `None` for a number of a newer vmar.
+    pub fn name_of(code: u32) -> Option<&'static str> {
+        [Policy::Paper, Policy::BRIDGE].into_iter().find(|p| p.code() == code).map(Policy::name)
+    }
+
+    /// Its name, without its knobs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Policy::Paper => "paper",
+            Policy::Bridge { .. } => "bridge",
+        }
+    }
+
+    /// This policy with other knobs; `None` leaves one as it is.
+    ///
+    /// # Errors
+    /// `Usage` when the policy has no such knob, or the value is out of range.
+    pub fn with_knobs(self, new_bridge: Option<u32>, new_min_run: Option<u32>) -> Result<Policy> {
+        match self {
+            Policy::Paper if new_bridge.is_some() || new_min_run.is_some() => {
+                Err(Error::new(ErrorKind::Usage, "policy paper", "has no --bridge and no --min-run")
+                    .mend("give them with --policy bridge"))
+            }
+            Policy::Paper => Ok(self),
+            Policy::Bridge { bridge, min_run } => {
+                let bridge = new_bridge.unwrap_or(bridge);
+                if bridge > Policy::BRIDGE_MAX {
+                    return Err(Error::new(ErrorKind::Usage, format!("--bridge {bridge}"), "is too long a bridge")
+                        .mend(format!("give at most {} blocks", Policy::BRIDGE_MAX)));
+                }
+                Ok(Policy::Bridge { bridge, min_run: new_min_run.unwrap_or(min_run) })
+            }
         }
     }
 }
 
 impl fmt::Display for Policy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Policy::Paper => "paper",
-        })
+        match self {
+            Policy::Paper => f.write_str("paper"),
+            Policy::Bridge { bridge, min_run } => write!(f, "bridge {bridge}, min-run {min_run}"),
+        }
     }
 }
 
@@ -48,7 +102,11 @@ impl FromStr for Policy {
     fn from_str(text: &str) -> Result<Policy> {
         match text {
             "paper" => Ok(Policy::Paper),
-            _ => Err(Error::new(ErrorKind::Usage, format!("policy {text:?}"), "unknown").mend("the policies: paper")),
+            "bridge" => Ok(Policy::BRIDGE),
+            _ => {
+                Err(Error::new(ErrorKind::Usage, format!("policy {text:?}"), "unknown")
+                    .mend("the policies: paper, bridge"))
+            }
         }
     }
 }
@@ -155,7 +213,7 @@ impl Catalog {
         std::fs::File::open("/dev/urandom")?.read_exact(&mut uuid)?;
         Ok(Catalog {
             format: FORMAT.to_string(),
-            version: VERSION,
+            version: version_for(policy),
             uuid: hex(&uuid),
             policy,
             fingerprint,
@@ -189,6 +247,12 @@ impl Catalog {
         Ok(catalog)
     }
 
+    /// Another policy, for the maps that are made from now on.
+    pub(super) fn set_policy(&mut self, policy: Policy) {
+        self.policy = policy;
+        self.version = version_for(policy);
+    }
+
     /// The text of the catalog file.
     pub(super) fn to_json(&self) -> serde_json::Result<Vec<u8>> {
         let mut text = serde_json::to_vec_pretty(self)?;
@@ -201,6 +265,7 @@ impl Catalog {
         if unhex::<16>(&self.uuid).is_none() {
             return Err(format!("uuid {:?} is not 32 hexadecimal digits", self.uuid));
         }
+        self.policy.with_knobs(None, None).map_err(|e| e.to_string())?;
         let mut names = HashSet::new();
         let mut lowest_free = 0;
         for record in &self.images {
@@ -232,6 +297,14 @@ impl ImageRecord {
             return Err("a path leads out of the library".to_string());
         }
         Ok(())
+    }
+}
+
+/// The oldest version that can say this.
+fn version_for(policy: Policy) -> u32 {
+    match policy {
+        Policy::Paper => 1,
+        Policy::Bridge { .. } => 2,
     }
 }
 

@@ -84,10 +84,10 @@ fn a_newer_library_is_refused_by_name() {
     let (_dir, library, _) = with_one_image();
     let path = library.dir().join(CATALOG);
     let text = fs::read_to_string(&path).unwrap();
-    fs::write(&path, text.replace("\"version\": 1", "\"version\": 2, \"news\": true")).unwrap();
+    fs::write(&path, text.replace("\"version\": 1", "\"version\": 3, \"news\": true")).unwrap();
     let err = Library::open(library.dir()).unwrap_err();
     assert_eq!(err.kind(), ErrorKind::Unsupported);
-    assert!(err.to_string().contains("library format 2"), "{err}");
+    assert!(err.to_string().contains("library format 3"), "{err}");
 }
 
 #[test]

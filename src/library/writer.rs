@@ -6,11 +6,16 @@
 //! 3. replaces the catalog by rename: **this is the commit point**,
 //! 4. removes the journal.
 //!
+//! New maps for old ([`Transaction::commit_maps`]) are rolled forward instead, for each map is right by itself, whatever
+//! policy chose it: once the journal `staging/remap.json` is durable, **which is the commit point**, the maps are renamed
+//! over the old ones, the catalog takes the policy, and the journal goes. The next writer does what is left of that.
+//! Readers between the two see maps of both policies, and read the same bytes through either.
+//!
 //! Whoever dies before 3 leaves files that the catalog does not name. The next writer removes them: what the journal
 //! lists and was moved, then everything in `staging/`, and never anything else.
 
 use super::catalog::{Catalog, ImageRecord, Policy};
-use super::{CATALOG, IMAGES, LOCK, Library, MAPS, RUNS, STAGING};
+use super::{CATALOG, IMAGES, LOCK, Library, MAPS, RUNS, STAGING, check_name};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::Algorithm;
 use crate::io::file::sync_dir;
@@ -23,8 +28,20 @@ use std::path::{Path, PathBuf};
 
 /// Name of the journal in `staging/`.
 const JOURNAL: &str = "commit.json";
-/// The version of the journal that this code reads and writes.
+/// The version of the journals that this code reads and writes.
 const JOURNAL_VERSION: u32 = 1;
+/// Name of the journal of new maps in `staging/`.
+const REMAP: &str = "remap.json";
+
+/// Which maps are replaced, and by whose choice.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RemapJournal {
+    version: u32,
+    policy: Policy,
+    /// Names of the images.
+    images: Vec<String>,
+}
 
 /// Where the staged files of a commit go.
 #[derive(Debug, Serialize, Deserialize)]
@@ -76,8 +93,7 @@ impl Writer {
         let lock = take_lock(dir)?;
         let library = Library::open(dir)?;
         make_directories(dir)?;
-        recover(&library)?;
-        Ok(Writer { library, _lock: lock })
+        Ok(Writer { library: recover(library)?, _lock: lock })
     }
 
     /// The library as it is.
@@ -128,6 +144,37 @@ impl Transaction<'_> {
         Ok(path)
     }
 
+    /// Says where to write the new map of an image until [`Transaction::commit_maps`].
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such image: only maps of this library are ever replaced.
+    pub fn stage_map(&self, name: &str) -> Result<PathBuf> {
+        self.library().image(name)?;
+        Ok(self.staging().join(staged_map(name)))
+    }
+
+    /// Puts the maps that were staged for **all** images in place of those that are there, and gives the library the policy
+    /// that chose them.
+    ///
+    /// # Errors
+    /// Before the commit point nothing has changed. Behind it (a disk that fails between two renames) the next writer goes
+    /// on; until then some maps are new, some are old, and all are right.
+    pub fn commit_maps(self, policy: Policy) -> Result<()> {
+        let staging = self.staging();
+        let images: Vec<String> = self.library().images().iter().map(|r| r.name.clone()).collect();
+        for name in &images {
+            let path = staging.join(staged_map(name));
+            File::open(&path).and_then(|f| f.sync_all()).map_err(|e| Error::io(&path, "make it durable", e))?;
+        }
+        let journal = RemapJournal { version: JOURNAL_VERSION, policy, images };
+        write_journal(&staging, REMAP, &journal)?;
+        // From here on `drop` would do the same.
+        let mut library = self.library().clone();
+        finish_remap(&mut library, &journal)?;
+        self.writer.library = library;
+        Ok(())
+    }
+
     /// Where the file that will be `to` is until the commit.
     pub fn staged(&self, to: &Path) -> PathBuf {
         self.staging().join(to.file_name().unwrap_or_default())
@@ -159,7 +206,7 @@ impl Transaction<'_> {
             File::open(&path).and_then(|f| f.sync_all()).map_err(|e| Error::io(&path, "make it durable", e))?;
         }
         let journal = Journal { version: JOURNAL_VERSION, files: files.to_vec() };
-        write_journal(&staging, &journal)?;
+        write_journal(&staging, JOURNAL, &journal)?;
         for file in files {
             rename_new(&staging.join(&file.staged), &self.library().dir.join(&file.to))?;
         }
@@ -173,9 +220,9 @@ impl Transaction<'_> {
 impl Drop for Transaction<'_> {
     fn drop(&mut self) {
         // Whether the change was committed is for the catalog on disk to say, not for this process.
-        let outcome = Library::open(&self.writer.library.dir).and_then(|library| recover(&library));
-        if let Err(err) = outcome {
-            log::warn!("the next writer will clean up: {err}");
+        match Library::open(&self.writer.library.dir).and_then(recover) {
+            Ok(library) => self.writer.library = library,
+            Err(err) => log::warn!("the next writer will clean up: {err}"),
         }
     }
 }
@@ -259,10 +306,10 @@ fn save(dir: &Path, catalog: &Catalog) -> Result<()> {
     sync_dir(dir)
 }
 
-fn write_journal(staging: &Path, journal: &Journal) -> Result<()> {
-    let goal = staging.join(JOURNAL);
+fn write_journal(staging: &Path, name: &str, journal: &impl Serialize) -> Result<()> {
+    let goal = staging.join(name);
     let text = serde_json::to_vec(journal).map_err(|e| Error::file(ErrorKind::Io, &goal, e))?;
-    let temporary = staging.join(format!("{JOURNAL}.new"));
+    let temporary = staging.join(format!("{name}.new"));
     write_durably(&temporary, &text)?;
     fs::rename(&temporary, &goal).map_err(|e| Error::io(&goal, "write the journal", e))?;
     sync_dir(staging)
@@ -300,11 +347,16 @@ fn in_the_way(path: &Path) -> Error {
 ///
 /// The order matters: the journal goes before the staged files, because "no longer in `staging/`" is how a moved file
 /// is told from somebody else's file of that name.
-fn recover(library: &Library) -> Result<()> {
+///
+/// Maps that were committed are put in place before all that. Returns the library as it is then.
+fn recover(mut library: Library) -> Result<Library> {
     let staging = library.dir.join(STAGING);
+    if let Some(journal) = read_remap(&staging.join(REMAP))? {
+        finish_remap(&mut library, &journal)?;
+    }
     if let Some(journal) = read_journal(&staging.join(JOURNAL))? {
         for file in &journal.files {
-            undo(library, &staging, file)?;
+            undo(&library, &staging, file)?;
         }
         for place in [RUNS, MAPS, IMAGES] {
             sync_dir(&library.dir.join(place))?;
@@ -321,30 +373,72 @@ fn recover(library: &Library) -> Result<()> {
             remove(&entry.path())?;
         }
     }
-    Ok(())
+    Ok(library)
 }
 
-fn read_journal(path: &Path) -> Result<Option<Journal>> {
+/// Where the new map of an image is until it is put in place.
+fn staged_map(name: &str) -> String {
+    format!("{name}.map.new")
+}
+
+/// From the commit point of new maps to their end, or from wherever somebody died on that way.
+fn finish_remap(library: &mut Library, journal: &RemapJournal) -> Result<()> {
+    let staging = library.dir.join(STAGING);
+    for name in &journal.images {
+        let (from, to) = (staging.join(staged_map(name)), library.map_path(name));
+        match fs::rename(&from, &to) {
+            // Moved already. (A map that somebody removed since is missed by whoever needs it.)
+            Err(e) if e.kind() == IoKind::NotFound => {}
+            other => other.map_err(|e| Error::io(&to, "replace the block map", e))?,
+        }
+    }
+    sync_dir(&library.dir.join(MAPS))?;
+    sync_dir(&staging)?;
+    let mut catalog = library.catalog.clone();
+    catalog.set_policy(journal.policy);
+    save(&library.dir, &catalog)?;
+    library.catalog = catalog;
+    remove(&staging.join(REMAP))?;
+    sync_dir(&staging)
+}
+
+fn read_remap(path: &Path) -> Result<Option<RemapJournal>> {
+    let Some(journal) = read_json::<RemapJournal>(path, |j| j.version)? else { return Ok(None) };
+    match journal.images.iter().try_for_each(|name| check_name(name)) {
+        Ok(()) => Ok(Some(journal)),
+        Err(e) => Err(corrupt_journal(path, e)),
+    }
+}
+
+fn corrupt_journal(path: &Path, cause: impl std::fmt::Display) -> Error {
+    Error::file(ErrorKind::Corrupt, path, cause).mend("remove it if the files in the library are as you want them")
+}
+
+/// A journal of the kind `J`, if there is one.
+fn read_json<J: for<'j> Deserialize<'j>>(path: &Path, version_of: impl Fn(&J) -> u32) -> Result<Option<J>> {
     let text = match fs::read(path) {
         Ok(text) => text,
         Err(e) if e.kind() == IoKind::NotFound => return Ok(None),
         Err(e) => return Err(Error::io(path, "read the journal", e)),
     };
-    let corrupt = |cause: String| {
-        Error::file(ErrorKind::Corrupt, path, cause).mend("remove it if the files in the library are as you want them")
-    };
-    let journal: Journal = serde_json::from_slice(&text).map_err(|e| corrupt(e.to_string()))?;
-    if journal.version > JOURNAL_VERSION {
-        let cause = format!("journal format {}, this vmar knows up to {JOURNAL_VERSION}", journal.version);
+    let journal: J = serde_json::from_slice(&text).map_err(|e| corrupt_journal(path, e))?;
+    let version = version_of(&journal);
+    if version > JOURNAL_VERSION {
+        let cause = format!("journal format {version}, this vmar knows up to {JOURNAL_VERSION}");
         return Err(Error::file(ErrorKind::Unsupported, path, cause).mend("use a newer vmar"));
     }
+    Ok(Some(journal))
+}
+
+fn read_journal(path: &Path) -> Result<Option<Journal>> {
+    let Some(journal) = read_json::<Journal>(path, |j| j.version)? else { return Ok(None) };
     let is_ours = |file: &Move| {
         let place = file.to.split_once('/');
         place.is_some_and(|(dir, name)| [RUNS, MAPS, IMAGES].contains(&dir) && !name.contains('/') && name != "..")
             && !file.staged.contains('/')
     };
     if !journal.files.iter().all(is_ours) {
-        return Err(corrupt("it names a file outside of the library".to_string()));
+        return Err(corrupt_journal(path, "it names a file outside of the library"));
     }
     Ok(Some(journal))
 }

@@ -21,7 +21,11 @@ pub(super) const GROUP_BITS_MAX: u32 = 31;
 const FALSE_POSITIVES: f64 = 0.01;
 
 /// Keys above which blocks are grouped, so that the filter stays below 320 KiB for any image.
-const KEYS_MAX: u64 = 1 << 18;
+pub(super) const KEYS_MAX: u64 = 1 << 18;
+
+/// Keys of the smallest filter: the format wants one line at least, and the largest image has two groups of the largest
+/// size. It says "perhaps" to nearly everything.
+pub(super) const KEYS_LEAST: u64 = 2;
 
 /// Size of a filter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,11 +47,11 @@ impl Shape {
     }
 }
 
-/// The shape for these entries: the smallest groups that keep the filter small.
-pub(super) fn shape_for(table: Table<'_>) -> Shape {
+/// The shape for these entries: the smallest groups that make at most `keys_max` keys.
+pub(super) fn shape_for(table: Table<'_>, keys_max: u64) -> Shape {
     let (group_bits, keys) = (0..=GROUP_BITS_MAX)
         .map(|bits| (bits, key_count(table, bits)))
-        .find(|&(_, keys)| keys <= KEYS_MAX)
+        .find(|&(_, keys)| keys <= keys_max)
         .unwrap_or((GROUP_BITS_MAX, 2)); // 2^32 blocks make two groups of 2^31
     // At most 2^18 from here on, so the conversions lose nothing.
     let keys = u32::try_from(keys).unwrap_or(u32::MAX);
@@ -156,7 +160,7 @@ mod tests {
     fn false_positives_are_rare_and_false_negatives_never_happen() {
         let bytes = table_of((0..50_000).map(|i| (4 * i, 2)));
         let table = Table::new(&bytes);
-        let shape = shape_for(table);
+        let shape = shape_for(table, KEYS_MAX);
         assert_eq!((shape.group_bits, shape.keys, shape.hashes), (0, 100_000, 7));
         let filled = fill(table, shape);
         let bloom = Bloom::new(&filled, shape.hashes);
@@ -177,8 +181,10 @@ mod tests {
     #[test]
     fn the_filter_of_a_huge_image_stays_small() {
         let bytes = table_of([(0, u32::MAX)].into_iter());
-        let shape = shape_for(Table::new(&bytes));
+        let shape = shape_for(Table::new(&bytes), KEYS_MAX);
         assert_eq!((shape.group_bits, shape.keys), (14, 1 << 18));
         assert!(shape.lines as usize * LINE_BYTES <= 320 << 10);
+        let least = shape_for(Table::new(&bytes), KEYS_LEAST);
+        assert_eq!((least.group_bits, least.keys, least.lines), (31, 2, 1));
     }
 }

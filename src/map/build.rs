@@ -40,8 +40,24 @@ impl EntryBuilder {
 }
 
 /// The bytes of a map, ready to be written to a file and opened by [`super::Map::new`]. The same specification
-/// always gives the same bytes.
+/// always gives the same bytes. The Bloom filter is the smallest that the format allows: no lookup asks it, for it costs more
+/// than the search that it saves (`FORMAT.md`).
+///
+/// # Errors
+/// When the specification breaks a rule of the format.
 pub fn build(spec: &MapSpec) -> Result<Vec<u8>, MapError> {
+    build_filtered(spec, bloom::KEYS_LEAST)
+}
+
+/// The same with the Bloom filter of the paper (1 % false positives), to compare the schemes of its figure 10.
+///
+/// # Errors
+/// Those of [`build`].
+pub fn build_with_filter(spec: &MapSpec) -> Result<Vec<u8>, MapError> {
+    build_filtered(spec, bloom::KEYS_MAX)
+}
+
+fn build_filtered(spec: &MapSpec, keys_max: u64) -> Result<Vec<u8>, MapError> {
     check_identity(&spec.source)?;
     spec.targets.iter().try_for_each(check_identity)?;
     check_targets(&spec.source, &spec.targets)?;
@@ -51,7 +67,7 @@ pub fn build(spec: &MapSpec) -> Result<Vec<u8>, MapError> {
 
     let blocks = spec.source.blocks();
     let section_bits = section_bits_for(blocks, table.len() as u64);
-    let shape = bloom::shape_for(table);
+    let shape = bloom::shape_for(table, keys_max);
     let targets = spec.targets.iter().zip(&tally.per_target).flat_map(|(t, &n)| encode_target(t, n)).collect();
     let index: Vec<u8> = sections(table, section_bits, section_count(blocks, section_bits))
         .flat_map(|(first, end)| [first.to_le_bytes(), end.to_le_bytes()].concat())

@@ -44,13 +44,13 @@ impl MapError {
     pub fn at(self, path: impl AsRef<Path>) -> Error {
         match self.kind {
             MapErrorKind::NotAMap => Error::file(ErrorKind::Corrupt, path, self)
-                .mend("name a .map file, or restore it from a copy of the library, or build the library anew"),
+                .mend("name a .map file; 'vmar library remap' makes those of a library anew"),
             MapErrorKind::Newer => {
                 Error::file(ErrorKind::Unsupported, path, self).mend("use the newer vmar that wrote it")
             }
             MapErrorKind::Length | MapErrorKind::Checksum | MapErrorKind::Broken => {
                 Error::file(ErrorKind::Corrupt, path, self)
-                    .mend("restore it from a copy of the library, or build the library anew")
+                    .mend("make it anew with 'vmar library remap', or restore it from a copy of the library")
             }
         }
     }
@@ -74,7 +74,7 @@ mod tests {
         assert_eq!(
             err.to_string(),
             "/l/maps/web.map: the checksum of the entries is wrong; \
-             restore it from a copy of the library, or build the library anew"
+             make it anew with 'vmar library remap', or restore it from a copy of the library"
         );
         assert_eq!(err.kind(), ErrorKind::Corrupt);
     }

@@ -5,10 +5,11 @@
 //!               │ >> section_bits
 //!   section index ──► {first, end} ──► none: a zero block
 //!               │
-//!   Bloom filter ──► "not here" ──► a zero block
-//!               │
 //!   binary search in entries[first..end] ──► {target image, target block, blocks left}
 //! ```
+//!
+//! The paper puts a Bloom filter before the search, to answer zero blocks. The format has it, [`Map::lookup_by`] can ask it,
+//! and [`Map::lookup`] does not: behind an index this fine it costs more than it saves.
 //!
 //! Bytes in, ranges out: this floor opens no file and starts no thread. [`build`] makes the bytes, [`Map::new`]
 //! verifies bytes (usually a memory mapping shared by all `vmar serve` processes of the host), [`Map::lookup`] and
@@ -43,7 +44,7 @@ mod format;
 mod index;
 mod view;
 
-pub use build::{EntryBuilder, build};
+pub use build::{EntryBuilder, build, build_with_filter};
 pub use entry::Entry;
 pub use error::{MapError, MapErrorKind};
 pub use format::VERSION;

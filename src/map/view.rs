@@ -9,10 +9,6 @@ use super::{Entry, MapError, MapErrorKind, Target, Totals};
 use std::iter::FusedIterator;
 use std::ops::Range;
 
-/// Candidates above which a lookup asks the Bloom filter first. Asking costs about as much as four probes, and a filter
-/// that says yes saves none of them: asked for every block, it made lookups of non-zero blocks 1.5 to 2 times slower.
-const FILTER_ABOVE: usize = 16;
-
 /// A block map that was verified once, whole, and is then read where it lies: no parsing, no copy of the entries.
 ///
 /// The bytes must not change as long as the map lives (vmar replaces map files by rename). If they do all the same,
@@ -56,7 +52,7 @@ pub enum Scheme {
     Plain,
     /// Binary search among the entries of the block's section.
     Sections,
-    /// The same, after the Bloom filter had its say.
+    /// The same, after the Bloom filter had its say. Only a map of [`super::build_with_filter`] has one to speak of.
     SectionsAndBloom,
 }
 
@@ -151,9 +147,24 @@ impl<B: AsRef<[u8]>> Map<B> {
             return None;
         }
         let candidates = self.candidates(block);
-        if candidates.is_empty() || (candidates.len() > FILTER_ABOVE && !self.may_hold(block)) {
+        if candidates.is_empty() { None } else { self.find(candidates, block) }
+    }
+
+    /// The answer of [`Map::lookup`] by one of the schemes of figure 10, to compare what they cost.
+    #[inline]
+    pub fn lookup_by(&self, scheme: Scheme, block: u32) -> Option<Hit> {
+        if u64::from(block) >= self.header.totals.blocks
+            || (scheme == Scheme::SectionsAndBloom && !self.may_hold(block))
+        {
             return None;
         }
+        let candidates = if scheme == Scheme::Plain { 0..self.table().len() } else { self.candidates(block) };
+        if candidates.is_empty() { None } else { self.find(candidates, block) }
+    }
+
+    /// The search among entries of which at least one is left.
+    #[inline]
+    fn find(&self, candidates: Range<usize>, block: u32) -> Option<Hit> {
         let table = self.table();
         let entry = table.get(table.search(candidates, block));
         // Below the entry this wraps to at least 2^32 - source, which no length exceeds.
@@ -177,11 +188,10 @@ impl<B: AsRef<[u8]>> Map<B> {
         Runs { table, next, at, end: (at + u64::from(count)).min(1 << 32) }
     }
 
-    /// Probes of the binary search for `block` after section index and Bloom filter (paper, figure 10): 0 when these
-    /// leave at most one entry. This is the paper's scheme; [`Map::lookup`] leaves out the filter where it costs more
-    /// than the search.
+    /// Probes of the binary search for `block` that [`Map::lookup`] makes behind the section index (paper, figure 10): 0
+    /// when the index leaves at most one entry.
     pub fn search_depth(&self, block: u32) -> u32 {
-        self.search_depth_by(Scheme::SectionsAndBloom, block)
+        self.search_depth_by(Scheme::Sections, block)
     }
 
     /// Probes of the binary search for `block` under one of the schemes of figure 10.

@@ -66,7 +66,7 @@ impl Base {
         let path = library.map_path(name);
         let mapping = Mapping::open(&path).map_err(|e| {
             let err = Error::io(&path, "open the block map", e);
-            if err.kind() == ErrorKind::NotFound { err.mend("restore it from a copy of the library") } else { err }
+            if err.kind() == ErrorKind::NotFound { err.mend("make it anew with 'vmar library remap'") } else { err }
         })?;
         let map = Map::new(mapping).map_err(|e| e.at(&path))?;
         let source = map.source();

@@ -65,7 +65,8 @@ impl Bench {
     /// The same with an empty library.
     pub fn with_library() -> Self {
         let bench = Bench::new();
-        ok(&["library", "init", text(&bench.library())]);
+        // The images of tests are small: with the default policy few of their runs would leave them.
+        ok(&["library", "init", text(&bench.library()), "--policy", "paper"]);
         bench
     }
 

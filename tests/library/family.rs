@@ -8,13 +8,13 @@ use vmar::indexer::verify::verify;
 
 /// One image: contents, an unaligned end, and which of its zero blocks are written instead of holes.
 #[derive(Clone, Debug)]
-struct Spec {
-    contents: Vec<u32>,
-    tail: Option<(u32, usize)>,
-    written_zeros: usize,
+pub struct Spec {
+    pub contents: Vec<u32>,
+    pub tail: Option<(u32, usize)>,
+    pub written_zeros: usize,
 }
 
-fn spec() -> impl Strategy<Value = Spec> {
+pub fn spec() -> impl Strategy<Value = Spec> {
     // Runs of ascending contents make long entries; 1 to 8 are colliding pairs.
     let run = (0u32..40, 1u32..8).prop_map(|(first, len)| (first..first + len).collect::<Vec<u32>>());
     let zeros = (1usize..20).prop_map(|n| vec![0u32; n]);

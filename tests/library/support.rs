@@ -26,9 +26,14 @@ pub struct Place {
 }
 
 impl Place {
+    /// With the policy `paper`.
     pub fn new() -> Place {
+        Place::with(Policy::Paper)
+    }
+
+    pub fn with(policy: Policy) -> Place {
         let place = Place { dir: tempfile::tempdir().unwrap() };
-        Library::init(place.lib(), Policy::Paper, Algorithm::Sha1).unwrap();
+        Library::init(place.lib(), policy, Algorithm::Sha1).unwrap();
         place
     }
 

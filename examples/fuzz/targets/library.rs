@@ -102,6 +102,7 @@ fn value(rng: &mut Rng) -> Value {
             "sha1",
             "blake3",
             "paper",
+            "bridge",
             "raw",
             "0",
             "images/web.g1.raw",
