@@ -5,7 +5,8 @@
 //! | [`socket`] | the listening socket |
 //! | [`handler`] | the messages of a connection |
 //! | [`frontend`] | what comes as a descriptor: memory, kicks, calls |
-//! | [`worker`] | the thread of a queue |
+//! | [`worker`] | the thread of a queue: what it is told |
+//! | `queue` | what it does |
 //! | [`revoke`] | takes guest memory away from transfers that hang |
 //! | [`backend_channel`] | messages to the frontend |
 //! | [`inflight`] | what is in flight, for whoever comes after a crash |
@@ -24,6 +25,7 @@ pub mod handler;
 pub mod hub;
 pub mod inflight;
 pub mod port;
+mod queue;
 pub mod report;
 pub mod revoke;
 pub mod socket;

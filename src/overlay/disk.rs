@@ -1,8 +1,8 @@
 //! The overlay file as a device: every read, write, fsync and punch of it goes through here and nowhere else, so that the
 //! order of them can be recorded, and any of them be held or made to fail ([`crate::io::fault`]).
 
-use crate::io::{Hot, IoBuf};
 use crate::io::fault::{Faults, FileRef};
+use crate::io::{Hot, IoBuf};
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
