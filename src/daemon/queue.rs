@@ -96,7 +96,7 @@ impl Queue {
             requests: Default::default(),
             heads: Vec::new(),
             shown: Vec::new(),
-            spin: Spin::new(),
+            spin: Spin::default(),
             bad_heads: 0,
             held: false,
             log_used: None,

@@ -25,14 +25,16 @@ pub struct Spin {
     since: Option<Instant>,
 }
 
-impl Spin {
+impl Default for Spin {
     /// Looks only where there is a second processor: what is waited for must come from somewhere.
-    pub fn new() -> Self {
+    fn default() -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let max = if processors > 1 { SPIN_MAX } else { Duration::ZERO };
         Spin { limit: max, max, since: None }
     }
+}
 
+impl Spin {
     /// Looks until `found` says so; false when the time is up.
     pub fn look(&mut self, mut found: impl FnMut() -> bool) -> bool {
         if self.max.is_zero() {

@@ -18,6 +18,8 @@ pub type GuestMap = GuestMemoryMmap<()>;
 
 /// Bytes of a descriptor: address u64, length u32, flags u16, next u16, little-endian.
 const DESC_SIZE: usize = 16;
+/// The same, for lengths that the guest gives.
+const DESC_BYTES: u32 = 16;
 
 /// Descriptors that a chain may have. QEMU's own limit is 1,024; a guest that follows SEG_MAX stays far below.
 const CHAIN_MAX: usize = 1024;
@@ -322,10 +324,10 @@ impl Ring {
             let Some(desc) = self.desc(&table, index) else { return false };
             if desc.flags & VRING_DESC_F_INDIRECT != 0 {
                 // One level, whole descriptors (section 2.7.5.3).
-                if matches!(table, Table::Indirect(_)) || !(desc.len as usize).is_multiple_of(DESC_SIZE) {
+                if matches!(table, Table::Indirect(_)) || !desc.len.is_multiple_of(DESC_BYTES) {
                     return false;
                 }
-                (index, entries) = (0, desc.len / DESC_SIZE as u32);
+                (index, entries) = (0, desc.len / DESC_BYTES);
                 if entries > u32::from(u16::MAX) {
                     return false;
                 }

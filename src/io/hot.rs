@@ -203,7 +203,8 @@ fn major_faults() -> i64 {
     }
 }
 
-#[cfg(all(test, target_arch = "x86_64"))]
+#[cfg(test)]
+#[cfg(target_arch = "x86_64")]
 mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
