@@ -438,12 +438,14 @@ mod tests {
         map.write_obj(next.to_le(), GuestAddress(at + 14)).unwrap();
     }
 
-    fn numbers(bufs: &[IoBuf]) -> Vec<(usize, usize)> {
+    type Numbers = Vec<(usize, usize)>;
+
+    fn numbers(bufs: &[IoBuf]) -> Numbers {
         bufs.iter().map(|buf| (buf.as_ptr() as usize, buf.len())).collect()
     }
 
     /// The same by the iterator of the crate `virtio-queue`, which nobody here wrote.
-    fn model(map: &Arc<GuestMap>, head: u16) -> (bool, Vec<(usize, usize)>, Vec<(usize, usize)>) {
+    fn model(map: &Arc<GuestMap>, head: u16) -> (bool, Numbers, Numbers) {
         map.write_obj([0, 1u16.to_le(), head.to_le()], GuestAddress(PLACE.avail)).unwrap();
         let mut queue = Queue::new(SIZE).unwrap();
         queue.try_set_desc_table_address(GuestAddress(PLACE.desc)).unwrap();
