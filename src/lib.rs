@@ -33,16 +33,17 @@
 //! | 4 | [`indexer`]: adds images · [`overlay`]: the VM's writes, a qcow2 · [`redirect`]: plans and runs base reads |
 //! | 3 | [`map`]: the block map; bytes in, ranges out |
 //! | 2 | [`library`], [`image`], [`fingerprint`], [`cluster`] |
-//! | 1 | [`io`]: the page cache without waiting, io_uring for the rest; image locks; the fault engine of the tests |
+//! | 1 | [`io`]: copies from mappings, the page cache without waiting, io_uring for the rest; image locks; the fault engine of the tests |
 //! | 0 | [`units`], [`error`], [`codec`] |
 //!
 //! # Follow one read
 //!
-//! 1. The guest puts a chain on a ring and kicks; [`daemon::worker`] takes it off and [`device::request`] takes it apart.
+//! 1. The guest puts a chain on a ring and kicks; the queue's thread ([`daemon::worker`]) takes it off ([`device::ring`]) and
+//!    [`device::request`] takes it apart.
 //! 2. [`device::disk`] asks the [`overlay`] which parts this VM wrote; for the rest [`redirect::plan`] asks the [`map`].
 //!    The result is a list of pieces: overlay, canonical ranges of images, zeros.
-//! 3. [`redirect::reader`] copies what the page cache holds straight into the guest's buffers; each piece that misses
-//!    goes to io_uring on its own.
+//! 3. [`redirect::reader`] copies what the page cache holds straight into the guest's buffers, from a mapping where it is
+//!    known to hold it ([`io::hot`]); each piece that misses goes to io_uring on its own.
 //! 4. When the last piece is in, [`device::executor`] writes the status byte, and the worker puts the head on the used
 //!    ring and signals the guest.
 //!

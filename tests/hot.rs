@@ -73,7 +73,10 @@ fn reads(client: &mut Client, count: usize, seed: &mut u64, mut check: impl FnMu
 fn pages_that_the_kernel_takes_cost_a_few_waits_and_no_wrong_byte() {
     let bench = Bench::new();
     let data = pattern();
-    let file = bench.file("disk", &data);
+    // Not in /tmp, which may be memory itself: from there pages go only to swap.
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let file = dir.path().join("disk");
+    std::fs::write(&file, &data).unwrap();
     let server = bench.serve(&["--blk-file", text(&file), "--read-only"]);
     let pid = server.child.id();
     let mut client = Client::connect(&server.socket, 1, true);
