@@ -154,6 +154,7 @@ vm_library=${VMAR_LIBRARY:-}                     # vmar's library
 vm_boot=kernel                                   # kernel: QEMU loads it; disk: SeaBIOS and the boot loader do
 vm_memory=512                                    # MiB
 vm_append=                                       # more for the kernel command line
+vm_record=1                                      # empty: vmar serve records no trace
 vm_dirs=()                                       # what vm_stop_all stops
 
 # A folder that no other script run uses. Sockets are named by full path, which the kernel limits to 107 characters.
@@ -180,7 +181,8 @@ vm_serve_more=()
 vm_serve() {
     local name=$1 dir=$2 overlay=$3 pid left=100
     "$vmar" serve --library "$vm_library" --image "$name" --overlay "$overlay" --socket-path "$dir/blk.sock" \
-        --state-dir "$dir/state" --record "$dir/trace" "${vm_serve_more[@]}" >"$dir/vmar.log" 2>&1 </dev/null 9>&- &
+        --state-dir "$dir/state" ${vm_record:+--record "$dir/trace"} "${vm_serve_more[@]}" \
+        >"$dir/vmar.log" 2>&1 </dev/null 9>&- &
     pid=$!
     echo "$pid" >"$dir/vmar.pid"
     while [ ! -S "$dir/blk.sock" ]; do
