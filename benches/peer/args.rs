@@ -37,6 +37,9 @@ pub struct Args {
     /// Make the images below this directory: up to 9 times the size, on the file system that is to be measured
     #[arg(long, value_name = "DIR", default_value_os_t = std::env::temp_dir())]
     pub dir: PathBuf,
+    /// MB (of 1000000 bytes) a second that a server may read from the disk in throttled scenarios
+    #[arg(long, value_name = "MB", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    pub throttle: u64,
     /// The peer's program
     #[arg(long, value_name = "PROGRAM", default_value = "qemu-storage-daemon")]
     pub qsd: PathBuf,

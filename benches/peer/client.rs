@@ -17,6 +17,8 @@ const DEPTH_MAX: usize = 128;
 const PASS: (usize, usize) = (256 << 10, 8);
 /// A request that takes longer means that the server hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// A turn with a throttle counts from the first completion after this: what an idle throttle saved up is gone then.
+const LEAD: Duration = Duration::from_secs(1);
 
 /// What is driven.
 #[derive(Debug, Clone, Copy)]
@@ -44,7 +46,8 @@ pub struct Tally {
     pub requests: u64,
     /// All of them, and the flushes: what the CPU time was spent on.
     pub requests_all: u64,
-    /// Nanoseconds from the first request to the end of the turn, or to the last request if it ended before.
+    /// Nanoseconds from the first request to the end of the turn, or to the last request if it ended before; with a
+    /// throttle, between the completions at both ends of what counts.
     pub ns: u64,
     /// Latencies of the reads and writes.
     pub latencies: Latencies,
@@ -124,12 +127,13 @@ impl Client {
             lane.stream = Stream::new(scenario, capacity, i, seed);
             lane.depth = scenario.depth.div_ceil(scenario.queues);
         }
+        let lead = if scenario.throttle.is_some() { LEAD } else { Duration::ZERO };
         if self.is_polling || self.lanes.len() == 1 {
             // One spinning thread for all queues: it has one CPU, the server has the other.
-            return pump(&mut self.lanes, self.is_polling, length);
+            return pump(&mut self.lanes, self.is_polling, lead, length);
         }
         std::thread::scope(|scope| {
-            let spawn = |lane| scope.spawn(move || pump(std::slice::from_mut(lane), false, length));
+            let spawn = |lane| scope.spawn(move || pump(std::slice::from_mut(lane), false, lead, length));
             let threads: Vec<_> = self.lanes.iter_mut().map(spawn).collect();
             let mut sum = Tally::default();
             for thread in threads {
@@ -144,7 +148,7 @@ impl Client {
         let lane = &mut self.lanes[0];
         lane.stream = Stream::pass(bytes, PASS.0, writes);
         lane.depth = PASS.1;
-        pump(std::slice::from_mut(lane), self.is_polling, Duration::from_secs(3600))?;
+        pump(std::slice::from_mut(lane), self.is_polling, Duration::ZERO, Duration::from_secs(3600))?;
         Ok(())
     }
 
@@ -222,10 +226,12 @@ impl Lane {
     }
 }
 
-/// Sends requests until the time is over or the streams end, then waits for those in flight.
-fn pump(lanes: &mut [Lane], is_polling: bool, length: Duration) -> Result<Tally> {
+/// Sends requests until the time is over or the streams end, then waits for those in flight. What completes within `lead`
+/// does not count.
+fn pump(lanes: &mut [Lane], is_polling: bool, lead: Duration, length: Duration) -> Result<Tally> {
     let mut tally = Tally::default();
-    let deadline = length.as_nanos() as u64;
+    let (lead, deadline) = (lead.as_nanos() as u64, length.as_nanos() as u64);
+    let mut counts_from = 0;
     let start = Instant::now();
     let now = || start.elapsed().as_nanos() as u64;
     for lane in lanes.iter_mut() {
@@ -257,9 +263,14 @@ fn pump(lanes: &mut [Lane], is_polling: bool, length: Duration) -> Result<Tally>
                 tally.requests_all += 1;
                 let slot = completion.user_data;
                 let (began, is_flush) = lane.began[slot];
+                if last <= lead {
+                    counts_from = last;
+                    lane.submit(slot, last);
+                    continue;
+                }
                 // On a crowded machine the server may not even have run: the first requests count in any case.
                 if last <= deadline || tally.requests == 0 {
-                    tally.ns = last;
+                    tally.ns = last - counts_from;
                     tally.requests += u64::from(!is_flush);
                     if is_flush { &mut tally.flushes } else { &mut tally.latencies }.add(last - began);
                     lane.submit(slot, last);
@@ -267,7 +278,7 @@ fn pump(lanes: &mut [Lane], is_polling: bool, length: Duration) -> Result<Tally>
             }
         }
     }
-    if last > deadline {
+    if last > deadline && lead == 0 {
         tally.ns = tally.ns.max(deadline);
     }
     Ok(tally)

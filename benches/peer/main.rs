@@ -22,6 +22,7 @@ mod scenario;
 mod server;
 mod stream;
 mod subject;
+mod throttle;
 
 use args::Args;
 use clap::Parser;
@@ -30,6 +31,7 @@ use rig::Rig;
 use scenario::Scenario;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
+use throttle::Throttle;
 
 /// Errors are one line for a person.
 type Result<T> = std::result::Result<T, String>;
@@ -67,8 +69,15 @@ fn measure(args: &Args) -> Result<()> {
     let mut measured = Vec::new();
     for (i, scenario) in scenarios.iter().enumerate() {
         eprintln!("{} of {}: {}", i + 1, scenarios.len(), scenario.name());
+        let throttle = match scenario.throttle.map(|limit| throttle(args, limit)).transpose() {
+            Ok(throttle) => throttle,
+            Err(why) => {
+                println!("\n{}\n  skipped: {why}", scenario.name());
+                continue;
+            }
+        };
         let rows = match (&rig, &args.socket) {
-            (Some(rig), _) => run::compare(args, rig, scenario),
+            (Some(rig), _) => run::compare(args, rig, scenario, throttle.as_ref()),
             (None, Some(socket)) => run::drive(args, socket, scenario),
             (None, None) => Ok(Vec::new()),
         };
@@ -88,6 +97,14 @@ fn measure(args: &Args) -> Result<()> {
     Ok(())
 }
 
+fn throttle(args: &Args, bytes_per_s: u64) -> Result<Throttle> {
+    // A turn leaves out its first second, and no place is read twice.
+    if args.image_bytes() < 4 * bytes_per_s {
+        return Err("the images are read in less than 4 s: a greater --size or a smaller --throttle".into());
+    }
+    Throttle::new(&args.dir, bytes_per_s).map_err(|why| format!("the disk cannot be throttled: {why}"))
+}
+
 fn select(args: &Args) -> Result<Vec<Scenario>> {
     let wanted = |s: &Scenario| {
         let name = s.name();
@@ -95,7 +112,7 @@ fn select(args: &Args) -> Result<Vec<Scenario>> {
         let fits_names = args.only.is_empty() || args.only.iter().any(|p| scenario::matches(&name, p));
         (s.is_quick || !args.quick) && fits_socket && fits_names
     };
-    let chosen: Vec<Scenario> = scenario::all().into_iter().filter(wanted).collect();
+    let chosen: Vec<Scenario> = scenario::all(args.throttle * 1_000_000).into_iter().filter(wanted).collect();
     if chosen.is_empty() {
         return Err("no scenario is left: see --list".into());
     }

@@ -37,9 +37,9 @@ pub struct Spread {
 type Figure = fn(&Scenario, &Turn) -> Option<f64>;
 
 /// The figures and their names in the JSON.
-const FIGURES: [(&str, Figure); 10] = [
+const FIGURES: [(&str, Figure); 12] = [
     ("iops", iops),
-    ("mb_per_s", |s, t| iops(s, t).map(|n| n * s.block as f64 / 1e6)),
+    ("mb_per_s", mb_per_s),
     ("p50_us", p50),
     ("p99_us", p99),
     ("p999_us", p999),
@@ -48,11 +48,28 @@ const FIGURES: [(&str, Figure); 10] = [
     ("server_cpu_s_per_million", server_cpu),
     ("client_cpu_s_per_million", |_, t| Some(t.client_cpu * 1e6 / t.tally.requests_all as f64)),
     ("server_private_kib", |_, t| t.private_kib.map(|kib| kib as f64)),
+    ("share_of_throttle", share_of_throttle),
+    ("disk_reads_per_byte", disk_reads),
 ];
 
 /// Requests a second.
 pub fn iops(_: &Scenario, turn: &Turn) -> Option<f64> {
     Some(turn.tally.requests as f64 * 1e9 / turn.tally.ns as f64)
+}
+
+fn mb_per_s(scenario: &Scenario, turn: &Turn) -> Option<f64> {
+    iops(scenario, turn).map(|n| n * scenario.block as f64 / 1e6)
+}
+
+/// What the client got, of what the disk may read.
+fn share_of_throttle(scenario: &Scenario, turn: &Turn) -> Option<f64> {
+    Some(mb_per_s(scenario, turn)? * 1e6 / scenario.throttle? as f64)
+}
+
+/// Bytes that the disk read for each byte that the client got: above 1, the server reads what nobody asked for (yet).
+fn disk_reads(scenario: &Scenario, turn: &Turn) -> Option<f64> {
+    let got = turn.tally.requests_all as f64 * scenario.block as f64;
+    turn.disk_bytes.filter(|_| scenario.is_cold).map(|bytes| bytes as f64 / got)
 }
 
 fn p50(_: &Scenario, turn: &Turn) -> Option<f64> {
@@ -149,6 +166,17 @@ impl Measured {
                 }
             }
         }
+        for row in self.rows.iter().filter(|_| self.scenario.throttle.is_some()) {
+            let figure = |f| row.figure(&self.scenario, f);
+            if let (Some(speed), Some(share)) = (figure(mb_per_s), figure(share_of_throttle)) {
+                let (name, Spread { median, min, max }) = (&row.name, share);
+                out += &format!(
+                    "  {name:<20}{:>6.1} MB/s = {median:.3} ({min:.3}..{max:.3}) of the throttle",
+                    speed.median
+                );
+                out += &figure(disk_reads).map_or("\n".into(), |n| format!("; the disk read {:.2} × that\n", n.median));
+            }
+        }
         out
     }
 
@@ -180,6 +208,7 @@ impl Measured {
             "queues": s.queues,
             "client": if s.is_polling { "polling" } else { "sleeping" },
             "cold": s.is_cold,
+            "throttle_bytes_per_s": s.throttle,
             "flush_every": s.flush_every,
             "subjects": subjects,
         })

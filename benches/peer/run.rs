@@ -6,35 +6,41 @@ use crate::report::Row;
 use crate::rig::Rig;
 use crate::scenario::Scenario;
 use crate::subject::{Kind, Running, Turn, attach, prepare, start};
+use crate::throttle::Throttle;
 use std::time::Duration;
 
-/// Measures a scenario on the subjects.
+/// The shortest turn with a throttle: it hands out bytes in slices.
+const THROTTLED: f64 = 6.0;
+
+/// Measures a scenario on the subjects; those with a process of their own if it is throttled.
 ///
 /// # Errors
 /// The first failure of a subject, with its name.
-pub fn compare(args: &Args, rig: &Rig, scenario: &Scenario) -> Result<Vec<Row>> {
-    let mut rows: Vec<Row> = args.subjects.iter().map(|kind| Row::new(kind.name())).collect();
+pub fn compare(args: &Args, rig: &Rig, scenario: &Scenario, throttle: Option<&Throttle>) -> Result<Vec<Row>> {
+    let takes_part = |kind: &Kind| throttle.is_none() || *kind != Kind::Floor;
+    let kinds: Vec<Kind> = args.subjects.iter().copied().filter(takes_part).collect();
+    let mut rows: Vec<Row> = kinds.iter().map(|kind| Row::new(kind.name())).collect();
     if scenario.is_fresh() {
         for round in 0..args.rounds() {
-            for (row, &kind) in rows.iter_mut().zip(&args.subjects) {
-                row.turns.push(fresh(args, rig, scenario, kind, round).map_err(named(kind))?);
+            for (row, &kind) in rows.iter_mut().zip(&kinds) {
+                row.turns.push(fresh(args, rig, scenario, kind, round, throttle).map_err(named(kind))?);
             }
         }
         return Ok(rows);
     }
     let mut running = Vec::new();
-    for &kind in &args.subjects {
+    for &kind in &kinds {
         prepare(kind, rig, scenario)?;
-        let mut subject = start(kind, rig, scenario, &args.qsd)?;
+        let mut subject = start(kind, rig, scenario, &args.qsd, None)?;
         subject.verify().map_err(named(kind))?;
         subject.warm(scenario).map_err(named(kind))?;
         running.push(subject);
     }
-    for (subject, &kind) in running.iter_mut().zip(&args.subjects) {
+    for (subject, &kind) in running.iter_mut().zip(&kinds) {
         subject.turn(scenario, u64::MAX >> 8, warm_up(args)).map_err(named(kind))?;
     }
     for round in 0..args.rounds() {
-        for ((row, subject), &kind) in rows.iter_mut().zip(&mut running).zip(&args.subjects) {
+        for ((row, subject), &kind) in rows.iter_mut().zip(&mut running).zip(&kinds) {
             if scenario.writes() {
                 rig.settle()?;
             }
@@ -61,12 +67,19 @@ pub fn drive(args: &Args, socket: &std::path::Path, scenario: &Scenario) -> Resu
 }
 
 /// A turn on a new server, with an empty cache or a new overlay.
-fn fresh(args: &Args, rig: &Rig, scenario: &Scenario, kind: Kind, round: u32) -> Result<Turn> {
+fn fresh(
+    args: &Args,
+    rig: &Rig,
+    scenario: &Scenario,
+    kind: Kind,
+    round: u32,
+    throttle: Option<&Throttle>,
+) -> Result<Turn> {
     prepare(kind, rig, scenario)?;
     if scenario.is_cold {
         rig.drop_caches()?;
     }
-    let mut subject = start(kind, rig, scenario, &args.qsd)?;
+    let mut subject = start(kind, rig, scenario, &args.qsd, throttle)?;
     subject.warm(scenario)?;
     if scenario.writes() {
         rig.settle()?;
@@ -80,7 +93,8 @@ fn fresh(args: &Args, rig: &Rig, scenario: &Scenario, kind: Kind, round: u32) ->
 }
 
 fn turn(args: &Args, subject: &mut Running, scenario: &Scenario, round: u32) -> Result<Turn> {
-    subject.turn(scenario, u64::from(round), Duration::from_secs_f64(args.seconds()))
+    let seconds = if scenario.throttle.is_some() { args.seconds().max(THROTTLED) } else { args.seconds() };
+    subject.turn(scenario, u64::from(round), Duration::from_secs_f64(seconds))
 }
 
 fn warm_up(args: &Args) -> Duration {

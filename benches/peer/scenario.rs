@@ -22,6 +22,8 @@ pub struct Scenario {
     pub action: Action,
     /// Whether the page cache is emptied before each turn.
     pub is_cold: bool,
+    /// Bytes a second that a server may read from the disk; cold ones only.
+    pub throttle: Option<u64>,
     /// Whether the offsets are random; otherwise they follow each other.
     pub is_random: bool,
     /// Bytes of a request.
@@ -43,6 +45,7 @@ impl Scenario {
     const READ: Scenario = Scenario {
         action: Action::Read,
         is_cold: false,
+        throttle: None,
         is_random: true,
         block: 4 << 10,
         depth: 1,
@@ -64,6 +67,7 @@ impl Scenario {
         };
         let heat = match (self.writes(), self.is_cold) {
             (true, _) => "",
+            _ if self.throttle.is_some() => "throttled-",
             (_, true) => "cold-",
             (_, false) => "hot-",
         };
@@ -99,8 +103,8 @@ impl Scenario {
     }
 }
 
-/// Every scenario, in the order in which they run.
-pub fn all() -> Vec<Scenario> {
+/// Every scenario, in the order in which they run; `throttle` is the limit of those that are throttled.
+pub fn all(throttle: u64) -> Vec<Scenario> {
     let mut out = Vec::new();
     let both = |out: &mut Vec<Scenario>, s: Scenario| {
         for is_polling in [true, false] {
@@ -127,6 +131,9 @@ pub fn all() -> Vec<Scenario> {
     out.push(Scenario { is_cold: true, ..large });
     out.push(Scenario { is_cold: true, action: Action::Scattered, ..large });
     out.push(Scenario { is_cold: true, ..sequential });
+    let throttled = Scenario { is_cold: true, throttle: Some(throttle), is_quick: false, ..sequential };
+    out.push(throttled);
+    out.push(Scenario { action: Action::Scattered, ..throttled });
 
     for action in [Action::WriteFirst, Action::WriteOver] {
         let small = Scenario { action, depth: 32, ..Scenario::READ };

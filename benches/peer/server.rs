@@ -1,6 +1,7 @@
 //! A server's process: its start, its end, and what it costs.
 
 use crate::Result;
+use crate::throttle::Throttle;
 use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -19,21 +20,25 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts a server and waits until its socket is there.
+    /// Starts a server, throttled from its first instruction, and waits until its socket is there.
     ///
     /// # Errors
     /// One line with the server's own words, if it cannot be started, ends, or has no socket after 20 s.
-    pub fn start(name: &str, mut command: Command, socket: &Path) -> Result<Server> {
+    pub fn start(name: &str, mut command: Command, socket: &Path, throttle: Option<&Throttle>) -> Result<Server> {
         let _ = std::fs::remove_file(socket);
         let log = socket.with_extension("log");
         let err = File::create(&log).map_err(|e| format!("{}: {e}", log.display()))?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(err);
-        // SAFETY: prctl is async-signal-safe and touches no memory. It lets the server end with this program even if that
-        // is killed.
+        let cgroup = throttle.map(Throttle::entrance);
+        // SAFETY: prctl and write are async-signal-safe, and the descriptor is open until the command is spawned. prctl lets
+        // the server end with this program even if that is killed.
         unsafe {
-            command.pre_exec(|| {
+            command.pre_exec(move || {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                Ok(())
+                match cgroup.map(|fd| libc::write(fd, c"0".as_ptr().cast(), 1)) {
+                    Some(..1) => Err(std::io::Error::last_os_error()),
+                    _ => Ok(()),
+                }
             });
         }
         let child = command.spawn().map_err(|e| format!("{name}: cannot start {:?}: {e}", command.get_program()))?;
@@ -110,6 +115,13 @@ pub fn cpu_ns(pid: u32) -> Result<u64> {
         return Err(format!("the CPU time of process {pid}: {}", std::io::Error::last_os_error()));
     }
     Ok(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64)
+}
+
+/// Bytes that all threads of a process made the disk read, the kernel's io_uring workers included; none if the kernel does
+/// not count them.
+pub fn disk_bytes(pid: u32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/io")).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("read_bytes: "))?.parse().ok()
 }
 
 /// KiB of memory that the process has for itself: anonymous pages of its private mappings. Left out are the client's memory,

@@ -4,7 +4,8 @@ use crate::Result;
 use crate::client::{Client, Tally, Target};
 use crate::rig::{Rig, run};
 use crate::scenario::{Action, Scenario};
-use crate::server::{Server, cpu_ns, private_kib};
+use crate::server::{Server, cpu_ns, disk_bytes, private_kib};
+use crate::throttle::Throttle;
 use clap::ValueEnum;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -51,6 +52,8 @@ pub struct Turn {
     pub server_cpu: Option<f64>,
     /// Seconds of CPU of the client.
     pub client_cpu: f64,
+    /// Bytes that the server made the disk read.
+    pub disk_bytes: Option<u64>,
     /// Private memory of the server after it.
     pub private_kib: Option<u64>,
 }
@@ -105,7 +108,7 @@ pub fn prepare(kind: Kind, rig: &Rig, scenario: &Scenario) -> Result<()> {
 }
 
 /// Starts a prepared subject and connects the client.
-pub fn start(kind: Kind, rig: &Rig, scenario: &Scenario, qsd: &Path) -> Result<Running> {
+pub fn start(kind: Kind, rig: &Rig, scenario: &Scenario, qsd: &Path, throttle: Option<&Throttle>) -> Result<Running> {
     let own = rig.path(&file_name(kind));
     let raw = if scenario.writes() { own.clone() } else { rig.path("flat.raw") };
     let socket = rig.path(&format!("{}.sock", kind.name()));
@@ -135,7 +138,7 @@ pub fn start(kind: Kind, rig: &Rig, scenario: &Scenario, qsd: &Path) -> Result<R
         }
         _ => qsd_command(kind, rig, scenario, qsd, &raw, &socket),
     };
-    let mut server = Server::start(&kind.name(), command, &socket)?;
+    let mut server = Server::start(&kind.name(), command, &socket, throttle)?;
     let client = connect(&mut server, &socket, scenario, read_only).map_err(say)?;
     Ok(Running { client, pid: Some(server.pid()), server: Some(server), holds: Some(holds) })
 }
@@ -228,6 +231,7 @@ impl Running {
     pub fn turn(&mut self, scenario: &Scenario, seed: u64, length: Duration) -> Result<Turn> {
         let own = std::process::id();
         let server_before = self.pid.map(cpu_ns).transpose()?;
+        let disk_before = self.pid.and_then(disk_bytes);
         let client_before = cpu_ns(own)?;
         let tally = self.client.run(scenario, seed, length);
         if let Some(server) = &mut self.server {
@@ -237,8 +241,9 @@ impl Running {
         let client_cpu = (cpu_ns(own)? - client_before) as f64 / 1e9;
         let server_after = self.pid.map(cpu_ns).transpose()?;
         let server_cpu = server_before.zip(server_after).map(|(before, after)| (after - before) as f64 / 1e9);
+        let disk_bytes = disk_before.zip(self.pid.and_then(disk_bytes)).map(|(before, after)| after - before);
         let private_kib = self.pid.map(private_kib).transpose()?;
-        Ok(Turn { tally, server_cpu, client_cpu, private_kib })
+        Ok(Turn { tally, server_cpu, client_cpu, disk_bytes, private_kib })
     }
 
     /// Disconnects, and ends the server.
