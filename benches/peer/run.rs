@@ -28,6 +28,10 @@ pub fn compare(args: &Args, rig: &Rig, scenario: &Scenario, throttle: Option<&Th
         }
         return Ok(rows);
     }
+    // What was just written lies in the page cache in other pieces than what a host has read from its disk.
+    if !scenario.writes() {
+        rig.drop_caches()?;
+    }
     let mut running = Vec::new();
     for &kind in &kinds {
         prepare(kind, rig, scenario)?;
