@@ -1,5 +1,6 @@
 //! [`IoBuf`]: one piece of a scatter/gather list.
 
+use crate::units::to_usize;
 use std::ptr;
 
 /// A piece of memory for vectored I/O: a `struct iovec` whose memory is kept alive by whoever made it.
@@ -72,6 +73,36 @@ pub fn slice_into(bufs: &[IoBuf], mut from: usize, mut len: usize, out: &mut Vec
         len -= n;
     }
     assert_eq!(len, 0, "range past the end of the buffers");
+}
+
+/// Cuts the list, which begins at byte `offset` of a file, where the file's offset is a multiple of `size`, and gives the
+/// cuts to `each` with their offsets. Ends with its first error.
+pub fn cut<E>(
+    bufs: &[IoBuf],
+    offset: u64,
+    size: u64,
+    mut each: impl FnMut(&[IoBuf], u64) -> Result<(), E>,
+) -> Result<(), E> {
+    let (mut at, mut left) = (offset, total_len(bufs) as u64);
+    let (mut bufs, mut rest) = (bufs.iter(), None::<IoBuf>);
+    let mut list = Vec::new();
+    while left > 0 {
+        let len = (size - at % size).min(left);
+        let mut want = to_usize(len);
+        list.clear();
+        while want > 0
+            && let Some(buf) = rest.take().or_else(|| bufs.next().copied())
+        {
+            let n = want.min(buf.len());
+            list.push(buf.part(0, n));
+            rest = (n < buf.len()).then(|| buf.part(n, buf.len() - n));
+            want -= n;
+        }
+        each(&list, at)?;
+        at += len;
+        left -= len;
+    }
+    Ok(())
 }
 
 /// Drops the first `n` bytes of the list in place (after a short transfer).
@@ -183,6 +214,33 @@ mod tests {
                 assert_eq!(got, (from as u8..20).collect::<Vec<_>>());
             }
         }
+    }
+
+    #[test]
+    fn cuts_lie_at_multiples_and_leave_nothing_out() {
+        for (offset, size) in [(0, 8), (5, 8), (8, 3), (7, 1), (1, 100)] {
+            let mut mem: Vec<u8> = (0..20).collect();
+            let bufs = list(&mut mem, &[3, 3, 10, 19]);
+            let (mut got, mut at) = (Vec::new(), offset);
+            let whole: Result<(), ()> = cut(&bufs, offset, size, |part, from| {
+                assert_eq!(from, at, "one follows the other");
+                assert!(from == offset || from % size == 0);
+                let mut bytes = vec![0; total_len(part)];
+                copy_from(part, &mut bytes);
+                assert!(!bytes.is_empty() && from % size + bytes.len() as u64 <= size);
+                at += bytes.len() as u64;
+                got.extend(bytes);
+                Ok(())
+            });
+            assert_eq!((whole, got), (Ok(()), (0..20).collect()));
+        }
+        let mut mem = vec![0; 20];
+        let mut calls = 0;
+        let failing = cut(&list(&mut mem, &[]), 0, 8, |_, from| {
+            calls += 1;
+            if from == 8 { Err("full") } else { Ok(()) }
+        });
+        assert_eq!((failing, calls), (Err("full"), 2));
     }
 
     #[test]

@@ -160,7 +160,7 @@ impl<'a> FileRef<'a> {
     /// Writes the whole list; see [`file::write_all_at`].
     pub fn write_all(self, bufs: &[IoBuf], at: u64) -> io::Result<()> {
         let Some(faults) = self.faults else { return file::write_all_at(self.file, bufs, at) };
-        file::whole(bufs, at, io::ErrorKind::WriteZero, |bufs, at| {
+        file::write_whole(bufs, at, |bufs, at| {
             faults.run(&Op::Write { at, bufs }, &mut |max| file::pwritev(self.file, &first(bufs, max), at))
         })
     }
