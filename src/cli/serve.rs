@@ -58,6 +58,9 @@ pub struct Args {
     /// Queues to offer; a VM uses as many of them as it has CPUs, and only those cost a thread
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
     num_queues: u16,
+    /// Bytes of the image to read ahead of a guest that reads in sequence, along the map; 0: none
+    #[arg(long, value_name = "N[K|M]", default_value = "1M", requires = "image", value_parser = parse_readahead)]
+    readahead: u64,
     /// Write the trace of base reads to this file
     #[arg(long, value_name = "FILE", requires = "image")]
     record: Option<PathBuf>,
@@ -171,6 +174,11 @@ fn options(args: &Args) -> Options {
     Options { num_queues: args.num_queues, drain_time: Duration::from_secs(u64::from(args.drain_timeout)) }
 }
 
+fn parse_readahead(text: &str) -> std::result::Result<u64, String> {
+    const MAX: u64 = 16 << 20;
+    super::overlay::parse_size(text).and_then(|n| if n <= MAX { Ok(n) } else { Err("at most 16M".into()) })
+}
+
 fn usage(cause: &str, mend: &str) -> Error {
     Error::new(ErrorKind::Usage, "serve", cause).mend(mend)
 }
@@ -206,7 +214,9 @@ fn open_drive(common: &Common, args: &Args) -> Result<Drive> {
     }
     let library = Library::open(common.library()?)?;
     let record = library.image(name)?.clone();
-    let base = Arc::new(Base::open(&library, name)?);
+    let mut base = Base::open(&library, name)?;
+    base.set_readahead(args.readahead);
+    let base = Arc::new(base);
     let recipe = Recipe::Image { base, overlay: overlay_recipe(args, &record) };
     let serial = serial(&record.digest, args.overlay.as_deref());
     let drive = Drive::new(recipe, serial, ledger)?;

@@ -119,6 +119,11 @@ impl Disk {
         }
     }
 
+    /// Bytes to read ahead at most: see [`Base::readahead`].
+    pub fn readahead(&self) -> u64 {
+        self.base.readahead()
+    }
+
     /// Writes the base reads of a plan into the trace, if one is recorded.
     pub fn record(&self, pieces: &[Piece]) {
         if let Some(recorder) = self.recorder.get() {

@@ -12,9 +12,12 @@ use super::retry::Pause;
 use super::stats::{Ledger, QueueStats};
 use crate::io::buf::{self, total_len};
 use crate::io::hot::Watch;
+use crate::redirect::ahead::Streams;
+use crate::redirect::plan::Piece;
 use crate::redirect::reader::Reader;
 use crate::units::to_usize;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -109,6 +112,9 @@ pub struct Executor<G> {
     /// Reads since this thread was last asked whether it had to wait for a page.
     unwatched: u32,
     watch: Watch,
+    streams: Streams,
+    /// The plan of what is read ahead.
+    ahead: Vec<Piece>,
 }
 
 impl<G: Clone> Executor<G> {
@@ -116,7 +122,7 @@ impl<G: Clone> Executor<G> {
     /// thread.
     pub fn new(index: usize, disk: Arc<Disk>, jobs: Arc<Jobs>, mailbox: Mailbox) -> io::Result<Self> {
         let reader = Reader::new(std::os::fd::AsFd::as_fd(&mailbox))?;
-        let own_target = disk.own_target();
+        let (own_target, streams) = (disk.own_target(), Streams::new(disk.readahead()));
         Ok(Executor {
             index,
             disk,
@@ -138,6 +144,8 @@ impl<G: Clone> Executor<G> {
             written: None,
             unwatched: 0,
             watch: Watch::default(),
+            streams,
+            ahead: Vec::new(),
         })
     }
 
@@ -360,7 +368,23 @@ impl<G: Clone> Executor<G> {
         let done = self.reader.read(token as u64, plan, data, |source| disk.file_of(source));
         // Another try is another look.
         plan.clear();
+        if self.reader.was_cold()
+            && let Some(range) = self.streams.read(offset, total_len(data) as u64)
+        {
+            self.read_ahead(&range);
+        }
         done
+    }
+
+    /// Has the page cache fetch what a sequential guest will read next, if that is in the base.
+    fn read_ahead(&mut self, range: &Range<u64>) {
+        let len = range.end.min(self.disk.size()).saturating_sub(range.start);
+        self.ahead.clear();
+        if len > 0 {
+            self.disk.plan(range.start, to_usize(len), &mut self.ahead);
+        }
+        let disk = &self.disk;
+        self.reader.read_ahead(&self.ahead, |source| disk.file_of(source));
     }
 
     /// Takes a result into account; `Some` when the request has ended by it.

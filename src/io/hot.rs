@@ -138,10 +138,26 @@ impl Hot {
         words.map(|word| u64::from(self.word(word).load(Ordering::Relaxed).count_ones())).sum::<u64>() << PAGE_BITS
     }
 
+    /// True if the range is not empty and was found in the page cache.
     #[inline]
-    fn is_warm(&self, offset: u64, len: u64) -> bool {
+    pub fn is_warm(&self, offset: u64, len: u64) -> bool {
         let Some(end) = offset.checked_add(len).filter(|end| *end <= self.map.len() as u64) else { return false };
         len > 0 && masks(offset, end).all(|(word, mask)| self.word(word).load(Ordering::Relaxed) & mask == mask)
+    }
+
+    /// True if the kernel says that the range is in the page cache (mincore(2)), which it does of every range to a process
+    /// that neither owns the file nor may write it. Fetches nothing.
+    pub fn is_cached(&self, offset: u64, len: u64) -> bool {
+        let Some(end) = offset.checked_add(len).filter(|end| *end <= self.map.len() as u64) else { return false };
+        let mut pages = [0u8; 64];
+        let start = offset >> PAGE_BITS << PAGE_BITS;
+        (start..end).step_by(pages.len() << PAGE_BITS).all(|at| {
+            let len = to_usize(end - at).min(pages.len() << PAGE_BITS);
+            let from = self.map.as_mut_ptr().wrapping_add(to_usize(at));
+            // SAFETY: the range lies in the mapping and begins at a page, and there is a byte for each of its pages.
+            let told = unsafe { libc::mincore(from.cast(), len, pages.as_mut_ptr()) };
+            told == 0 && pages[..len.div_ceil(1 << PAGE_BITS)].iter().all(|page| page & 1 == 1)
+        })
     }
 
     /// What another thread marks meanwhile may stay or go: it was in the cache a moment ago.
@@ -254,6 +270,18 @@ mod tests {
                 assert_eq!(pages, (first..=last).collect::<Vec<_>>());
             }
         }
+    }
+
+    #[test]
+    fn the_kernel_tells_what_is_cached() {
+        let mut file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        std::io::Write::write_all(&mut file, &vec![7; 200 << PAGE_BITS]).unwrap();
+        file.as_file().sync_all().unwrap();
+        let hot = Hot::map(file.as_file(), 200 << PAGE_BITS).unwrap();
+        assert!(hot.is_cached(0, 200 << PAGE_BITS) && hot.is_cached(100, 70 << PAGE_BITS));
+        assert!(!hot.is_cached(0, (200 << PAGE_BITS) + 1) && !hot.is_cached(u64::MAX, 2));
+        rustix::fs::fadvise(file.as_file(), 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        assert!(!hot.is_cached(0, 200 << PAGE_BITS) && !hot.is_cached(199 << PAGE_BITS, 1));
     }
 
     #[test]

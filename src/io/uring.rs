@@ -8,7 +8,9 @@ use super::buf::{IoBuf, advance, total_len};
 use super::fault::{Fate, Faults, FileRef, first};
 use crate::units::to_usize;
 use io_uring::{IoUring, opcode, squeue, types};
+use std::cell::UnsafeCell;
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
@@ -43,6 +45,23 @@ pub struct Finished {
     pub result: io::Result<()>,
 }
 
+/// The token of reads whose bytes nobody wants.
+const LOOSE: u64 = u64::MAX;
+
+/// Loose reads handed to the kernel at a time: there is always room for the others.
+const LOOSE_MAX: usize = ENTRIES as usize / 2;
+
+/// Loose reads that wait at most; more are not taken.
+const LOOSE_WAITING_MAX: usize = 4 * LOOSE_MAX;
+
+/// Where loose reads go to.
+struct Sink(UnsafeCell<[u8; 64 << 10]>);
+
+// SAFETY: only the kernel writes there, from any number of threads at a time, and nobody ever reads it.
+unsafe impl Sync for Sink {}
+
+static SINK: Sink = Sink(UnsafeCell::new([0; 64 << 10]));
+
 /// One read in flight. Boxed iovecs stay where they are until the operation has ended.
 #[derive(Debug)]
 struct Op {
@@ -60,7 +79,10 @@ pub struct Uring {
     ops: Vec<Option<Op>>,
     free: Vec<usize>,
     waiting: VecDeque<usize>,
+    /// Loose reads, which the others overtake.
+    loose: VecDeque<usize>,
     in_kernel: usize,
+    loose_in_kernel: usize,
 }
 
 impl Uring {
@@ -75,12 +97,20 @@ impl Uring {
             .build(ENTRIES)
             .or_else(|_| IoUring::new(ENTRIES))?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
-        Ok(Uring { ring, ops: Vec::new(), free: Vec::new(), waiting: VecDeque::new(), in_kernel: 0 })
+        Ok(Uring {
+            ring,
+            ops: Vec::new(),
+            free: Vec::new(),
+            waiting: VecDeque::new(),
+            loose: VecDeque::new(),
+            in_kernel: 0,
+            loose_in_kernel: 0,
+        })
     }
 
-    /// Reads that have not finished.
+    /// Reads that have not finished, also those that nobody waits for.
     pub fn in_flight(&self) -> usize {
-        self.in_kernel + self.waiting.len()
+        self.in_kernel + self.waiting.len() + self.loose.len()
     }
 
     /// Queues a read of exactly the list's length at `offset`; [`Uring::reap`] tells its end under `token`. Nothing is
@@ -90,8 +120,35 @@ impl Uring {
     pub fn read<'f>(&mut self, token: u64, file: impl Into<FileRef<'f>>, offset: u64, bufs: Vec<IoBuf>) {
         let file = file.into();
         let hook = file.faults().map(|faults| Box::new(Hook::new(Arc::clone(faults))));
-        let op = Op { token, fd: file.file().as_raw_fd(), offset, bufs, hook };
-        let index = match self.free.pop() {
+        let index = self.allot(Op { token, fd: file.file().as_raw_fd(), offset, bufs, hook });
+        self.waiting.push_back(index);
+    }
+
+    /// Brings a range of a file into the page cache, behind all that is to be read; nobody is told when it is there, or
+    /// why it is not. False: there is too much of that already.
+    ///
+    /// It is a read, into memory that nobody looks at. `fadvise` would do without the copy, but takes a kernel thread for
+    /// each call, and may wait for the disk's queue.
+    ///
+    /// The caller keeps `file` open as long as this ring.
+    pub fn fetch(&mut self, file: &File, offset: u64, len: usize) -> bool {
+        if self.loose.len() >= LOOSE_WAITING_MAX {
+            return false;
+        }
+        let sink = SINK.0.get();
+        let size = size_of::<Sink>();
+        let piece = |at: usize| {
+            // SAFETY: the memory is static; the kernel alone writes there, and no reference to it exists.
+            unsafe { IoBuf::from_raw(sink.cast(), size.min(len - at)) }
+        };
+        let bufs = (0..len).step_by(size).map(piece).collect();
+        let index = self.allot(Op { token: LOOSE, fd: file.as_raw_fd(), offset, bufs, hook: None });
+        self.loose.push_back(index);
+        true
+    }
+
+    fn allot(&mut self, op: Op) -> usize {
+        match self.free.pop() {
             Some(index) => {
                 self.ops[index] = Some(op);
                 index
@@ -100,14 +157,13 @@ impl Uring {
                 self.ops.push(Some(op));
                 self.ops.len() - 1
             }
-        };
-        self.waiting.push_back(index);
+        }
     }
 
     /// Hands waiting reads to the kernel, as many as it takes.
     pub fn submit(&mut self) -> io::Result<()> {
         while self.in_kernel < IN_KERNEL_MAX
-            && let Some(&index) = self.waiting.front()
+            && let Some(index) = self.next()
         {
             let Some(op) = &mut self.ops[index] else { unreachable!("a waiting operation has a slot") };
             let entry = match op.hook.is_some() {
@@ -119,13 +175,22 @@ impl Uring {
             // the completion is reaped; the memory and the file behind them are kept by the caller of `read`.
             match unsafe { self.ring.submission().push(&entry) } {
                 Ok(()) => {
-                    self.waiting.pop_front();
                     self.in_kernel += 1;
+                    if self.waiting.pop_front().is_none() {
+                        self.loose.pop_front();
+                        self.loose_in_kernel += 1;
+                    }
                 }
                 Err(squeue::PushError { .. }) => self.enter()?,
             }
         }
         self.enter()
+    }
+
+    /// What is to be handed over next; of the loose reads only if nothing else waits.
+    fn next(&self) -> Option<usize> {
+        let loose = || self.loose.front().filter(|_| self.loose_in_kernel < LOOSE_MAX);
+        self.waiting.front().or_else(loose).copied()
     }
 
     /// Submits all that is in the queue. The kernel stops early when an entry fails at once or memory is short; what it
@@ -167,11 +232,15 @@ impl Uring {
             self.take(&mut finished);
         }
         // Also what an earlier call that failed has left in the submission queue.
-        if self.waiting.is_empty() && self.ring.submission().is_empty() { Ok(()) } else { self.submit() }
+        if self.next().is_none() && self.ring.submission().is_empty() { Ok(()) } else { self.submit() }
     }
 
-    /// Lets the reads fail that were not handed to the kernel.
+    /// Lets the reads fail that were not handed to the kernel, and forgets the loose ones.
     pub fn cancel_waiting(&mut self, mut finished: impl FnMut(Finished)) {
+        for index in std::mem::take(&mut self.loose) {
+            self.ops[index] = None;
+            self.free.push(index);
+        }
         for index in std::mem::take(&mut self.waiting) {
             let Some(op) = self.ops[index].take() else { unreachable!("a waiting operation has a slot") };
             self.free.push(index);
@@ -184,12 +253,21 @@ impl Uring {
         while let Some(cqe) = { self.ring.completion().next() } {
             self.in_kernel -= 1;
             let index = to_usize(cqe.user_data());
-            match self.step(index, cqe.result()) {
+            let ended = self.step(index, cqe.result());
+            let Some(op) = &self.ops[index] else { unreachable!("a completed operation has a slot") };
+            let token = op.token;
+            if token == LOOSE {
+                self.loose_in_kernel -= 1;
+            }
+            match ended {
                 Some(result) => {
-                    let Some(op) = self.ops[index].take() else { unreachable!("a completed operation has a slot") };
+                    self.ops[index] = None;
                     self.free.push(index);
-                    finished(Finished { token: op.token, result });
+                    if token != LOOSE {
+                        finished(Finished { token, result });
+                    }
                 }
+                None if token == LOOSE => self.loose.push_back(index),
                 None => self.waiting.push_back(index),
             }
         }
@@ -286,17 +364,21 @@ fn hooked_entry(op: &mut Op) -> squeue::Entry {
 }
 
 impl Drop for Uring {
-    /// Waits for what is in flight: the kernel writes into memory that its owner may free next.
+    /// Waits for what is in flight: the kernel writes into memory that its owner may free next. Not for loose reads, which a
+    /// disk that hangs may hold for good; their lists were copied when they were submitted (Linux 5.5).
     fn drop(&mut self) {
         self.waiting.clear();
-        while self.in_kernel > 0 {
+        while self.in_kernel > self.loose_in_kernel {
             match self.ring.submit_and_wait(1) {
                 Ok(_) => {}
                 Err(e) if e.raw_os_error() == Some(libc::EINTR) => continue,
                 Err(_) => break,
             }
-            while self.ring.completion().next().is_some() {
+            while let Some(cqe) = { self.ring.completion().next() } {
                 self.in_kernel -= 1;
+                if self.ops[to_usize(cqe.user_data())].as_ref().is_some_and(|op| op.token == LOOSE) {
+                    self.loose_in_kernel -= 1;
+                }
             }
         }
     }
@@ -371,6 +453,38 @@ mod tests {
         for i in 0..200 {
             assert!(mem[i * 4096..][..4096] == data[offset(i)..][..4096]);
         }
+    }
+
+    #[test]
+    fn what_is_fetched_is_overtaken_limited_and_not_told() {
+        let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let data: Vec<u8> = (0..4096 * 1000u32).map(|i| (i / 7) as u8).collect();
+        file.write_all_at(&data, 0).unwrap();
+        let mut mem = vec![0u8; 4096];
+        let mut ring = Uring::new(event.as_fd()).unwrap();
+        let taken = (0..1000).take_while(|i| ring.fetch(&file, i * 4096, 200_000)).count();
+        assert_eq!((taken, ring.in_flight()), (LOOSE_WAITING_MAX, LOOSE_WAITING_MAX));
+        // SAFETY: `mem` outlives the ring's work, which is waited for below.
+        let buf = unsafe { IoBuf::from_raw(mem.as_mut_ptr(), 4096) };
+        ring.read(7, &file, 8192, vec![buf]);
+        assert_eq!(ring.next(), ring.waiting.front().copied(), "it overtakes them");
+        ring.submit().unwrap();
+        assert!(ring.loose_in_kernel <= LOOSE_MAX);
+        let told = wait_all(&mut ring);
+        assert!(matches!(told[..], [Finished { token: 7, result: Ok(()) }]), "{told:?}");
+        assert!(mem == data[8192..][..4096]);
+        assert_eq!((ring.in_kernel, ring.loose_in_kernel, ring.ops.iter().flatten().count()), (0, 0, 0));
+
+        // Past the end of the file, and given up before the kernel has seen it.
+        assert!(ring.fetch(&file, 10 << 20, 4096));
+        ring.submit().unwrap();
+        assert!(wait_all(&mut ring).is_empty());
+        assert!(ring.fetch(&file, 0, 4096));
+        ring.cancel_waiting(|f| panic!("{f:?}"));
+        assert_eq!((ring.in_flight(), ring.ops.iter().flatten().count()), (0, 0));
+        assert!(ring.fetch(&file, 0, 4096));
+        ring.submit().unwrap();
     }
 
     #[test]

@@ -2,11 +2,13 @@
 //!
 //! | file | holds |
 //! | --- | --- |
+//! | [`ahead`] | who reads in sequence, and what to read ahead; pure |
 //! | [`plan`] | which bytes come from where; pure |
 //! | [`reader`] | sub-reads side by side into the guest's buffers |
 //! | [`record`] | the trace of base reads (`serve --record`) |
 //! | [`trace`] | the format of that trace |
 
+pub mod ahead;
 pub mod plan;
 pub mod reader;
 pub mod record;
@@ -36,6 +38,8 @@ pub struct Base {
     targets: Vec<Open>,
     /// Bytes; only that of a flat base changes.
     size: AtomicU64,
+    /// Bytes to read ahead at most.
+    readahead: u64,
 }
 
 /// An open target.
@@ -77,7 +81,12 @@ impl Base {
                 .mend("restore the map that belongs to this library"));
         }
         let targets = map.targets().map(|(target, _)| open_target(library, &path, target)).collect::<Result<_>>()?;
-        Ok(Base { layout: Layout::Mapped(Box::new(map)), targets, size: AtomicU64::new(record.size) })
+        Ok(Base {
+            layout: Layout::Mapped(Box::new(map)),
+            targets,
+            size: AtomicU64::new(record.size),
+            readahead: ahead::WINDOW,
+        })
     }
 
     /// A raw file read as it is (`--blk-file`), opened for writing if `writable`.
@@ -92,7 +101,7 @@ impl Base {
         let size = flat_size(path, &file)?;
         let hot = Hot::map(&file, size);
         let open = Open { id: ImageId(0), path: path.to_path_buf(), file, hot };
-        Ok(Base { layout: Layout::Flat, targets: vec![open], size: AtomicU64::new(size) })
+        Ok(Base { layout: Layout::Flat, targets: vec![open], size: AtomicU64::new(size), readahead: 0 })
     }
 
     /// Looks whether [`Base::flat`] could open the file, but for the lock, which it does not take; gives its size.
@@ -128,6 +137,19 @@ impl Base {
         }
         self.size.store(size, Ordering::Release);
         Ok(())
+    }
+
+    /// Bytes to read ahead of a guest at most, which is [`ahead::WINDOW`] for an image. 0 for a flat base: the kernel reads
+    /// ahead in that file.
+    pub fn readahead(&self) -> u64 {
+        self.readahead
+    }
+
+    /// Changes that, for an image; 0 switches it off.
+    pub fn set_readahead(&mut self, bytes: u64) {
+        if let Layout::Mapped(_) = self.layout {
+            self.readahead = bytes;
+        }
     }
 
     /// The file of a target of the map.

@@ -7,7 +7,7 @@ use super::plan::{Piece, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::buf::{IoBuf, advance, fill_zero, slice_into};
 use crate::io::fault::FileRef;
-use crate::io::nowait;
+use crate::io::nowait::{self, Got};
 use crate::io::uring::{Finished, Uring};
 use crate::units::to_usize;
 use std::io;
@@ -30,12 +30,14 @@ pub struct Reader {
     pending: Vec<Pending>,
     free: Vec<usize>,
     parts: Vec<IoBuf>,
+    /// The last read was not copied from mappings alone.
+    cold: bool,
 }
 
 impl Reader {
     /// A reader that raises `event` (an eventfd) when [`Reader::reap`] has something to tell. Must stay on this thread.
     pub fn new(event: BorrowedFd<'_>) -> io::Result<Self> {
-        Ok(Reader { ring: Uring::new(event)?, pending: Vec::new(), free: Vec::new(), parts: Vec::new() })
+        Ok(Reader { ring: Uring::new(event)?, pending: Vec::new(), free: Vec::new(), parts: Vec::new(), cold: false })
     }
 
     /// Finds out whether readers can be made here at all: a kernel or a container profile may forbid io_uring.
@@ -72,6 +74,7 @@ impl Reader {
     ) -> Option<io::Result<()>> {
         let mut slot = None;
         let mut error = None;
+        self.cold = false;
         let fetch = |piece: Option<&Piece>| {
             if let (Some(piece), Some(buf)) = (piece, bufs.first())
                 && let Some((file, offset)) = file_of(&piece.source)
@@ -89,8 +92,9 @@ impl Reader {
                 continue;
             };
             match nowait::read_cached(file, &self.parts, offset) {
-                Ok(n) if n == piece.len => {}
-                Ok(n) => {
+                Ok(Got { len, mapped }) if len == piece.len => self.cold |= !mapped,
+                Ok(Got { len: n, .. }) => {
+                    self.cold = true;
                     let slot = *slot.get_or_insert_with(|| self.allot(token));
                     self.pending[slot].left += 1;
                     let mut rest = std::mem::take(&mut self.parts);
@@ -109,6 +113,23 @@ impl Reader {
             (Some(slot), error) => {
                 self.pending[slot].error = error;
                 None
+            }
+        }
+    }
+
+    /// True if the last [`Reader::read`] was not copied from mappings alone: some of it is new to this process.
+    #[inline]
+    pub fn was_cold(&self) -> bool {
+        self.cold
+    }
+
+    /// Brings base pieces into the page cache (see [`Uring::fetch`]) that are not there.
+    /// `file_of` as in [`Reader::read`]; the files stay open as long as this reader.
+    pub fn read_ahead<'f>(&mut self, pieces: &[Piece], file_of: impl Fn(&Source) -> Option<(FileRef<'f>, u64)>) {
+        for piece in pieces.iter().filter(|piece| matches!(piece.source, Source::Image { .. })) {
+            let Some((file, offset)) = file_of(&piece.source) else { continue };
+            if !nowait::is_cached(file, offset, piece.len as u64) && !self.ring.fetch(file.file(), offset, piece.len) {
+                return;
             }
         }
     }
