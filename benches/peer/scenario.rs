@@ -60,7 +60,8 @@ impl Scenario {
         let action = match (self.action, self.is_random) {
             (Action::Read, true) => "randread",
             (Action::Read, false) => "seqread",
-            (Action::Scattered, _) => "scattered",
+            (Action::Scattered, true) => "scattered",
+            (Action::Scattered, false) => "seqscattered",
             (Action::WriteFirst, _) => "write-first",
             (Action::WriteOver, _) => "write-over",
             (Action::Mixed, _) => "mixed70",
@@ -131,6 +132,10 @@ pub fn all(throttle: u64) -> Vec<Scenario> {
     out.push(Scenario { is_cold: true, ..large });
     out.push(Scenario { is_cold: true, action: Action::Scattered, ..large });
     out.push(Scenario { is_cold: true, ..sequential });
+    // Without anything in flight together: who reads ahead?
+    let alone = Scenario { is_cold: true, depth: 1, block: 64 << 10, is_quick: false, ..sequential };
+    out.push(alone);
+    out.push(Scenario { action: Action::Scattered, ..alone });
     let throttled = Scenario { is_cold: true, throttle: Some(throttle), is_quick: false, ..sequential };
     out.push(throttled);
     out.push(Scenario { action: Action::Scattered, ..throttled });

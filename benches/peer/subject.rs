@@ -23,6 +23,8 @@ pub enum Kind {
     QsdRaw,
     /// qemu-storage-daemon: a qcow2 overlay on a raw file
     QsdQcow2,
+    /// The same as vmar without readahead
+    VmarNoReadahead,
     /// The same as qsd-raw with its export in an I/O thread
     QsdRawIothread,
     /// The same as qsd-qcow2 with its export in an I/O thread
@@ -69,7 +71,11 @@ impl Kind {
 
     /// Whether it needs qemu-storage-daemon.
     pub fn is_qsd(self) -> bool {
-        !matches!(self, Kind::Vmar | Kind::VmarFlat | Kind::Floor)
+        !matches!(self, Kind::VmarFlat | Kind::Floor) && !self.has_map()
+    }
+
+    fn has_map(self) -> bool {
+        matches!(self, Kind::Vmar | Kind::VmarNoReadahead)
     }
 
     fn has_iothread(self) -> bool {
@@ -77,7 +83,7 @@ impl Kind {
     }
 
     fn has_overlay(self) -> bool {
-        matches!(self, Kind::Vmar | Kind::QsdQcow2 | Kind::QsdQcow2Iothread | Kind::QsdQcow2Extended)
+        self.has_map() || matches!(self, Kind::QsdQcow2 | Kind::QsdQcow2Iothread | Kind::QsdQcow2Extended)
     }
 }
 
@@ -93,7 +99,7 @@ pub fn prepare(kind: Kind, rig: &Rig, scenario: &Scenario) -> Result<()> {
     if overlay.exists() {
         std::fs::remove_file(&overlay).map_err(|e| format!("{}: {e}", overlay.display()))?;
     }
-    if kind == Kind::Vmar {
+    if kind.has_map() {
         let mut create = rig.vmar(&["overlay", "create", "--image", image(scenario), "--library"]);
         run(create.arg(rig.library()).arg(&overlay))?;
         return Ok(());
@@ -115,7 +121,7 @@ pub fn start(kind: Kind, rig: &Rig, scenario: &Scenario, qsd: &Path, throttle: O
     let read_only = !scenario.writes();
     let say = |e| format!("{}: {e}", kind.name());
     let holds = match (kind, scenario.action) {
-        (Kind::Vmar, Action::Scattered) => rig.path("scattered.raw"),
+        (_, Action::Scattered) if kind.has_map() => rig.path("scattered.raw"),
         _ if kind.has_overlay() => rig.path("flat.raw"),
         _ => raw.clone(),
     };
@@ -124,10 +130,11 @@ pub fn start(kind: Kind, rig: &Rig, scenario: &Scenario, qsd: &Path, throttle: O
         return Ok(Running { client, server: None, pid: None, holds: Some(holds) });
     }
     let command = match kind {
-        Kind::Vmar | Kind::VmarFlat => {
+        Kind::Vmar | Kind::VmarNoReadahead | Kind::VmarFlat => {
             let mut command = rig.vmar(&["serve", "--num-queues", &scenario.queues.to_string()]);
             command.arg("--state-dir").arg(rig.state()).arg("--socket-path").arg(&socket);
-            if kind == Kind::Vmar {
+            command.args((kind == Kind::VmarNoReadahead).then_some("--readahead=0"));
+            if kind.has_map() {
                 command.arg("--library").arg(rig.library());
                 command.args(["--image", image(scenario), "--overlay"]).arg(&own);
             } else {
