@@ -84,10 +84,10 @@ fn what_is_read_in_sequence_is_fetched_along_the_map() {
     }));
     let ahead = |reads, args: &[&str], want| runs_cached_after(&bench, &b, reads, args, want);
     let upto = |n: usize| (0..n).collect::<Vec<_>>();
-    assert_eq!(ahead(3, &[], 3), upto(3), "192 KiB are not a sequence yet");
-    assert_eq!(ahead(8, &[], 16), upto(16), "after 512 KiB as much again");
-    assert_eq!(ahead(8, &["--readahead", "128K"], 10), upto(10), "a window of two runs");
-    assert_eq!(ahead(8, &["--readahead", "0"], 8), upto(8), "switched off");
+    assert_eq!(ahead(15, &[], 15), upto(15), "less than a MiB is no sequence yet");
+    assert_eq!(ahead(16, &[], 32), upto(32), "after a MiB as much again");
+    assert_eq!(ahead(16, &["--readahead", "128K"], 18), upto(18), "a window of two runs");
+    assert_eq!(ahead(16, &["--readahead", "0"], 16), upto(16), "switched off");
     assert_eq!(ahead(RUNS, &[], RUNS), upto(RUNS), "to the end, and not past it");
 }
 
