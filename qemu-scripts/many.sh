@@ -301,5 +301,5 @@ jq -r '
       "bar: private memory 4 MiB at most            \(bar([.idle, .vms // .idle | .private_dirty_kib.max] | max <= 4096))",
       "bar: idle CPU below 1 % of a core            \(bar(.idle.idle_percent_of_core < 1))"' <<<"$result"
 say ""
-say "Ready is the time to the socket that accepts: QEMU of Debian 12 has no client to time a first read with but a VM."
+say "Ready is the time to the socket that accepts; the example first_read times a first read, too."
 say "CPU time is counted by $([ $fine = yes ] && echo "the scheduler (schedstat)" || echo "ticks (utime + stime)")."

@@ -43,7 +43,8 @@
 //! 2. [`device::disk`] asks the [`overlay`] which parts this VM wrote; for the rest [`redirect::plan`] asks the [`map`].
 //!    The result is a list of pieces: overlay, canonical ranges of images, zeros.
 //! 3. [`redirect::reader`] copies what the page cache holds straight into the guest's buffers, from a mapping where it is
-//!    known to hold it ([`io::hot`]); each piece that misses goes to io_uring on its own.
+//!    known to hold it ([`io::hot`]); each piece that misses goes to io_uring on its own. [`redirect::ahead`] sees who
+//!    reads in sequence.
 //! 4. When the last piece is in, [`device::executor`] writes the status byte, and the worker puts the head on the used
 //!    ring and signals the guest.
 //!
