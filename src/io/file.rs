@@ -67,7 +67,7 @@ pub fn read_exact_at(file: &File, bufs: &[IoBuf], offset: u64) -> io::Result<()>
     whole(bufs, offset, io::ErrorKind::UnexpectedEof, |bufs, offset| preadv2(file, bufs, offset, 0))
 }
 
-/// Writes the whole list at `offset`, in pieces of [`WRITE_PIECE`].
+/// Writes the whole list at `offset`, in pieces of 32 KiB (see `WRITE_PIECE`).
 pub fn write_all_at(file: &File, bufs: &[IoBuf], offset: u64) -> io::Result<()> {
     write_whole(bufs, offset, |bufs, offset| pwritev(file, bufs, offset))
 }
