@@ -1,10 +1,10 @@
 //! `vmar image`: adds images and looks at them.
 
-use super::Common;
 use super::output::{Progress, Table, percent, print_json, rate};
+use super::{Common, lifecycle};
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
-use crate::indexer::add::{Added, NewImage, add};
+use crate::indexer::add::{Added, NewImage, add, preview};
 use crate::indexer::verify::{Verified, verify};
 use crate::indexer::{Work, read_map};
 use crate::library::{ImageRecord, Library, Writer};
@@ -23,6 +23,25 @@ pub enum Verb {
         /// What to call an image, and its file: raw (used in place) or qcow2/VMDK (converted into the library)
         #[arg(required = true, value_name = "NAME=FILE", value_parser = parse_new_image)]
         images: Vec<NewImage>,
+        /// Only say what they would share, and with which images
+        #[arg(long)]
+        dry_run: bool,
+        /// Memory for what grows with an image; more of it goes through scratch files in the library
+        #[arg(long, value_name = "N[K|M|G|T]", value_parser = super::overlay::parse_size, default_value = "1G")]
+        memory: u64,
+    },
+    /// Remove an image; maps of images that read from it follow
+    Remove(lifecycle::RemoveArgs),
+    /// Give an image another content; maps of images that read from the old one follow
+    Update(lifecycle::UpdateArgs),
+    /// Make an image of a VM's overlay and the image below it
+    Capture(lifecycle::CaptureArgs),
+    /// Give an image another name
+    Rename {
+        /// The image
+        name: String,
+        /// Its new name
+        new_name: String,
     },
     /// List the images
     List,
@@ -41,7 +60,11 @@ pub enum Verb {
 /// Runs the verb.
 pub fn run(common: &Common, verb: Verb) -> Result<()> {
     match verb {
-        Verb::Add { images } => run_add(common, &images),
+        Verb::Add { images, dry_run, memory } => run_add(common, &images, dry_run, memory),
+        Verb::Remove(args) => lifecycle::run_remove(common, &args),
+        Verb::Update(args) => lifecycle::run_update(common, &args),
+        Verb::Capture(args) => lifecycle::run_capture(common, &args),
+        Verb::Rename { name, new_name } => lifecycle::run_rename(common, &name, &new_name),
         Verb::List => run_list(common),
         Verb::Show { name } => run_show(common, &name),
         Verb::Verify { name } => run_verify(common, name),
@@ -72,23 +95,69 @@ pub(super) fn stop_on_signals() -> Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
-fn run_add(common: &Common, images: &[NewImage]) -> Result<()> {
+fn run_add(common: &Common, images: &[NewImage], dry_run: bool, memory: u64) -> Result<()> {
     let stop = stop_on_signals()?;
     let progress = Progress::new();
     let mut writer = Writer::open(common.library()?)?;
-    let added = add(&mut writer, images, &Work::on_all_cores(&stop, &progress))?;
+    let work = Work { memory, ..Work::on_all_cores(&stop, &progress) };
+    let added = if dry_run { preview(&mut writer, images, &work)? } else { add(&mut writer, images, &work)? };
     drop(progress);
     if common.json {
-        let lines: Vec<ImageLine> = added.iter().map(|a| image_line(writer.library(), &a.record)).collect();
-        return print_json(&lines);
+        let names = Names::of(writer.library(), &added);
+        let line = |a| AddedLine { image: image_line(writer.library(), &a.record), dry_run, shares: names.shares(a) };
+        return print_json(&added.iter().map(|a: &Added| line(a)).collect::<Vec<_>>());
     }
     for outcome in &added {
         print_added(outcome);
     }
+    if dry_run {
+        print_shares(writer.library(), &added);
+    }
     Ok(())
 }
 
-fn print_added(added: &Added) {
+/// What `add` prints of an image.
+#[derive(Debug, Serialize)]
+struct AddedLine {
+    #[serde(flatten)]
+    image: ImageLine,
+    dry_run: bool,
+    shares: Vec<Reads>,
+}
+
+/// Names of images by ID, those that are being added among them.
+struct Names(std::collections::BTreeMap<crate::units::ImageId, String>);
+
+impl Names {
+    fn of(library: &Library, added: &[Added]) -> Names {
+        let records = library.images().iter().chain(added.iter().map(|a| &a.record));
+        Names(records.map(|r| (r.id, r.name.clone())).collect())
+    }
+
+    /// How many of an image's blocks the others hold too, the most first.
+    fn shares(&self, added: &Added) -> Vec<Reads> {
+        let name = |id| self.0.get(id).cloned().unwrap_or_default();
+        let line = |(id, blocks): &_| Reads { name: name(id), id: id.0, blocks: *blocks };
+        let mut lines: Vec<Reads> = added.shares.iter().map(line).collect();
+        lines.sort_by_key(|r| std::cmp::Reverse(r.blocks));
+        lines
+    }
+}
+
+fn print_shares(library: &Library, added: &[Added]) {
+    println!("nothing was changed");
+    let names = Names::of(library, added);
+    let mut table = Table::new(&["image", "would share with", "blocks", ""], 2);
+    for outcome in added {
+        for shared in names.shares(outcome) {
+            let share = percent(shared.blocks, outcome.totals.nonzero_blocks);
+            table.row(vec![outcome.record.name.clone(), shared.name, shared.blocks.to_string(), share]);
+        }
+    }
+    table.print();
+}
+
+pub(super) fn print_added(added: &Added) {
     let (record, totals) = (&added.record, &added.totals);
     println!(
         "{}: image {}, {} ({} non-zero); {} read from {} other image{}; {} entries, map {}; hashed {} at {}, map in {:.1} s",
@@ -112,7 +181,7 @@ fn print_added(added: &Added) {
 
 /// An image as `list` and `show` print it.
 #[derive(Debug, Serialize)]
-struct ImageLine {
+pub(super) struct ImageLine {
     name: String,
     id: u32,
     generation: u64,
@@ -127,7 +196,7 @@ struct ImageLine {
     fingerprint: String,
 }
 
-fn image_line(library: &Library, record: &ImageRecord) -> ImageLine {
+pub(super) fn image_line(library: &Library, record: &ImageRecord) -> ImageLine {
     ImageLine {
         name: record.name.clone(),
         id: record.id.0,

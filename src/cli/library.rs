@@ -6,6 +6,7 @@ use super::output::{Progress, percent, print_json};
 use crate::error::Result;
 use crate::fingerprint::Algorithm;
 use crate::indexer::Work;
+use crate::indexer::rebuild::{rebuild, rebuild_index};
 use crate::indexer::remap::remap;
 use crate::library::{Library, Policy, Writer};
 use crate::units::human_bytes;
@@ -39,6 +40,12 @@ pub enum Verb {
         #[command(flatten)]
         knobs: Knobs,
     },
+    /// Make everything that the library knows anew, of the images; they must be what was added
+    Rebuild {
+        /// Only the content index, of the fingerprints
+        #[arg(long)]
+        index: bool,
+    },
 }
 
 /// Knobs of the policy `bridge`.
@@ -64,7 +71,28 @@ pub fn run(common: &Common, verb: Verb) -> Result<()> {
             Library::init(dir, policy, fingerprint).map(drop)
         }
         Verb::Remap { policy, knobs } => run_remap(common, policy, knobs),
+        Verb::Rebuild { index } => run_rebuild(common, index),
     }
+}
+
+fn run_rebuild(common: &Common, index: bool) -> Result<()> {
+    let stop = stop_on_signals()?;
+    let progress = Progress::new();
+    let mut writer = Writer::open(common.library()?)?;
+    let work = Work::on_all_cores(&stop, &progress);
+    let images = if index {
+        rebuild_index(&mut writer, &work)?;
+        Vec::new()
+    } else {
+        rebuild(&mut writer, &work)?
+    };
+    drop(progress);
+    if common.json {
+        return print_json(&serde_json::json!({ "index": true, "images": images.len() }));
+    }
+    images.iter().for_each(super::image::print_added);
+    println!("the content index was made anew");
+    Ok(())
 }
 
 /// A map as `remap` prints it.

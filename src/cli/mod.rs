@@ -3,6 +3,7 @@
 pub mod control;
 pub mod image;
 pub mod library;
+pub mod lifecycle;
 pub mod map;
 pub mod output;
 pub mod overlay;

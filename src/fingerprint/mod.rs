@@ -5,8 +5,10 @@
 //! by the bytes that it has.
 //!
 //! - [`scan`] reads an image once, on all cores, and makes its fingerprints and its [`digest`],
+//! - [`chunks`] keeps what the digest is made of,
 //! - [`run`] keeps the fingerprints of one image in a file, sorted by hash.
 
+pub mod chunks;
 pub mod digest;
 pub mod extents;
 pub mod run;

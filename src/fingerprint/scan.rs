@@ -5,6 +5,7 @@
 //!
 //! Limit: the rows of one image are held in memory, 28 bytes a non-zero block (7 GiB for a TiB of data).
 
+use super::chunks::Chunk;
 use super::digest::{self, CHUNK_BYTES, CHUNK_SIZE};
 use super::extents::data_extents;
 use super::{Algorithm, BLOCK_BYTES, Row, hash_block};
@@ -46,6 +47,8 @@ pub struct Scan {
     pub rows: Vec<Row>,
     /// See [`digest`].
     pub digest: [u8; 32],
+    /// What the digest is made of: the chunks that are not all zero, ascending.
+    pub chunks: Vec<Chunk>,
 }
 
 /// Bytes of data (not holes) that [`scan`] will read and report to `advance`.
@@ -59,16 +62,29 @@ pub fn data_bytes(file: &File, path: &Path, size: u64) -> Result<u64> {
 /// # Errors
 /// `Interrupted` when `stop` was set, `Changed` when the file ends before `size`, `Io` when it cannot be read.
 pub fn scan(job: &Job) -> Result<Scan> {
+    let extents = data_extents(job.file, job.size).map_err(|e| Error::io(job.path, "find its holes", e))?;
+    scan_pieces(job, &extents, &pieces(&extents))
+}
+
+/// Fingerprints only the chunks with these indices, ascending; the digest is of no use then.
+///
+/// # Errors
+/// As for [`scan`].
+pub fn scan_chunks(job: &Job, chunks: &[u64]) -> Result<Scan> {
+    let extents = data_extents(job.file, job.size).map_err(|e| Error::io(job.path, "find its holes", e))?;
+    let pieces: Vec<Range<u64>> = chunks.iter().map(|&chunk| chunk..chunk + 1).collect();
+    scan_pieces(job, &extents, &pieces)
+}
+
+fn scan_pieces(job: &Job, extents: &[Range<u64>], pieces: &[Range<u64>]) -> Result<Scan> {
     if job.size > IMAGE_SIZE_MAX {
         return Err(Error::file(ErrorKind::Unsupported, job.path, "larger than 16 TiB"));
     }
-    let extents = data_extents(job.file, job.size).map_err(|e| Error::io(job.path, "find its holes", e))?;
-    let pieces = pieces(&extents);
     let next = AtomicUsize::new(0);
     let failed = AtomicBool::new(false);
     let parts = thread::scope(|scope| {
         let worker = || {
-            let part = work(job, &extents, &pieces, &next, &failed);
+            let part = work(job, extents, pieces, &next, &failed);
             failed.fetch_or(part.is_err(), Ordering::Relaxed);
             part
         };
@@ -89,14 +105,14 @@ pub fn scan(job: &Job) -> Result<Scan> {
     }
     chunks.sort_unstable_by_key(|c| c.0);
     sort(&mut rows, job.threads);
-    Ok(Scan { rows, digest: digest::image(job.size, &chunks) })
+    Ok(Scan { rows, digest: digest::image(job.size, &chunks), chunks })
 }
 
 /// What one worker found.
 #[derive(Default)]
 struct Part {
     rows: Vec<Row>,
-    chunks: Vec<(u64, [u8; 32])>,
+    chunks: Vec<Chunk>,
 }
 
 /// Ranges of chunk indices that hold data, ascending and apart, each of a few chunks.
@@ -222,12 +238,14 @@ mod tests {
         rows.sort();
         let mut hasher = blake3::Hasher::new();
         hasher.update(b"vmar content digest 1\n").update(&(bytes.len() as u64).to_le_bytes());
+        let mut chunks = Vec::new();
         for (i, chunk) in (0u64..).zip(bytes.chunks(1 << 20)) {
             if chunk.iter().any(|&x| x != 0) {
                 hasher.update(&i.to_le_bytes()).update(blake3::hash(chunk).as_bytes());
+                chunks.push((i, *blake3::hash(chunk).as_bytes()));
             }
         }
-        Scan { rows, digest: *hasher.finalize().as_bytes() }
+        Scan { rows, digest: *hasher.finalize().as_bytes(), chunks }
     }
 
     fn scan_file(file: &File, size: u64, threads: usize) -> (Result<Scan>, u64) {

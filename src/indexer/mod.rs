@@ -2,29 +2,39 @@
 //! guest imports it.
 //!
 //! ```text
-//! add:  file ─ probe ─ (convert) ─ scan ─┬─ run, sorted by hash ─────────────────────┐
-//!                                        └─ join with the earlier images' runs       │
-//!                                               │ candidates: same hash              │ variants
-//!                                        compare byte for byte ─── differing ─ resolve ─ run file
-//!                                               │ equal                                  map file
+//! add:  file ─ probe ─ (convert) ─ scan ── rows, sorted by hash
+//!                                           │ look up: which images hold this hash
+//!                                        candidates: one of them, by the policy, and its block
+//!                                           │ compare byte for byte ─── differing ─ resolve
+//!                                           │ equal                                   │ variants
+//!                                        map file                        run file, content index
 //! ```
 //!
 //! - [`add`] puts images into a library, all or none,
-//! - [`remap`] makes the maps anew, with another policy,
+//! - [`lifecycle`] removes, updates, captures and renames them,
+//! - [`remap`] makes the maps anew, with another policy; [`rebuild`] makes everything anew, of the images,
 //! - [`verify`] reads everything again and compares,
 //! - [`stats`] counts what is shared.
 
 pub mod add;
 mod arrange;
+mod candidates;
+pub mod capture;
+mod change;
 mod compare;
-mod join;
+mod contents;
+mod images;
+pub mod lifecycle;
+mod place;
+pub mod rebuild;
 pub mod remap;
 mod resolve;
+mod spool;
 pub mod stats;
 pub mod verify;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::library::{ImageRecord, Library};
+use crate::library::{ImageRecord, Library, Policy};
 use crate::map::{Map, Target};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -56,13 +66,18 @@ pub struct Work<'a> {
     pub stop: &'a AtomicBool,
     /// Told about the progress.
     pub observer: &'a dyn Observer,
+    /// Bytes of memory that may be used for what grows with the size of an image.
+    pub memory: u64,
 }
+
+/// Bytes that are enough for images of 30 GiB of data without a scratch file.
+pub const MEMORY_DEFAULT: u64 = 1 << 30;
 
 impl<'a> Work<'a> {
     /// One worker a core.
     pub fn on_all_cores(stop: &'a AtomicBool, observer: &'a dyn Observer) -> Work<'a> {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Work { threads, stop, observer }
+        Work { threads, stop, observer, memory: MEMORY_DEFAULT }
     }
 
     /// An error if the work is to end.
@@ -71,6 +86,22 @@ impl<'a> Work<'a> {
             return Err(Error::new(ErrorKind::Interrupted, what, "stopped; nothing was changed"));
         }
         Ok(())
+    }
+}
+
+/// The lowest image ID (paper, figure 4: `lowest_numbered_image`).
+struct LowestId;
+
+impl candidates::Choose for LowestId {
+    fn choose(&self, images: &[u32]) -> u32 {
+        images.first().copied().unwrap_or_default()
+    }
+}
+
+/// Which image is read, by the policy.
+fn policy_choice(policy: Policy) -> Box<dyn candidates::Choose> {
+    match policy {
+        Policy::Paper | Policy::Bridge { .. } => Box::new(LowestId),
     }
 }
 

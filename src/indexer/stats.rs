@@ -7,6 +7,7 @@ use crate::fingerprint::run;
 use crate::library::{ImageRecord, Library, Policy};
 use crate::map::{Map, Scheme};
 use serde::Serialize;
+use std::collections::BTreeMap;
 
 /// Figures of a library. Shares are of its non-zero blocks, 0 to 1.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -111,6 +112,18 @@ pub fn clusters(library: &Library) -> Result<Clusters> {
         clusters.add(&holders, copies);
     }
     Ok(clusters)
+}
+
+/// The clusters as the content indexes have them: the IDs of the images, ascending, and the contents that exactly these
+/// images hold. Costs no look at any fingerprint.
+pub fn indexed_clusters(library: &Library) -> Result<Vec<(Vec<u32>, u64)>> {
+    let mut counts: BTreeMap<Vec<u32>, u64> = BTreeMap::new();
+    for index in library.catalog().index.values() {
+        for (_, images, contents) in super::contents::read_sets(library, index)?.live() {
+            *counts.entry(images.to_vec()).or_default() += contents;
+        }
+    }
+    Ok(counts.into_iter().collect())
 }
 
 /// Mean number of probes that a lookup makes, under two schemes of the paper's figure 10, in this order: binary search among

@@ -1,6 +1,6 @@
 //! Verifies images: the bytes against digest and fingerprints, and every redirect byte for byte.
 
-use super::compare::{Pair, Side, Sides, differing};
+use super::compare::{Others, Pair, Side, Sides, differing};
 use super::stats::open_run;
 use super::{Work, read_map, target_of};
 use crate::error::{Error, ErrorKind, Result};
@@ -8,6 +8,7 @@ use crate::fingerprint::{Row, scan};
 use crate::library::{ImageRecord, Library, Writer, mtime_ns, settle_mtime};
 use crate::map::{Entry, Map};
 use crate::units::BLOCK_SIZE;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Redirected blocks that are compared at a time; bounds memory.
@@ -92,7 +93,7 @@ fn check_bytes(library: &Library, side: &Side, work: &Work) -> Result<(Vec<u32>,
         Some(block) if intact => {
             let cause = format!("the fingerprint of block {block} of image {name} is wrong");
             return Err(Error::file(ErrorKind::Corrupt, library.run_path(record), cause)
-                .mend("restore it from a backup, or build the library anew"));
+                .mend("make everything anew with 'vmar library rebuild'"));
         }
         Some(block) => return Err(changed(side, &format!("block {block} of image {name} is not what was added"))),
         None => return Err(changed(side, &format!("image {name} is not what was added, yet no fingerprint differs"))),
@@ -149,20 +150,20 @@ fn check_coverage(library: &Library, record: &ImageRecord, map: &Map<Vec<u8>>, b
 
 fn bad_map(library: &Library, record: &ImageRecord, cause: &str) -> Error {
     Error::file(ErrorKind::Corrupt, library.map_path(&record.name), cause)
-        .mend("restore it from a backup, or build the library anew")
+        .mend("make everything anew with 'vmar library rebuild'")
 }
 
 /// Compares every redirected block with what is read in its place. Returns how many there were.
 fn check_redirects(library: &Library, own: &Side, map: &Map<Vec<u8>>, work: &Work) -> Result<u64> {
     let targets = open_targets(library, own, map)?;
-    // Index of the side for each target of the map; the image itself is the last side.
-    let sides = Sides::new(targets.iter().map(Option::as_ref).collect(), own);
-    let is_redirect = |e: &Entry| targets.get(e.target as usize).is_some_and(Option::is_some) || e.block != e.source;
+    let sides = Sides { own, images: &targets };
+    let ids: Vec<u32> = map.targets().map(|(target, _)| target.image.0).collect();
+    let own_id = sides.own_id();
+    let is_redirect = |e: &Entry| ids.get(e.target as usize) != Some(&own_id) || e.block != e.source;
     let total: u64 = map.entries().filter(is_redirect).map(|e| u64::from(e.len)).sum();
     work.observer.begin(&format!("comparing {}", own.record.name), total * BLOCK_SIZE);
     let pairs_of = |e: Entry| {
-        let is_own = !targets.get(e.target as usize).is_some_and(Option::is_some);
-        let image = if is_own { sides.own_index() } else { e.target };
+        let image = ids.get(e.target as usize).copied().unwrap_or(own_id);
         (0..e.len).map(move |i| Pair { source: e.source + i, image, block: e.block + i })
     };
     let mut all = map.entries().filter(is_redirect).flat_map(pairs_of);
@@ -185,22 +186,27 @@ fn check_redirects(library: &Library, own: &Side, map: &Map<Vec<u8>>, work: &Wor
     Ok(total)
 }
 
-/// The images that the map points to, in its order; `None` for the image itself.
-fn open_targets(library: &Library, own: &Side, map: &Map<Vec<u8>>) -> Result<Vec<Option<Side>>> {
-    let mut out = Vec::new();
-    for (target, _) in map.targets() {
-        if target.image == own.record.id {
-            out.push(None);
-            continue;
-        }
+/// The images that the map points to, but for the image itself, whatever their modification times.
+struct Targets(BTreeMap<u32, Side>);
+
+impl Others for Targets {
+    fn side(&self, id: u32) -> Result<&Side> {
+        // A bug of this module, and no reason to go on: a block that is not compared must not be called good.
+        self.0.get(&id).ok_or_else(|| Error::new(ErrorKind::Io, format!("image {id}"), "was not opened to be compared"))
+    }
+}
+
+fn open_targets(library: &Library, own: &Side, map: &Map<Vec<u8>>) -> Result<Targets> {
+    let mut out = BTreeMap::new();
+    for (target, _) in map.targets().filter(|(target, _)| target.image != own.record.id) {
         let record = library.image_by_id(target.image)?;
         if target_of(record) != target {
             let cause = format!("it points to another generation of image {} than the library has", record.name);
             return Err(bad_map(library, &own.record, &cause));
         }
-        out.push(Some(open(library, record)?));
+        out.insert(target.image.0, open(library, record)?);
     }
-    Ok(out)
+    Ok(Targets(out))
 }
 
 /// The content is right: the catalog takes the new modification time.

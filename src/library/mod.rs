@@ -2,22 +2,31 @@
 //!
 //! ```text
 //! DIR/library.json             the catalog: one record an image (see `catalog`)
-//! DIR/lock                     held (flock) by the one writer; holds its pid
-//! DIR/runs/NAME.gGEN.parquet   fingerprints of an image, immutable (see `fingerprint::run`)
+//! DIR/lock                     held (flock) by the one writer; holds its host and pid
+//! DIR/runs/NAME.ID.parquet     fingerprints of an image, immutable (see `fingerprint::run`)
+//! DIR/runs/NAME.ID.chunks      the chunks of its content digest (see `fingerprint::chunks`)
 //! DIR/maps/NAME.map            the block map of an image (see FORMAT.md)
-//! DIR/images/NAME.gGEN.raw     only images that vmar converted; raw images stay where they are
+//! DIR/index/N.table, N.sets    which images hold which contents (see `index`)
+//! DIR/images/NAME.ID.raw       only images that vmar made; raw images stay where they are
+//! DIR/overlays/                which overlays were made on which images
+//! DIR/leases/                  which servers run
 //! DIR/staging/                 everything is written here first; what an interrupted writer left is removed
 //! ```
 //!
-//! Readers take no lock: the catalog and the maps are only ever replaced by rename, and runs never change. A directory
+//! Readers take no lock: the catalog and the maps are only ever replaced by rename, and all else never changes. A directory
 //! may be copied or moved: everything inside it is named relative to it, raw images by absolute path.
+//!
+//! An image that is updated gets a new ID; the content that it had goes with its ID, or stays as the image `NAME@N` if
+//! overlays were made on it.
 
 mod catalog;
+mod journal;
 mod name;
+mod overlays;
 mod writer;
 
-pub use catalog::{Catalog, ImageRecord, Policy, RunRef, Source};
-pub use name::check_name;
+pub use catalog::{Catalog, FileRef, ImageRecord, IndexRef, Policy, Removed, Source, TableRef};
+pub use name::{check_name, kept_name};
 pub use writer::{Transaction, Writer};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -37,7 +46,13 @@ const RUNS: &str = "runs";
 const MAPS: &str = "maps";
 /// Converted images.
 const IMAGES: &str = "images";
-/// Files on their way to one of the three above.
+/// Content indexes.
+const INDEX: &str = "index";
+/// Overlays that were made on images.
+const OVERLAYS: &str = "overlays";
+/// Servers that run.
+const LEASES: &str = "leases";
+/// Files on their way to one of the others.
 const STAGING: &str = "staging";
 
 /// A library as it was when it was opened: a snapshot of its catalog. Open it again to see later changes.
@@ -56,6 +71,28 @@ impl Library {
     pub fn open(dir: impl AsRef<Path>) -> Result<Library> {
         let dir = dir.as_ref();
         Ok(Library { dir: dir.to_path_buf(), catalog: Catalog::load(&dir.join(CATALOG))? })
+    }
+
+    /// Opens the library and runs `look`, once more each time that it fails while a writer publishes a change: a reader
+    /// in the middle of that can see a new map and the old catalog, or miss a file that is gone.
+    pub fn consistently<T>(dir: impl AsRef<Path>, mut look: impl FnMut(&Library) -> Result<T>) -> Result<T> {
+        const PAUSE: Duration = Duration::from_millis(20);
+        const TRIES: u32 = 250;
+        let dir = dir.as_ref();
+        for _ in 0..TRIES {
+            let library = Library::open(dir)?;
+            let before = library.catalog.sequence();
+            let err = match look(&library) {
+                Ok(done) => return Ok(done),
+                Err(err) => err,
+            };
+            std::thread::sleep(PAUSE);
+            let publishing = dir.join(STAGING).join("commit.json").exists();
+            if !publishing && Library::open(dir)?.catalog.sequence() == before {
+                return Err(err);
+            }
+        }
+        look(&Library::open(dir)?)
     }
 
     /// Makes an empty library in `dir`, which is created if it is not there and must otherwise be empty.
@@ -193,14 +230,24 @@ pub fn map_file(name: &str) -> String {
     format!("{MAPS}/{name}.map")
 }
 
-/// Where the fingerprints of one generation of an image go, relative to the library.
-pub fn run_file(name: &str, generation: u64) -> String {
-    format!("{RUNS}/{name}.g{generation}.parquet")
+/// Where the fingerprints of an image go, relative to the library.
+pub fn run_file(name: &str, id: ImageId) -> String {
+    format!("{RUNS}/{name}.{id}.parquet")
 }
 
-/// Where a converted image goes, relative to the library.
-pub fn converted_file(name: &str, generation: u64) -> String {
-    format!("{IMAGES}/{name}.g{generation}.raw")
+/// Where the chunks of an image's digest go, relative to the library.
+pub fn chunks_file(name: &str, id: ImageId) -> String {
+    format!("{RUNS}/{name}.{id}.chunks")
+}
+
+/// Where an image that vmar makes goes, relative to the library.
+pub fn made_file(name: &str, id: ImageId) -> String {
+    format!("{IMAGES}/{name}.{id}.raw")
+}
+
+/// Where a file of a content index goes, relative to the library.
+pub fn index_file(id: u64, kind: &str) -> String {
+    format!("{INDEX}/{id}.{kind}")
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ pub static GO_ON: AtomicBool = AtomicBool::new(false);
 
 /// Two workers, nobody watching.
 pub fn work() -> Work<'static> {
-    Work { threads: 2, stop: &GO_ON, observer: &Silent }
+    Work { threads: 2, stop: &GO_ON, observer: &Silent, memory: vmar::indexer::MEMORY_DEFAULT }
 }
 
 /// A directory with an empty library in `lib` and room for images.
@@ -99,7 +99,7 @@ impl Place {
     /// Every file of the library but the lock, with its content, so that "nothing changed" can be said exactly.
     pub fn snapshot(&self) -> Vec<(PathBuf, Vec<u8>)> {
         let mut out = Vec::new();
-        for sub in ["", "runs", "maps", "images", "staging"] {
+        for sub in ["", "runs", "maps", "index", "images", "staging"] {
             for entry in fs::read_dir(self.lib().join(sub)).unwrap() {
                 let path = entry.unwrap().path();
                 if path.is_file() && path.file_name().unwrap() != "lock" {
@@ -118,9 +118,14 @@ impl Place {
         for record in library.images() {
             want.push(record.run.file.clone());
             want.push(format!("maps/{}.map", record.name).into());
+            want.extend(record.chunks.as_ref().map(|c| c.file.clone()));
             if record.owned() {
                 want.push(record.path.clone());
             }
+        }
+        for index in library.catalog().index.values() {
+            want.push(index.sets.clone());
+            want.extend(index.tables.iter().map(|t| t.file.clone()));
         }
         want.sort();
         let have: Vec<PathBuf> = self.snapshot().into_iter().map(|(path, _)| path).collect();

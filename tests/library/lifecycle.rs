@@ -1,0 +1,310 @@
+//! Images that come, go, change, and are captured, in random order: after every step the library must be what one look at
+//! all bytes says.
+
+use super::oracle;
+use super::support::{BLOCK, Place, content, image_of};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use vmar::library::Policy;
+
+/// A generator of numbers; the seed of a failed test is in its output.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % n
+    }
+
+    /// A small image: runs of contents that others have too, zeros, blocks that collide, sometimes a short last block.
+    fn image(&mut self) -> Vec<u8> {
+        let mut contents = Vec::new();
+        for _ in 0..1 + self.below(8) {
+            let first = self.below(60) as u32;
+            let len = 1 + self.below(12) as u32;
+            match self.below(6) {
+                0 => contents.extend((0..len).map(|_| 0)),
+                1 => contents.extend((0..len).map(|_| self.below(9) as u32)),
+                _ => contents.extend((0..len).map(|i| first + i)),
+            }
+        }
+        let tail = (self.below(3) == 0).then(|| (self.below(12) as u32, 512 * (1 + self.below(7) as usize)));
+        image_of(&contents, tail)
+    }
+}
+
+/// The library and what must be in it, in order of ID.
+struct Scene {
+    place: Place,
+    images: Vec<(String, Vec<u8>)>,
+    random: Random,
+    files: u32,
+}
+
+impl Scene {
+    fn new(policy: Policy, seed: u64) -> Scene {
+        Scene { place: Place::with(policy), images: Vec::new(), random: Random(seed), files: 0 }
+    }
+
+    fn new_file(&mut self, bytes: &[u8]) -> (String, PathBuf) {
+        self.files += 1;
+        let name = format!("i{}", self.files);
+        let path = self.place.raw(&format!("{name}.raw"), bytes, |_| false);
+        (name, path)
+    }
+
+    fn some_image(&mut self) -> usize {
+        self.random.below(self.images.len() as u64) as usize
+    }
+
+    fn step(&mut self) -> &'static str {
+        let full = self.images.len() >= 9;
+        match self.random.below(10) {
+            _ if self.images.is_empty() => self.add(),
+            0..=3 if !full => self.add(),
+            4..=5 => self.update(),
+            6..=7 if !full => self.capture(),
+            8 => self.rename(),
+            _ => self.remove(),
+        }
+    }
+
+    fn add(&mut self) -> &'static str {
+        let mut args = vec!["image".to_string(), "add".to_string()];
+        for _ in 0..1 + self.random.below(2) {
+            let bytes = self.random.image();
+            let (name, path) = self.new_file(&bytes);
+            args.push(format!("{name}={}", path.display()));
+            self.images.push((name, bytes));
+        }
+        self.place.ok(&args);
+        "add"
+    }
+
+    fn remove(&mut self) -> &'static str {
+        let at = self.some_image();
+        let (name, _) = self.images.remove(at);
+        self.place.ok(&["image", "remove", &name, "--force"]);
+        "remove"
+    }
+
+    fn update(&mut self) -> &'static str {
+        let at = self.some_image();
+        let (name, old) = self.images.remove(at);
+        // Like the old content, as updates are, or quite another.
+        let mut bytes = if self.random.below(3) == 0 { self.random.image() } else { old };
+        let block = self.random.below(bytes.len().div_ceil(BLOCK) as u64) as usize * BLOCK;
+        let end = (block + BLOCK).min(bytes.len());
+        bytes[block..end].copy_from_slice(&content(self.random.below(70) as u32)[..end - block]);
+        let (_, path) = self.new_file(&bytes);
+        self.place.ok(&["image", "update", &name, &path.display().to_string(), "--force"]);
+        self.images.push((name, bytes));
+        "update"
+    }
+
+    fn rename(&mut self) -> &'static str {
+        let at = self.some_image();
+        self.files += 1;
+        let new = format!("r{}", self.files);
+        let old = std::mem::replace(&mut self.images[at].0, new.clone());
+        self.place.ok(&["image", "rename", &old, &new]);
+        "rename"
+    }
+
+    fn capture(&mut self) -> &'static str {
+        let at = self.some_image();
+        let (base, mut bytes) = self.images[at].clone();
+        self.files += 1;
+        let (name, overlay) = (format!("c{}", self.files), self.place.path(&format!("c{}.qcow2", self.files)));
+        let state = self.place.path("state");
+        let larger = bytes.len() + 512 * self.random.below(40) as usize;
+        let (overlay_text, size) = (overlay.display().to_string(), larger.to_string());
+        self.place.ok(&["overlay", "create", &overlay_text, "--image", &base, "--size", &size]);
+        bytes.resize(larger, 0);
+        for _ in 0..self.random.below(4) {
+            let sectors = larger as u64 / 512;
+            let from = self.random.below(sectors);
+            let len = (1 + self.random.below(24)).min(sectors - from);
+            let value = self.random.below(3) as u8 * 7;
+            write(&overlay, from * 512, len * 512, value);
+            bytes[from as usize * 512..(from + len) as usize * 512].fill(value);
+        }
+        let state = state.display().to_string();
+        self.place.ok(&["image", "capture", &name, "--overlay", &overlay_text, "--state-dir", &state]);
+        fs::remove_file(&overlay).unwrap();
+        self.images.push((name, bytes));
+        "capture"
+    }
+
+    fn expected(&self) -> Vec<(&str, Vec<u8>)> {
+        self.images.iter().map(|(name, bytes)| (name.as_str(), bytes.clone())).collect()
+    }
+}
+
+/// What a plain QEMU does to the overlay.
+fn write(overlay: &Path, at: u64, len: u64, value: u8) {
+    let command = format!("write -P {value} {at} {len}");
+    let output = Command::new("qemu-io").args(["-f", "qcow2", "-c", &command]).arg(overlay).output();
+    let output = output.expect("qemu-io is missing: apt install qemu-utils");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn seed() -> u64 {
+    std::env::var("VMAR_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(5)
+}
+
+#[test]
+fn after_every_one_of_200_steps_the_library_is_what_its_images_say() {
+    let mut scene = Scene::new(Policy::Paper, seed());
+    let mut counts = std::collections::BTreeMap::new();
+    for step in 0..200 {
+        let what = scene.step();
+        *counts.entry(what).or_insert(0) += 1;
+        eprintln!("step {step}: {what}, {} images", scene.images.len());
+        oracle::check(&scene.place, &scene.expected());
+        scene.place.assert_no_leftovers();
+    }
+    scene.place.ok(&["image", "verify"]);
+    println!("{counts:?}");
+    assert!(counts.len() == 5 && counts.values().all(|n| *n >= 8), "{counts:?}");
+}
+
+/// With runs arranged, the maps that follow step by step are those that are made at once.
+#[test]
+fn maps_that_followed_are_those_that_are_made_anew() {
+    let mut scene = Scene::new(Policy::Bridge { bridge: 4, min_run: 3 }, seed() + 1);
+    for step in 0..60 {
+        let what = scene.step();
+        eprintln!("step {step}: {what}");
+        if step % 3 != 0 {
+            continue;
+        }
+        let followed = maps(&scene.place);
+        scene.place.ok(&["library", "remap"]);
+        assert_eq!(maps(&scene.place), followed, "step {step}");
+        let index = vmar::indexer::stats::indexed_clusters(&scene.place.library()).unwrap();
+        scene.place.ok(&["library", "rebuild"]);
+        assert_eq!(maps(&scene.place), followed, "step {step}");
+        assert_eq!(vmar::indexer::stats::indexed_clusters(&scene.place.library()).unwrap(), index);
+        scene.place.ok(&["image", "verify"]);
+    }
+}
+
+fn maps(place: &Place) -> Vec<(String, Vec<u8>)> {
+    let library = place.library();
+    library.images().iter().map(|r| (r.name.clone(), fs::read(library.map_path(&r.name)).unwrap())).collect()
+}
+
+#[test]
+fn an_image_with_overlays_is_not_removed_and_its_content_is_kept_by_an_update() {
+    let mut scene = Scene::new(Policy::Paper, 3);
+    scene.add();
+    let place = &scene.place;
+    let name = scene.images[0].0.clone();
+    let old = place.library().image(&name).unwrap().clone();
+    let overlay = place.path("vm.qcow2");
+    place.ok(&["overlay", "create", overlay.to_str().unwrap(), "--image", &name]);
+    let line = place.fails(1, &["image", "remove", &name]);
+    assert!(line.contains("vm.qcow2") && line.contains("--force"), "{line}");
+    place.ok(&["image", "remove", &name, "--dry-run"]);
+    assert!(place.library().image(&name).is_ok());
+
+    let new = place.raw("new.raw", &image_of(&[70, 71, 72], None), |_| false);
+    let said = place.ok(&["image", "update", &name, new.to_str().unwrap()]);
+    assert!(said.contains(&format!("{name}@1")), "{said}");
+    let library = place.library();
+    let (kept, updated) = (library.image(&format!("{name}@1")).unwrap(), library.image(&name).unwrap());
+    assert_eq!((kept.id, kept.digest), (old.id, old.digest));
+    assert_eq!((updated.generation, updated.blocks), (2, 3));
+    assert!(updated.id > kept.id);
+    place.assert_no_leftovers();
+    place.ok(&["image", "verify"]);
+
+    fs::remove_file(&overlay).unwrap();
+    place.ok(&["image", "remove", &format!("{name}@1")]);
+    place.ok(&["image", "update", &name, new.to_str().unwrap()]);
+    assert!(place.library().image(&format!("{name}@2")).is_err(), "nobody needs it");
+    place.assert_no_leftovers();
+}
+
+#[test]
+fn a_file_that_vmar_made_goes_with_its_image_and_no_other() {
+    let place = Place::new();
+    let bytes = image_of(&[20, 21, 22, 23], None);
+    let raw = place.raw("a.raw", &bytes, |_| false);
+    let qcow2 = place.path("b.qcow2");
+    let args = ["convert", "-O", "qcow2"].map(std::ffi::OsStr::new);
+    super::support::qemu_img(&[&args[..], &[raw.as_os_str(), qcow2.as_os_str()]].concat());
+    place.ok(&["image", "add", &format!("a={}", raw.display()), &format!("b={}", qcow2.display())]);
+    let made = place.library().image_path(place.library().image("b").unwrap());
+    assert!(made.starts_with(place.lib()) && made.exists());
+    // Somebody reads it: it stays until nobody does.
+    let held = fs::File::open(&made).unwrap();
+    vmar::io::lock::lock(&held, &made, vmar::io::lock::Access::Read, std::time::Duration::ZERO).unwrap();
+    place.ok(&["image", "remove", "b"]);
+    assert!(made.exists());
+    drop(held);
+    place.ok(&["image", "remove", "a"]);
+    assert!(!made.exists() && raw.exists() && qcow2.exists());
+    place.assert_no_leftovers();
+}
+
+#[test]
+fn a_dry_run_tells_and_changes_nothing() {
+    let mut scene = Scene::new(Policy::Paper, 9);
+    for _ in 0..3 {
+        scene.add();
+    }
+    let place = &scene.place;
+    let before = place.snapshot();
+    let bytes = scene.images[0].1.clone();
+    let raw = place.raw("again.raw", &bytes, |_| false);
+    let said = place.ok(&["--json", "image", "add", "--dry-run", &format!("again={}", raw.display())]);
+    let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+    let first = said[0]["shares"].as_array().unwrap().iter().find(|s| s["id"] == 0).unwrap();
+    assert_eq!(first["blocks"], said[0]["nonzero_blocks"]);
+    assert_eq!(said[0]["dry_run"], true);
+    place.ok(&["image", "remove", "--dry-run", &scene.images[0].0]);
+    assert!(place.snapshot() == before);
+}
+
+/// An index that is damaged is named with the mend, and the mend mends.
+#[test]
+fn a_damaged_index_is_named_and_made_anew() {
+    let mut scene = Scene::new(Policy::Paper, 11);
+    for _ in 0..3 {
+        scene.add();
+    }
+    let files: Vec<PathBuf> = fs::read_dir(scene.place.lib().join("index")).unwrap().map(|e| e.unwrap().path()).collect();
+    assert!(files.len() >= 2);
+    for file in files {
+        if !file.exists() {
+            continue;
+        }
+        let good = fs::read(&file).unwrap();
+        let mut flipped = good.clone();
+        flipped[good.len() / 2] ^= 1;
+        for bad in [&good[..good.len() / 2], &flipped, b"", b"other"] {
+            fs::write(&file, bad).unwrap();
+            let raw = scene.place.raw("x.raw", &image_of(&(0..70).collect::<Vec<_>>(), None), |_| false);
+            let line = scene.place.fails(1, &["image", "add", &format!("x={}", raw.display())]);
+            assert!(line.contains(file.file_name().unwrap().to_str().unwrap()), "{line}");
+            assert!(line.contains("library rebuild --index"), "{line}");
+        }
+        fs::remove_file(&file).unwrap();
+        scene.place.fails(1, &["image", "remove", &scene.images[0].0]);
+        scene.place.ok(&["library", "rebuild", "--index"]);
+        oracle::check(&scene.place, &scene.expected());
+        scene.place.assert_no_leftovers();
+    }
+    // Fingerprints that are gone come back from the images.
+    let library = scene.place.library();
+    fs::remove_file(library.run_path(&library.images()[0])).unwrap();
+    scene.place.ok(&["library", "rebuild"]);
+    oracle::check(&scene.place, &scene.expected());
+    scene.place.assert_no_leftovers();
+}
