@@ -104,8 +104,15 @@ fn run_add(common: &Common, images: &[NewImage], dry_run: bool, memory: u64) -> 
     drop(progress);
     if common.json {
         let names = Names::of(writer.library(), &added);
-        let line = |a| AddedLine { image: image_line(writer.library(), &a.record), dry_run, shares: names.shares(a) };
-        return print_json(&added.iter().map(|a: &Added| line(a)).collect::<Vec<_>>());
+        let line = |a: &Added| AddedLine {
+            image: image_line(writer.library(), &a.record),
+            dry_run,
+            data_bytes: a.data_bytes,
+            hash_seconds: a.hash_time.as_secs_f64(),
+            map_seconds: a.map_time.as_secs_f64(),
+            shares: names.shares(a),
+        };
+        return print_json(&added.iter().map(line).collect::<Vec<_>>());
     }
     for outcome in &added {
         print_added(outcome);
@@ -122,6 +129,9 @@ struct AddedLine {
     #[serde(flatten)]
     image: ImageLine,
     dry_run: bool,
+    data_bytes: u64,
+    hash_seconds: f64,
+    map_seconds: f64,
     shares: Vec<Reads>,
 }
 
@@ -136,9 +146,9 @@ impl Names {
 
     /// How many of an image's blocks the others hold too, the most first.
     fn shares(&self, added: &Added) -> Vec<Reads> {
-        let name = |id| self.0.get(id).cloned().unwrap_or_default();
-        let line = |(id, blocks): &_| Reads { name: name(id), id: id.0, blocks: *blocks };
-        let mut lines: Vec<Reads> = added.shares.iter().map(line).collect();
+        let name = |id| self.0.get(&id).cloned().unwrap_or_default();
+        let mut lines: Vec<Reads> =
+            added.shares.iter().map(|&(id, blocks)| Reads { name: name(id), id: id.0, blocks }).collect();
         lines.sort_by_key(|r| std::cmp::Reverse(r.blocks));
         lines
     }

@@ -95,7 +95,8 @@ impl Writer {
         let mut options = File::options();
         let file = options.write(true).create_new(true).open(path).map_err(|e| Error::io(path, "create it", e))?;
         let file = Stamped { inner: BufWriter::with_capacity(1 << 20, file), stamp: Stamp { bytes: 0, crc32c: 0 } };
-        let start = || SerializedFileWriter::new(file, Arc::new(parse_message_type(SCHEMA)?), Arc::new(properties(meta)?));
+        let start =
+            || SerializedFileWriter::new(file, Arc::new(parse_message_type(SCHEMA)?), Arc::new(properties(meta)?));
         let parquet = start().map_err(|e| parquet_error(path, "write", e))?;
         Ok(Writer { path: path.to_path_buf(), parquet, group: Vec::new(), last: None })
     }
@@ -223,8 +224,7 @@ impl Reader {
     /// # Errors
     /// `Corrupt` when size or checksum differ from `stamp`, `Unsupported` when a newer vmar wrote it.
     pub fn open(path: &Path, stamp: Stamp) -> Result<Reader> {
-        let mut file = File::open(path)
-            .map_err(|e| Error::io(path, "open it", e).mend(MEND))?;
+        let mut file = File::open(path).map_err(|e| Error::io(path, "open it", e).mend(MEND))?;
         if stamp_of(&mut file).map_err(|e| Error::io(path, "read", e))? != stamp {
             return Err(corrupt(path, "its checksum is wrong"));
         }

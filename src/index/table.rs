@@ -28,6 +28,7 @@ const MAGIC: &[u8; 8] = b"vmar-ctb";
 const VERSION: u32 = 1;
 const PAGE: usize = 4096;
 const ROW: usize = 26;
+const ROW_U32: u32 = 26;
 /// Rows of a full page.
 const ROWS_PER_PAGE: usize = 157;
 const COUNT_AT: usize = ROWS_PER_PAGE * ROW;
@@ -125,7 +126,7 @@ impl TableWriter {
         let mut header = Vec::with_capacity(PAGE);
         header.extend(MAGIC);
         header.extend(VERSION.to_le_bytes());
-        header.extend((ROW as u32).to_le_bytes());
+        header.extend(ROW_U32.to_le_bytes());
         header.extend(self.library);
         for n in [self.id, self.rows, self.fences.len() as u64] {
             header.extend(n.to_le_bytes());
@@ -184,10 +185,10 @@ impl Table {
 
     /// Looks up hashes, which are ascending: for each that is there, its index and all rows that it has, in order of the
     /// indices.
-    pub fn lookup(&self, hashes: &[Hash]) -> Result<Vec<(usize, Row)>> {
+    pub fn lookup(&self, hashes: &[Hash]) -> Result<Hits> {
         let extents = self.extents(hashes);
         let next = AtomicUsize::new(0);
-        let worker = || -> Result<Vec<(usize, Vec<(usize, Row)>)>> {
+        let worker = || -> Result<Vec<(usize, Hits)>> {
             let (mut buf, mut out) = (Vec::new(), Vec::new());
             loop {
                 let at = next.fetch_add(1, Ordering::Relaxed);
@@ -202,7 +203,7 @@ impl Table {
         });
         let mut parts = parts?.concat();
         parts.sort_unstable_by_key(|(at, _)| *at);
-        let mut out: Vec<(usize, Row)> = parts.into_iter().flat_map(|(_, rows)| rows).collect();
+        let mut out: Hits = parts.into_iter().flat_map(|(_, rows)| rows).collect();
         // A page that ends one extent and begins the next is read in both only for hashes of its own.
         out.dedup();
         Ok(out)
@@ -236,7 +237,7 @@ impl Table {
         out
     }
 
-    fn search(&self, extent: &Extent, hashes: &[Hash], buf: &mut Vec<u8>) -> Result<Vec<(usize, Row)>> {
+    fn search(&self, extent: &Extent, hashes: &[Hash], buf: &mut Vec<u8>) -> Result<Hits> {
         buf.resize(extent.pages.len() * PAGE, 0);
         read_at(&self.path, &self.file, buf, (1 + extent.pages.start as u64) * PAGE as u64)?;
         let (mut out, mut rows, mut loaded) = (Vec::new(), Vec::new(), None);
@@ -282,6 +283,9 @@ impl Table {
     }
 }
 
+/// Rows that were found, with the index of their hash.
+pub type Hits = Vec<(usize, Row)>;
+
 struct Extent {
     pages: Range<usize>,
     hashes: Range<usize>,
@@ -323,7 +327,11 @@ impl Scan<'_> {
             }
             let last = self.rows.last().copied();
             table.decode(self.page, &self.buf, self.page - self.first, &mut self.rows)?;
-            if !last.into_iter().chain(self.rows.iter().copied()).is_sorted_by(|a, b| (a.hash, a.variant) < (b.hash, b.variant)) {
+            if !last
+                .into_iter()
+                .chain(self.rows.iter().copied())
+                .is_sorted_by(|a, b| (a.hash, a.variant) < (b.hash, b.variant))
+            {
                 return Err(corrupt(&table.path, &format!("page {}: its rows are not in order", self.page + 1)));
             }
             self.page += 1;
@@ -367,7 +375,7 @@ fn read_header(path: &Path, file: &File, stamp: Stamp) -> Result<u64> {
     }
     let row = c.u32_le();
     let found = (|| Some(Stamp { library: c.array()?, id: c.u64_le()?, rows: c.u64_le()? }))();
-    if found != Some(stamp) || row != Some(ROW as u32) {
+    if found != Some(stamp) || row != Some(ROW_U32) {
         return Err(corrupt(path, "it is another table than the catalog names"));
     }
     c.u64_le().ok_or_else(|| corrupt(path, "its header is cut off"))

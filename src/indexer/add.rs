@@ -1,12 +1,12 @@
 //! Adds images to a library: all of them, or none.
 
+use super::Work;
 use super::candidates::held;
 use super::change::{Change, Lookout};
 use super::compare::Side;
 use super::images::check_unchanged;
 use super::place::{Placing, Sink, correct_run, place, write_map};
 use super::remap::Proved;
-use super::{Work, policy_choice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::chunks::{self, Chunk};
 use crate::fingerprint::{Row, run, scan};
@@ -227,7 +227,7 @@ pub(super) fn enter(change: &mut Change<'_>, found: Fingerprints, work: &Work) -
     let (id, name) = (side.record.id, side.record.name.clone());
     side.record.chunks = Some(write_chunks(change, &side.record, &chunks)?);
 
-    let run_path = change.stage_new_or_over(&run_file(&name, id))?;
+    let run_path = change.stage_new_or_over(&side.record.run.file.display().to_string())?;
     let known_path = change.transaction.scratch(&format!("{id}.known"));
     let library = change.transaction.library().catalog().uuid_bytes();
     let mut sink = Newcomer {
@@ -236,13 +236,13 @@ pub(super) fn enter(change: &mut Change<'_>, found: Fingerprints, work: &Work) -
         shared: HashMap::new(),
     };
     let policy = change.policy;
-    let choice = policy_choice(policy);
+    let choose = change.choose();
     let scratch = change.transaction.scratch(&format!("{id}.pairs"));
     let placing = Placing {
         own: &side,
         images: &change.images,
         contents: &change.contents,
-        choose: &*choice,
+        choose: &choose,
         policy,
         is_settled: false,
         is_proved: &|pair| proved.as_ref().is_some_and(|p| p.has(pair)),
@@ -309,7 +309,8 @@ fn expand(shared: &HashMap<u32, u64>, contents: &super::contents::Contents) -> V
 }
 
 fn write_chunks(change: &mut Change<'_>, record: &ImageRecord, all: &[Chunk]) -> Result<FileRef> {
-    let file = chunks_file(&record.name, record.id);
+    let known = record.chunks.as_ref().map(|c| c.file.display().to_string());
+    let file = known.unwrap_or_else(|| chunks_file(&record.name, record.id));
     let path = change.stage_new_or_over(&file)?;
     let bytes = chunks::encode(all);
     fs::write(&path, &bytes).map_err(|e| Error::io(&path, "write", e))?;
@@ -351,6 +352,8 @@ pub(super) fn refingerprint(change: &Change<'_>, record: &ImageRecord, work: &Wo
     let new = &mut found.side.record;
     new.generation = record.generation;
     new.domain.clone_from(&record.domain);
+    // A renamed image's files keep the names that they have.
     new.run.file.clone_from(&record.run.file);
+    new.chunks.clone_from(&record.chunks);
     Ok(found)
 }

@@ -1,18 +1,14 @@
 //! Where each block of an image could be read from, by its fingerprint: the content index says which images hold it, the
 //! policy which of them is read, and that image's fingerprints at which block.
 
+use super::choose::Choose;
+use super::compare::Pair;
 use super::contents::{Content, Contents, Held};
 use super::images::Images;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::{Hash, Row};
 use crate::index::{self, table::MEND};
 use std::collections::BTreeMap;
-
-/// Which image of a set is read by all that hold the content.
-pub(super) trait Choose: Sync {
-    /// One of `images`, which are ascending and at least one.
-    fn choose(&self, images: &[u32]) -> u32;
-}
 
 /// A part of an image's rows: all rows of some hashes, ascending.
 pub(super) struct Part<'r> {
@@ -21,17 +17,11 @@ pub(super) struct Part<'r> {
     pub is_settled: bool,
 }
 
-/// Where a row could be read from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Candidate {
-    pub image: u32,
-    pub block: u32,
-}
-
 /// What came out for a part.
 pub(super) struct Candidates {
-    /// One a row. Rows that were not settled have the variant of their candidate now.
-    pub places: Vec<Candidate>,
+    /// Where each row could be read from: one pair a row, or several where the choice is open. Rows that were not settled have
+    /// the variant of their candidate now.
+    pub pairs: Vec<Pair>,
     /// What the index knows of their hashes, ascending.
     pub known: Vec<index::Row>,
 }
@@ -45,51 +35,56 @@ pub(super) fn candidates(
     own: u32,
     contents: &Contents,
     images: &Images,
-    choose: &dyn Choose,
+    choose: &Choose,
 ) -> Result<Candidates> {
     let Part { rows, is_settled } = part;
     let mut hashes: Vec<Hash> = rows.iter().map(|r| r.hash).collect();
     hashes.dedup();
     let found = contents.lookup(&hashes)?;
-    let mut places = Vec::with_capacity(rows.len());
-    // Contents of other images, whose blocks are to be found in their runs; `at` is their first row here.
+    let mut pairs = Vec::with_capacity(rows.len());
     let mut wanted: Vec<Wanted> = Vec::new();
     let mut key = 0;
-    let mut start = 0;
-    while start < rows.len() {
-        // All rows of one content.
-        let first = rows[start];
-        let end = start + rows[start..].iter().take_while(|r| (r.hash, r.variant) == (first.hash, first.variant)).count();
+    let mut at = 0;
+    for of_content in rows.chunk_by_mut(|a, b| (a.hash, a.variant) == (b.hash, b.variant)) {
+        let Some(first) = of_content.first().copied() else { continue };
         while hashes.get(key).is_some_and(|h| *h < first.hash) {
             key += 1;
         }
-        let known = found.of(key);
-        let content = if is_settled {
-            let same = |c: &&Content| u32::from(c.variant) == first.variant;
-            Some(*known.iter().find(same).ok_or_else(|| contradiction("a content of an image is missing"))?)
-        } else {
-            known.first().copied()
-        };
-        let mut candidate = Candidate { image: own, block: first.block };
-        if let Some(content) = content {
-            candidate.image = choose.choose(contents.sets().images(content.set));
-            rows[start..end].iter_mut().for_each(|r| r.variant = u32::from(content.variant));
-            if candidate.image != own {
-                let (at, key) = (narrow(start)?, narrow(key)?);
-                wanted.push(Wanted { image: candidate.image, key, variant: content.variant, at, len: narrow(end - start)? });
+        let content = known_content(found.of(key), &first, is_settled)?;
+        let len = of_content.len();
+        match content {
+            None => pairs.extend(of_content.iter().map(|r| Pair { source: r.block, image: own, block: first.block })),
+            Some(content) => {
+                of_content.iter_mut().for_each(|r| r.variant = u32::from(content.variant));
+                for image in choose.some(contents.sets().images(content.set), own) {
+                    if image == own {
+                        pairs.extend(of_content.iter().map(|r| Pair { source: r.block, image, block: first.block }));
+                        continue;
+                    }
+                    let (at, len, key) = (narrow(at)?, narrow(len)?, narrow(key)?);
+                    wanted.push(Wanted { image, key, variant: content.variant, at, len });
+                }
             }
         }
-        places.resize(end, candidate);
-        start = end;
+        at += len;
     }
-    find_blocks(&mut wanted, &hashes, images, &mut places)?;
-    let known = (0..).zip(&hashes).flat_map(|(i, hash)| {
-        found.of(i).iter().map(|c| index::Row { hash: *hash, variant: c.variant, set: c.set })
-    });
-    Ok(Candidates { places, known: known.collect() })
+    find_blocks(&mut wanted, &hashes, images, rows, &mut pairs)?;
+    let known = (0..)
+        .zip(&hashes)
+        .flat_map(|(i, hash)| found.of(i).iter().map(|c| index::Row { hash: *hash, variant: c.variant, set: c.set }));
+    Ok(Candidates { pairs, known: known.collect() })
 }
 
-/// A content whose lowest block in an image is wanted, for `len` rows from number `at` on.
+/// The content that rows like `row` have, or could have; `None` if no image holds their hash.
+fn known_content(known: &[Content], row: &Row, is_settled: bool) -> Result<Option<Content>> {
+    if !is_settled {
+        return Ok(known.first().copied());
+    }
+    let same = known.iter().find(|c| u32::from(c.variant) == row.variant);
+    same.copied().map(Some).ok_or_else(|| contradiction("a content of an image is missing"))
+}
+
+/// A content whose lowest block in another image is wanted, for `len` rows from number `at` on.
 struct Wanted {
     image: u32,
     key: u32,
@@ -99,15 +94,21 @@ struct Wanted {
 }
 
 /// Goes once through the run of each image that something is wanted of.
-fn find_blocks(wanted: &mut [Wanted], hashes: &[Hash], images: &Images, places: &mut [Candidate]) -> Result<()> {
+fn find_blocks(
+    wanted: &mut [Wanted],
+    hashes: &[Hash],
+    images: &Images,
+    rows: &[Row],
+    pairs: &mut Vec<Pair>,
+) -> Result<()> {
     wanted.sort_unstable_by_key(|w| (w.image, w.key, w.variant));
     for of_image in wanted.chunk_by(|a, b| a.image == b.image) {
-        let Some(first) = of_image.first() else { continue };
+        let Some(image) = of_image.first().map(|w| w.image) else { continue };
         let hash = |key: u32| hashes.get(key as usize).copied().unwrap_or_default();
         let goals: Vec<(Hash, u16)> = of_image.iter().map(|w| (hash(w.key), w.variant)).collect();
-        for (w, block) in of_image.iter().zip(blocks_of(images, first.image, &goals)?) {
-            let rows = w.at as usize..(w.at + w.len) as usize;
-            places.get_mut(rows).into_iter().flatten().for_each(|p| p.block = block);
+        for (w, block) in of_image.iter().zip(blocks_of(images, image, &goals)?) {
+            let rows = rows.get(w.at as usize..(w.at + w.len) as usize).unwrap_or(&[]);
+            pairs.extend(rows.iter().map(|r| Pair { source: r.block, image, block }));
         }
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! A change of a library in the making: what is staged, and what the index and the images will be.
 
 use super::Work;
+use super::choose::Choose;
 use super::compare::Side;
 use super::contents::Contents;
 use super::images::Images;
@@ -9,7 +10,7 @@ use crate::fingerprint::Row;
 use crate::index;
 use crate::library::{Catalog, ImageRecord, Policy, Removed, Transaction, Writer, map_file};
 use crate::units::ImageId;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// A change of a library, in one sharing domain.
@@ -19,6 +20,8 @@ pub(super) struct Change<'w> {
     pub images: Images,
     /// How targets are chosen.
     pub policy: Policy,
+    /// What the policy `most-used` goes by.
+    pub usage: BTreeMap<u32, u64>,
     added: Vec<ImageRecord>,
     gone: BTreeSet<u32>,
     /// Files of removed images that somebody still reads.
@@ -38,7 +41,22 @@ impl<'w> Change<'w> {
     pub fn with(transaction: Transaction<'w>, contents: Contents, domain: &str) -> Change<'w> {
         let images = Images::of(transaction.library(), domain);
         let policy = transaction.library().catalog().policy;
-        Change { transaction, contents, images, policy, added: Vec::new(), gone: BTreeSet::new(), left: Vec::new() }
+        let usage = transaction.library().catalog().usage.clone();
+        Change {
+            transaction,
+            contents,
+            images,
+            policy,
+            usage,
+            added: Vec::new(),
+            gone: BTreeSet::new(),
+            left: Vec::new(),
+        }
+    }
+
+    /// How the targets of maps are chosen.
+    pub fn choose(&self) -> Choose {
+        Choose::by(self.policy, &self.usage)
     }
 
     /// The ID of the next image that is added.
@@ -85,7 +103,7 @@ impl<'w> Change<'w> {
 
     /// Publishes all of it, and what `edit` does to the catalog besides.
     pub fn commit(self, edit: impl FnOnce(&mut Catalog), work: &Work) -> Result<()> {
-        let Change { mut transaction, contents, images, added, gone, left, policy } = self;
+        let Change { mut transaction, contents, images, added, gone, left, policy, usage } = self;
         // Last look: whoever wrote into a file while others were read is noticed.
         images.check_unchanged()?;
         work.check_stop("the library")?;
@@ -100,6 +118,8 @@ impl<'w> Change<'w> {
             catalog.images.sort_by_key(|r| r.id);
             catalog.removed.extend(left);
             catalog.policy = policy;
+            catalog.usage = usage;
+            catalog.usage.retain(|id, _| !gone.contains(id));
             if let Some((domain, index, next_file)) = index {
                 catalog.index.insert(domain, index);
                 catalog.next_file = next_file;

@@ -354,7 +354,8 @@ fn unreadable(path: &Path, e: &Unreadable) -> Error {
     match e {
         Unreadable::Corrupt(cause) => Error::file(ErrorKind::Corrupt, path, cause).mend(MEND),
         Unreadable::Newer(version) => {
-            let cause = format!("image sets of format {version}, this vmar knows up to {}", crate::index::sets::VERSION);
+            let cause =
+                format!("image sets of format {version}, this vmar knows up to {}", crate::index::sets::VERSION);
             Error::file(ErrorKind::Unsupported, path, cause).mend("use a newer vmar")
         }
     }

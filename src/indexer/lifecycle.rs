@@ -114,10 +114,16 @@ pub fn rename(writer: &mut Writer, old: &str, new: &str) -> Result<Vec<(String, 
     check_name(new)?;
     writer.library().image(old)?;
     if writer.library().image(new).is_ok() {
-        return Err(Error::new(ErrorKind::Exists, new, "there is an image of this name already").mend("use another name"));
+        return Err(
+            Error::new(ErrorKind::Exists, new, "there is an image of this name already").mend("use another name")
+        );
     }
-    let renamed: Vec<(ImageId, String, String)> =
-        writer.library().images().iter().filter_map(|r| Some((r.id, r.name.clone(), renamed(&r.name, old, new)?))).collect();
+    let renamed: Vec<(ImageId, String, String)> = writer
+        .library()
+        .images()
+        .iter()
+        .filter_map(|r| Some((r.id, r.name.clone(), renamed(&r.name, old, new)?)))
+        .collect();
     let mut transaction = writer.begin();
     for (_, from, to) in &renamed {
         let source = transaction.library().map_path(from);

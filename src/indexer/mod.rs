@@ -21,6 +21,7 @@ mod arrange;
 mod candidates;
 pub mod capture;
 mod change;
+mod choose;
 mod compare;
 mod contents;
 mod images;
@@ -34,7 +35,7 @@ pub mod stats;
 pub mod verify;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::library::{ImageRecord, Library, Policy};
+use crate::library::{ImageRecord, Library};
 use crate::map::{Map, Target};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -86,22 +87,6 @@ impl<'a> Work<'a> {
             return Err(Error::new(ErrorKind::Interrupted, what, "stopped; nothing was changed"));
         }
         Ok(())
-    }
-}
-
-/// The lowest image ID (paper, figure 4: `lowest_numbered_image`).
-struct LowestId;
-
-impl candidates::Choose for LowestId {
-    fn choose(&self, images: &[u32]) -> u32 {
-        images.first().copied().unwrap_or_default()
-    }
-}
-
-/// Which image is read, by the policy.
-fn policy_choice(policy: Policy) -> Box<dyn candidates::Choose> {
-    match policy {
-        Policy::Paper | Policy::Bridge { .. } => Box::new(LowestId),
     }
 }
 

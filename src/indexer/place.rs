@@ -10,7 +10,8 @@
 //! parts to windows is kept in a scratch file when it is too much, so that memory is bounded whatever the image's size. Runs
 //! are cut at the borders of windows for the policies that look at their length, for every image alike.
 
-use super::candidates::{Candidates, Choose, Part, candidates};
+use super::candidates::{Candidates, Part, candidates};
+use super::choose::{Choose, longest_runs};
 use super::compare::{Pair, Side, Sides};
 use super::contents::Contents;
 use super::images::Images;
@@ -41,7 +42,7 @@ pub(super) struct Placing<'a> {
     pub own: &'a Side,
     pub images: &'a Images,
     pub contents: &'a Contents,
-    pub choose: &'a dyn Choose,
+    pub choose: &'a Choose,
     pub policy: Policy,
     /// See [`Part::is_settled`].
     pub is_settled: bool,
@@ -79,7 +80,11 @@ pub(super) struct Placed {
 }
 
 /// Finds, proves and arranges. `rows` are the image's, sorted.
-pub(super) fn place(rows: impl Iterator<Item = Result<Row>>, placing: &Placing<'_>, sink: &mut dyn Sink) -> Result<Placed> {
+pub(super) fn place(
+    rows: impl Iterator<Item = Result<Row>>,
+    placing: &Placing<'_>,
+    sink: &mut dyn Sink,
+) -> Result<Placed> {
     let Placing { own, images, contents, choose, is_settled, work, .. } = *placing;
     let rows_per_part = (work.memory.saturating_sub(OTHER_BYTES) / BYTES_PER_ROW).max(ROWS_MIN);
     let mut spool = Spool::new(placing.scratch, rows_per_part);
@@ -87,11 +92,8 @@ pub(super) fn place(rows: impl Iterator<Item = Result<Row>>, placing: &Placing<'
     while let Some(mut rows) = parts.next()? {
         work.check_stop(&own.record.name)?;
         let part = Part { rows: &mut rows, is_settled };
-        let Candidates { places, known } = candidates(part, own.record.id.0, contents, images, choose)?;
-        let pair = |(row, to): (&Row, &super::candidates::Candidate)| {
-            Pair { source: row.block, image: to.image, block: to.block }
-        };
-        spool.push(rows.iter().zip(&places).map(pair))?;
+        let Candidates { pairs, known } = candidates(part, own.record.id.0, contents, images, choose)?;
+        spool.push(pairs.into_iter())?;
         sink.part(&rows, &known)?;
     }
     let mut placed = Placed::default();
@@ -107,6 +109,13 @@ pub(super) fn place(rows: impl Iterator<Item = Result<Row>>, placing: &Placing<'
     };
     spool.windows(own.record.blocks, |pairs| {
         work.check_stop(&own.record.name)?;
+        let mut chosen = Vec::new();
+        let pairs = if choose.is_open() {
+            chosen.extend(longest_runs(pairs));
+            &mut chosen[..]
+        } else {
+            pairs
+        };
         prove(pairs, &proof, &mut placed.corrections)?;
         keep_partial_block(pairs, &proof.sides);
         arrange(pairs, placing.policy, &proof)?;
@@ -184,7 +193,9 @@ pub(super) fn correct_run(
         let mut row = row?;
         if let Some((hash, variant)) = corrections.get(&row.block) {
             if *hash != row.hash {
-                return Err(Error::file(ErrorKind::Changed, from, "the image changed while it was added").mend("try again"));
+                return Err(
+                    Error::file(ErrorKind::Changed, from, "the image changed while it was added").mend("try again")
+                );
             }
             row.variant = u32::from(*variant);
         }

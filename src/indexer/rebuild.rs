@@ -36,10 +36,8 @@ pub fn rebuild(writer: &mut Writer, work: &Work) -> Result<Vec<Added>> {
         let found = refingerprint(&change, record, work)?;
         if found.side.record.digest != record.digest {
             let cause = format!("image {} is not what was added", record.name);
-            return Err(Error::file(ErrorKind::Changed, &found.side.path, cause).mend(format!(
-                "put the original back, or 'vmar image remove {}' (or update) first",
-                record.name
-            )));
+            return Err(Error::file(ErrorKind::Changed, &found.side.path, cause)
+                .mend(format!("put the original back, or 'vmar image remove {}' (or update) first", record.name)));
         }
         out.push(enter(&mut change, found, work)?);
     }

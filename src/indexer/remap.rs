@@ -8,12 +8,12 @@ use super::change::Change;
 use super::compare::{Others, Pair};
 use super::place::{NoSink, Placing, place, write_map};
 use super::stats::open_run;
-use super::{Work, policy_choice, read_map};
+use super::{Work, read_map};
 use crate::error::{Error, ErrorKind, Result};
 use crate::library::{ImageRecord, Policy, Writer, map_file};
 use crate::map::{Map, Totals};
 use crate::units::ImageId;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 /// What became of one image's map.
@@ -34,8 +34,22 @@ pub struct Remapped {
 /// Whatever stops one map stops all, and the library stays as it was: `Changed` when the bytes of an image are not those
 /// that were added, `Corrupt` when a run or the index is damaged.
 pub fn remap(writer: &mut Writer, policy: Policy, work: &Work) -> Result<Vec<Remapped>> {
+    remap_by(writer, policy, None, work)
+}
+
+/// The same, with new numbers for the policy `most-used`: how much each image is used, by ID. `None` keeps those that the
+/// library has.
+pub fn remap_by(
+    writer: &mut Writer,
+    policy: Policy,
+    usage: Option<BTreeMap<u32, u64>>,
+    work: &Work,
+) -> Result<Vec<Remapped>> {
     let mut change = Change::begin(writer, work)?;
     change.policy = policy;
+    if let Some(usage) = usage {
+        change.usage = usage;
+    }
     let records = change.transaction.library().images().to_vec();
     let mut out = Vec::with_capacity(records.len());
     for record in records {
@@ -64,13 +78,13 @@ pub(super) fn remap_one(
             .mend("restore it from a backup, or make it anew with 'vmar library rebuild'"));
     }
     let proved = old.map(|map| Proved::by(map, Vec::new()));
-    let choice = policy_choice(change.policy);
+    let choose = change.choose();
     let own = change.images.side(record.id.0)?;
     let placing = Placing {
         own,
         images: &change.images,
         contents: &change.contents,
-        choose: &*choice,
+        choose: &choose,
         policy: change.policy,
         is_settled: true,
         is_proved: &|pair| proved.as_ref().is_some_and(|p| p.has(pair)),
@@ -102,7 +116,8 @@ impl Proved {
     /// True if the redirect was compared.
     pub fn has(&self, pair: &Pair) -> bool {
         let hit = self.map.lookup(pair.source);
-        let is_same = hit.is_some_and(|hit| self.numbers.get(&pair.image) == Some(&hit.target) && hit.block == pair.block);
+        let is_same =
+            hit.is_some_and(|hit| self.numbers.get(&pair.image) == Some(&hit.target) && hit.block == pair.block);
         let block = u64::from(pair.source);
         let behind = self.but.partition_point(|r| r.end <= block);
         is_same && !self.but.get(behind).is_some_and(|r| r.contains(&block))
@@ -112,10 +127,10 @@ impl Proved {
 /// The images that read from images which go, or would if runs were arranged in another way; in order of ID. `gone` are
 /// still in the index.
 pub(super) fn dependants(change: &Change<'_>, gone: &[u32]) -> Result<Vec<ImageRecord>> {
-    let choice = policy_choice(change.policy);
+    let choose = change.choose();
     let mut affected = std::collections::BTreeSet::new();
     for (_, images, _) in change.contents.sets().live() {
-        if gone.contains(&choice.choose(images)) {
+        if choose.some(images, u32::MAX).iter().any(|id| gone.contains(id)) {
             affected.extend(images.iter().copied());
         }
     }

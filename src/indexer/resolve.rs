@@ -6,13 +6,14 @@
 
 use super::Work;
 use super::arrange::{Gap, bridge, gaps, keep_short_runs, pairs_of};
-use super::candidates::{Choose, blocks_of};
+use super::candidates::blocks_of;
+use super::choose::Choose;
 use super::compare::{Pair, Side, Sides, differing, equal};
 use super::contents::{Content, Contents};
 use super::images::Images;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::{BLOCK_BYTES, Hash, hash_block};
-use crate::library::Policy;
+use crate::library::{Policy, Runs};
 use crate::units::BLOCK_SIZE;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,7 +23,7 @@ pub(super) struct Proof<'a> {
     pub sides: Sides<'a>,
     pub images: &'a Images,
     pub contents: &'a Contents,
-    pub choose: &'a dyn Choose,
+    pub choose: &'a Choose,
     /// The image's contents were told apart when it was added, so that a block which differs from its candidate is an
     /// error.
     pub is_settled: bool,
@@ -59,8 +60,11 @@ fn settle(odd: &[usize], pairs: &mut [Pair], proof: &Proof<'_>, corrections: &mu
     let odd: Vec<(usize, Hash)> = odd.iter().map(hash_of).collect::<Result<_>>()?;
     if let (true, Some((i, _))) = (proof.is_settled, odd.first()) {
         let (own, pair) = (&sides.own, pairs[*i]);
-        let cause = format!("block {} of image {} is not the content that its fingerprint says", pair.source, own.record.name);
-        return Err(Error::file(ErrorKind::Corrupt, &own.path, cause).mend("make everything anew: 'vmar library rebuild'"));
+        let cause =
+            format!("block {} of image {} is not the content that its fingerprint says", pair.source, own.record.name);
+        return Err(
+            Error::file(ErrorKind::Corrupt, &own.path, cause).mend("make everything anew: 'vmar library rebuild'")
+        );
     }
     let hashes: Vec<Hash> = odd.iter().map(|(_, hash)| *hash).collect::<BTreeSet<_>>().into_iter().collect();
     let found = proof.contents.lookup(&hashes)?;
@@ -71,8 +75,7 @@ fn settle(odd: &[usize], pairs: &mut [Pair], proof: &Proof<'_>, corrections: &mu
             [first, others @ ..] => (first.variant, others),
             [] => (0, &[][..]),
         };
-        let mut known: Vec<Known> =
-            others.iter().map(|c| known_of(proof, hash, *c)).collect::<Result<_>>()?;
+        let mut known: Vec<Known> = others.iter().map(|c| known_of(proof, hash, *c)).collect::<Result<_>>()?;
         let found_here = new.entry(hash).or_default();
         known.extend(found_here.iter().copied());
         let chosen = match equal_content(pairs[i].source, &known, sides)? {
@@ -103,7 +106,7 @@ struct Known {
 }
 
 fn known_of(proof: &Proof<'_>, hash: Hash, content: Content) -> Result<Known> {
-    let image = proof.choose.choose(proof.contents.sets().images(content.set));
+    let image = proof.choose.one(proof.contents.sets().images(content.set));
     let block = blocks_of(proof.images, image, &[(hash, content.variant)])?;
     Ok(Known { variant: content.variant, image, block: block.first().copied().unwrap_or_default() })
 }
@@ -151,12 +154,11 @@ pub(super) fn keep_partial_block(pairs: &mut [Pair], sides: &Sides) {
 /// The policy's say on where runs begin and end. What the policy `bridge` reads elsewhere than the canonical address says
 /// is compared like every redirect.
 pub(super) fn arrange(places: &mut [Pair], policy: Policy, proof: &Proof<'_>) -> Result<()> {
-    let Some((limit, min_run)) = policy.run_limits() else { return Ok(()) };
+    let Some(Runs { bridge: limit, min_run }) = policy.runs() else { return Ok(()) };
     let Proof { sides, work, .. } = *proof;
     let found = gaps(places, sides.own_id(), limit);
     let pairs: Vec<Pair> = pairs_of(&found, places).collect();
-    let open: Vec<usize> =
-        pairs.iter().enumerate().filter(|(_, p)| !(proof.is_proved)(p)).map(|(i, _)| i).collect();
+    let open: Vec<usize> = pairs.iter().enumerate().filter(|(_, p)| !(proof.is_proved)(p)).map(|(i, _)| i).collect();
     let to_compare: Vec<Pair> = open.iter().filter_map(|&i| pairs.get(i).copied()).collect();
     work.observer.begin(&format!("bridging {}", sides.own.record.name), to_compare.len() as u64 * BLOCK_SIZE);
     let differing = differing(&sides, &to_compare, work)?;

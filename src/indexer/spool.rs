@@ -118,10 +118,12 @@ mod tests {
             spool.push((0..2000).map(pair)).unwrap();
             assert!(!path.exists());
             let mut windows: Vec<Vec<Pair>> = Vec::new();
-            spool.windows(1 << 32, |w| {
-                windows.push(w.to_vec());
-                Ok(())
-            }).unwrap();
+            spool
+                .windows(1 << 32, |w| {
+                    windows.push(w.to_vec());
+                    Ok(())
+                })
+                .unwrap();
             windows
         };
         let want = collect(1 << 20);

@@ -4,7 +4,7 @@ use super::read_map;
 use crate::cluster::{Clusters, merge};
 use crate::error::Result;
 use crate::fingerprint::run;
-use crate::library::{ImageRecord, Library, Policy};
+use crate::library::{ImageRecord, Library, Runs};
 use crate::map::{Map, Scheme};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -33,7 +33,7 @@ pub struct Stats {
     pub images: Vec<ImageStats>,
 }
 
-/// Knobs of the policy `bridge` (see [`Policy::Bridge`]).
+/// Knobs of the policies that look at runs (see [`Runs`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Knobs {
     /// Longest break that is bridged, in blocks.
@@ -67,10 +67,7 @@ pub fn stats(library: &Library) -> Result<Stats> {
     let images = library.images().iter().map(|record| image_stats(library, record)).collect::<Result<_>>()?;
     Ok(Stats {
         policy: library.catalog().policy.name().to_string(),
-        knobs: match library.catalog().policy {
-            Policy::Paper => None,
-            Policy::Bridge { bridge, min_run } => Some(Knobs { bridge, min_run }),
-        },
+        knobs: library.catalog().policy.runs().map(|Runs { bridge, min_run }| Knobs { bridge, min_run }),
         nonzero_blocks: clusters.blocks(),
         unique_blocks: clusters.contents(),
         clusters: clusters.clusters().len() as u64,

@@ -21,25 +21,45 @@ const VERSION: u32 = 3;
 
 /// Which copy of a content is read: the policy that chooses the targets of block maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase", deny_unknown_fields)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Policy {
     /// The lowest block of the lowest image ID, inside one image too (paper, section 3.1).
     Paper,
     /// The same, but for runs that would be short: fewer descendant reads for a little less sharing.
-    Bridge {
-        /// A run into another image is read on through a break of at most so many blocks, if that image holds them too.
-        bridge: u32,
-        /// Runs of fewer blocks than this stay in the image itself.
-        min_run: u32,
-    },
+    Bridge(Runs),
+    /// The image that recorded boots have read most, then the lowest ID; runs as with `bridge` (paper, section 6: future
+    /// work).
+    MostUsed(Runs),
+    /// Whichever image the longest run can be read from: fewest descendant reads, and less sharing, for each image has
+    /// other targets; runs as with `bridge` (paper, section 6: future work).
+    LeastFragmented(Runs),
+}
+
+/// Knobs of the policies that look at the length of runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Runs {
+    /// A run into another image is read on through a break of at most so many blocks, if that image holds them too.
+    pub bridge: u32,
+    /// Runs of fewer blocks than this stay in the image itself.
+    pub min_run: u32,
+}
+
+impl Runs {
+    /// Bridge 8, min-run 8: measured on recorded boots (`docs/performance.md`).
+    pub const DEFAULT: Runs = Runs { bridge: 8, min_run: 8 };
 }
 
 impl Policy {
-    /// Bridge 8, min-run 8: measured on recorded boots (`docs/performance.md`).
-    pub const BRIDGE: Policy = Policy::Bridge { bridge: 8, min_run: 8 };
+    /// With the runs of [`Runs::DEFAULT`].
+    pub const BRIDGE: Policy = Policy::Bridge(Runs::DEFAULT);
 
     /// What a new library gets.
     pub const DEFAULT: Policy = Policy::BRIDGE;
+
+    /// All of them.
+    pub const ALL: [Policy; 4] =
+        [Policy::Paper, Policy::BRIDGE, Policy::MostUsed(Runs::DEFAULT), Policy::LeastFragmented(Runs::DEFAULT)];
 
     /// Most blocks that a bridge may span: finding one looks at so many blocks for each break.
     pub const BRIDGE_MAX: u32 = 4096;
@@ -48,20 +68,22 @@ impl Policy {
     pub fn code(self) -> u32 {
         match self {
             Policy::Paper => 1,
-            Policy::Bridge { .. } => 2,
+            Policy::Bridge(_) => 2,
+            Policy::MostUsed(_) => 3,
+            Policy::LeastFragmented(_) => 4,
         }
     }
 
     /// The name of the policy whose number a block map has; `None` for a number of a newer vmar.
     pub fn name_of(code: u32) -> Option<&'static str> {
-        [Policy::Paper, Policy::BRIDGE].into_iter().find(|p| p.code() == code).map(Policy::name)
+        Policy::ALL.into_iter().find(|p| p.code() == code).map(Policy::name)
     }
 
-    /// Longest break that is bridged and shortest run that leaves the image, in blocks; `None` if runs are left alone.
-    pub fn run_limits(self) -> Option<(u32, u32)> {
+    /// Its knobs; `None` if it leaves runs alone.
+    pub fn runs(self) -> Option<Runs> {
         match self {
             Policy::Paper => None,
-            Policy::Bridge { bridge, min_run } => Some((bridge, min_run)),
+            Policy::Bridge(runs) | Policy::MostUsed(runs) | Policy::LeastFragmented(runs) => Some(runs),
         }
     }
 
@@ -69,7 +91,9 @@ impl Policy {
     pub fn name(self) -> &'static str {
         match self {
             Policy::Paper => "paper",
-            Policy::Bridge { .. } => "bridge",
+            Policy::Bridge(_) => "bridge",
+            Policy::MostUsed(_) => "most-used",
+            Policy::LeastFragmented(_) => "least-fragmented",
         }
     }
 
@@ -77,30 +101,34 @@ impl Policy {
     ///
     /// # Errors
     /// `Usage` when the policy has no such knob, or the value is out of range.
-    pub fn with_knobs(self, new_bridge: Option<u32>, new_min_run: Option<u32>) -> Result<Policy> {
-        match self {
+    pub fn with_knobs(mut self, new_bridge: Option<u32>, new_min_run: Option<u32>) -> Result<Policy> {
+        let runs = match &mut self {
             Policy::Paper if new_bridge.is_some() || new_min_run.is_some() => {
-                Err(Error::new(ErrorKind::Usage, "policy paper", "has no --bridge and no --min-run")
-                    .mend("give them with --policy bridge"))
+                return Err(Error::new(ErrorKind::Usage, "policy paper", "has no --bridge and no --min-run")
+                    .mend("give them with --policy bridge"));
             }
-            Policy::Paper => Ok(self),
-            Policy::Bridge { bridge, min_run } => {
-                let bridge = new_bridge.unwrap_or(bridge);
-                if bridge > Policy::BRIDGE_MAX {
-                    return Err(Error::new(ErrorKind::Usage, format!("--bridge {bridge}"), "is too long a bridge")
-                        .mend(format!("give at most {} blocks", Policy::BRIDGE_MAX)));
-                }
-                Ok(Policy::Bridge { bridge, min_run: new_min_run.unwrap_or(min_run) })
-            }
+            Policy::Paper => return Ok(self),
+            Policy::Bridge(runs) | Policy::MostUsed(runs) | Policy::LeastFragmented(runs) => runs,
+        };
+        runs.bridge = new_bridge.unwrap_or(runs.bridge);
+        runs.min_run = new_min_run.unwrap_or(runs.min_run);
+        if runs.bridge > Policy::BRIDGE_MAX {
+            return Err(Error::new(ErrorKind::Usage, format!("--bridge {}", runs.bridge), "is too long a bridge")
+                .mend(format!("give at most {} blocks", Policy::BRIDGE_MAX)));
         }
+        Ok(self)
     }
 }
 
 impl fmt::Display for Policy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Policy::Paper => f.write_str("paper"),
-            Policy::Bridge { bridge, min_run } => write!(f, "bridge {bridge}, min-run {min_run}"),
+        f.write_str(self.name())?;
+        match self.runs() {
+            None => Ok(()),
+            Some(Runs { bridge, min_run }) if *self == Policy::Bridge(Runs { bridge, min_run }) => {
+                write!(f, " {bridge}, min-run {min_run}")
+            }
+            Some(Runs { bridge, min_run }) => write!(f, ", bridge {bridge}, min-run {min_run}"),
         }
     }
 }
@@ -108,14 +136,10 @@ impl fmt::Display for Policy {
 impl FromStr for Policy {
     type Err = Error;
     fn from_str(text: &str) -> Result<Policy> {
-        match text {
-            "paper" => Ok(Policy::Paper),
-            "bridge" => Ok(Policy::BRIDGE),
-            _ => {
-                Err(Error::new(ErrorKind::Usage, format!("policy {text:?}"), "unknown")
-                    .mend("the policies: paper, bridge"))
-            }
-        }
+        Policy::ALL.into_iter().find(|p| p.name() == text).ok_or_else(|| {
+            Error::new(ErrorKind::Usage, format!("policy {text:?}"), "unknown")
+                .mend("the policies: paper, bridge, most-used, least-fragmented")
+        })
     }
 }
 
@@ -147,6 +171,9 @@ pub struct Catalog {
     /// The content index of each sharing domain that has images.
     #[serde(default)]
     pub index: BTreeMap<String, IndexRef>,
+    /// Blocks that recorded boots of an image have read, by its ID: what the policy `most-used` goes by.
+    #[serde(default)]
+    pub usage: BTreeMap<u32, u64>,
     /// Files of images that were removed, and that somebody may still read.
     #[serde(default)]
     pub removed: Vec<Removed>,
@@ -286,6 +313,7 @@ impl Catalog {
             next_id: 0,
             next_file: 0,
             index: BTreeMap::new(),
+            usage: BTreeMap::new(),
             removed: Vec::new(),
             images: Vec::new(),
         })

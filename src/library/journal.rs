@@ -173,7 +173,8 @@ fn sync_places(dir: &Path) -> Result<()> {
 
 /// A plain file in one of the directories of a library.
 fn is_inside(to: &str) -> bool {
-    to.split_once('/').is_some_and(|(dir, name)| PLACES.contains(&dir) && !name.contains('/') && name != ".." && name != ".")
+    to.split_once('/')
+        .is_some_and(|(dir, name)| PLACES.contains(&dir) && !name.contains('/') && name != ".." && name != ".")
 }
 
 /// Renames, but never over something that is there; a file that is not staged any more was moved already.
@@ -208,8 +209,12 @@ fn same_file(a: &Path, b: &Path) -> bool {
 impl Journal {
     /// As a writer that is killed at once leaves it.
     pub fn write_for_tests(&self, staging: &Path) {
-        let journal =
-            Journal { version: VERSION, new: self.new.clone(), replace: self.replace.clone(), remove: self.remove.clone() };
+        let journal = Journal {
+            version: VERSION,
+            new: self.new.clone(),
+            replace: self.replace.clone(),
+            remove: self.remove.clone(),
+        };
         journal.write(staging).unwrap();
     }
 }

@@ -25,7 +25,7 @@ mod name;
 mod overlays;
 mod writer;
 
-pub use catalog::{Catalog, FileRef, ImageRecord, IndexRef, Policy, Removed, Source, TableRef};
+pub use catalog::{Catalog, FileRef, ImageRecord, IndexRef, Policy, Removed, Runs, Source, TableRef};
 pub use name::{check_name, kept_name};
 pub use writer::{Transaction, Writer};
 

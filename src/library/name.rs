@@ -22,7 +22,9 @@ pub fn check_name(name: &str) -> Result<()> {
 /// Accepts also `NAME@N`, the name of an older content of the image NAME: it was its generation N.
 pub(super) fn check_stored_name(name: &str) -> Result<()> {
     match name.split_once('@') {
-        Some((name, generation)) if generation.parse::<u64>().is_ok_and(|n| n.to_string() == generation) => check_name(name),
+        Some((name, generation)) if generation.parse::<u64>().is_ok_and(|n| n.to_string() == generation) => {
+            check_name(name)
+        }
         _ => check_name(name),
     }
 }

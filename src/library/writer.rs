@@ -186,7 +186,10 @@ fn check_empty(dir: &Path) -> Result<()> {
                 Error::file(ErrorKind::Exists, dir, "is a vmar library already").mend("use it, or name another")
             );
         }
-        if ![LOCK, RUNS, MAPS, IMAGES, INDEX, STAGING, LEASES, OVERLAYS, "lost+found"].iter().any(|known| name == *known) {
+        if ![LOCK, RUNS, MAPS, IMAGES, INDEX, STAGING, LEASES, OVERLAYS, "lost+found"]
+            .iter()
+            .any(|known| name == *known)
+        {
             return Err(Error::file(ErrorKind::Exists, dir, "is not empty").mend("name a new or an empty directory"));
         }
     }

@@ -5,8 +5,9 @@ use super::oracle;
 use super::support::{BLOCK, Place, content, image_of};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use vmar::library::Policy;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+use vmar::library::{Policy, Runs, Writer};
 
 /// A generator of numbers; the seed of a failed test is in its output.
 struct Random(u64);
@@ -61,7 +62,8 @@ impl Scene {
         self.random.below(self.images.len() as u64) as usize
     }
 
-    fn step(&mut self) -> &'static str {
+    /// Chooses what to do next.
+    fn next(&mut self) -> Step {
         let full = self.images.len() >= 9;
         match self.random.below(10) {
             _ if self.images.is_empty() => self.add(),
@@ -73,57 +75,65 @@ impl Scene {
         }
     }
 
-    fn add(&mut self) -> &'static str {
-        let mut args = vec!["image".to_string(), "add".to_string()];
+    /// Does it.
+    fn run(&mut self, step: Step) -> &'static str {
+        self.place.ok(&step.args);
+        self.images = step.after;
+        step.what
+    }
+
+    fn step(&mut self) -> &'static str {
+        let step = self.next();
+        self.run(step)
+    }
+
+    fn add(&mut self) -> Step {
+        let (mut args, mut after) = (strings(&["image", "add"]), self.images.clone());
         for _ in 0..1 + self.random.below(2) {
             let bytes = self.random.image();
             let (name, path) = self.new_file(&bytes);
             args.push(format!("{name}={}", path.display()));
-            self.images.push((name, bytes));
+            after.push((name, bytes));
         }
-        self.place.ok(&args);
-        "add"
+        Step { what: "add", args, after }
     }
 
-    fn remove(&mut self) -> &'static str {
-        let at = self.some_image();
-        let (name, _) = self.images.remove(at);
-        self.place.ok(&["image", "remove", &name, "--force"]);
-        "remove"
+    fn remove(&mut self) -> Step {
+        let (at, mut after) = (self.some_image(), self.images.clone());
+        let (name, _) = after.remove(at);
+        Step { what: "remove", args: strings(&["image", "remove", &name, "--force"]), after }
     }
 
-    fn update(&mut self) -> &'static str {
-        let at = self.some_image();
-        let (name, old) = self.images.remove(at);
+    fn update(&mut self) -> Step {
+        let (at, mut after) = (self.some_image(), self.images.clone());
+        let (name, old) = after.remove(at);
         // Like the old content, as updates are, or quite another.
         let mut bytes = if self.random.below(3) == 0 { self.random.image() } else { old };
         let block = self.random.below(bytes.len().div_ceil(BLOCK) as u64) as usize * BLOCK;
         let end = (block + BLOCK).min(bytes.len());
         bytes[block..end].copy_from_slice(&content(self.random.below(70) as u32)[..end - block]);
         let (_, path) = self.new_file(&bytes);
-        self.place.ok(&["image", "update", &name, &path.display().to_string(), "--force"]);
-        self.images.push((name, bytes));
-        "update"
+        let args = strings(&["image", "update", &name, &path.display().to_string(), "--force"]);
+        after.push((name, bytes));
+        Step { what: "update", args, after }
     }
 
-    fn rename(&mut self) -> &'static str {
-        let at = self.some_image();
+    fn rename(&mut self) -> Step {
+        let (at, mut after) = (self.some_image(), self.images.clone());
         self.files += 1;
         let new = format!("r{}", self.files);
-        let old = std::mem::replace(&mut self.images[at].0, new.clone());
-        self.place.ok(&["image", "rename", &old, &new]);
-        "rename"
+        let old = std::mem::replace(&mut after[at].0, new.clone());
+        Step { what: "rename", args: strings(&["image", "rename", &old, &new]), after }
     }
 
-    fn capture(&mut self) -> &'static str {
-        let at = self.some_image();
+    fn capture(&mut self) -> Step {
+        let (at, mut after) = (self.some_image(), self.images.clone());
         let (base, mut bytes) = self.images[at].clone();
         self.files += 1;
         let (name, overlay) = (format!("c{}", self.files), self.place.path(&format!("c{}.qcow2", self.files)));
-        let state = self.place.path("state");
         let larger = bytes.len() + 512 * self.random.below(40) as usize;
-        let (overlay_text, size) = (overlay.display().to_string(), larger.to_string());
-        self.place.ok(&["overlay", "create", &overlay_text, "--image", &base, "--size", &size]);
+        let (file, size) = (overlay.display().to_string(), larger.to_string());
+        self.place.ok(&["overlay", "create", &file, "--image", &base, "--size", &size]);
         bytes.resize(larger, 0);
         for _ in 0..self.random.below(4) {
             let sectors = larger as u64 / 512;
@@ -133,16 +143,29 @@ impl Scene {
             write(&overlay, from * 512, len * 512, value);
             bytes[from as usize * 512..(from + len) as usize * 512].fill(value);
         }
-        let state = state.display().to_string();
-        self.place.ok(&["image", "capture", &name, "--overlay", &overlay_text, "--state-dir", &state]);
-        fs::remove_file(&overlay).unwrap();
-        self.images.push((name, bytes));
-        "capture"
+        let state = self.place.path("state").display().to_string();
+        after.push((name.clone(), bytes));
+        Step {
+            what: "capture",
+            args: strings(&["image", "capture", &name, "--overlay", &file, "--state-dir", &state]),
+            after,
+        }
     }
 
     fn expected(&self) -> Vec<(&str, Vec<u8>)> {
         self.images.iter().map(|(name, bytes)| (name.as_str(), bytes.clone())).collect()
     }
+}
+
+/// A command, and the images that there are once it has succeeded.
+struct Step {
+    what: &'static str,
+    args: Vec<String>,
+    after: Vec<(String, Vec<u8>)>,
+}
+
+fn strings(texts: &[&str]) -> Vec<String> {
+    texts.iter().map(|s| s.to_string()).collect()
 }
 
 /// What a plain QEMU does to the overlay.
@@ -176,7 +199,7 @@ fn after_every_one_of_200_steps_the_library_is_what_its_images_say() {
 /// With runs arranged, the maps that follow step by step are those that are made at once.
 #[test]
 fn maps_that_followed_are_those_that_are_made_anew() {
-    let mut scene = Scene::new(Policy::Bridge { bridge: 4, min_run: 3 }, seed() + 1);
+    let mut scene = Scene::new(Policy::Bridge(Runs { bridge: 4, min_run: 3 }), seed() + 1);
     for step in 0..60 {
         let what = scene.step();
         eprintln!("step {step}: {what}");
@@ -202,7 +225,8 @@ fn maps(place: &Place) -> Vec<(String, Vec<u8>)> {
 #[test]
 fn an_image_with_overlays_is_not_removed_and_its_content_is_kept_by_an_update() {
     let mut scene = Scene::new(Policy::Paper, 3);
-    scene.add();
+    let step = scene.add();
+    scene.run(step);
     let place = &scene.place;
     let name = scene.images[0].0.clone();
     let old = place.library().image(&name).unwrap().clone();
@@ -257,7 +281,8 @@ fn a_file_that_vmar_made_goes_with_its_image_and_no_other() {
 fn a_dry_run_tells_and_changes_nothing() {
     let mut scene = Scene::new(Policy::Paper, 9);
     for _ in 0..3 {
-        scene.add();
+        let step = scene.add();
+        scene.run(step);
     }
     let place = &scene.place;
     let before = place.snapshot();
@@ -277,9 +302,11 @@ fn a_dry_run_tells_and_changes_nothing() {
 fn a_damaged_index_is_named_and_made_anew() {
     let mut scene = Scene::new(Policy::Paper, 11);
     for _ in 0..3 {
-        scene.add();
+        let step = scene.add();
+        scene.run(step);
     }
-    let files: Vec<PathBuf> = fs::read_dir(scene.place.lib().join("index")).unwrap().map(|e| e.unwrap().path()).collect();
+    let files: Vec<PathBuf> =
+        fs::read_dir(scene.place.lib().join("index")).unwrap().map(|e| e.unwrap().path()).collect();
     assert!(files.len() >= 2);
     for file in files {
         if !file.exists() {
@@ -307,4 +334,80 @@ fn a_damaged_index_is_named_and_made_anew() {
     scene.place.ok(&["library", "rebuild"]);
     oracle::check(&scene.place, &scene.expected());
     scene.place.assert_no_leftovers();
+}
+
+/// Whatever is killed, and whenever: the library is as before or as after, and sound.
+#[test]
+fn a_hundred_kills_leave_before_or_after() {
+    let mut scene = Scene::new(Policy::Paper, seed() + 2);
+    for _ in 0..4 {
+        let step = scene.add();
+        scene.run(step);
+    }
+    let began = Instant::now();
+    scene.place.ok(&["library", "remap"]);
+    let usual = began.elapsed() * 3 / 2;
+    let (mut before, mut after, mut whats) = (0, 0, std::collections::BTreeMap::new());
+    for kill in 0..100u32 {
+        let step = match scene.random.below(8) {
+            0 => Step { what: "remap", args: strings(&["library", "remap"]), after: scene.images.clone() },
+            1 => Step { what: "rebuild", args: strings(&["library", "rebuild"]), after: scene.images.clone() },
+            2 => Step { what: "verify", args: strings(&["image", "verify"]), after: scene.images.clone() },
+            _ => scene.next(),
+        };
+        *whats.entry(step.what).or_insert(0) += 1;
+        let mut child =
+            scene.place.vmar().args(&step.args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(usual * scene.random.below(1000) as u32 / 1000);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // Readers see a whole library before anybody has cleaned up.
+        scene.place.ok(&["stats"]);
+        drop(Writer::open(scene.place.lib()).unwrap());
+        let names = |images: &[(String, Vec<u8>)]| images.iter().map(|(n, _)| n.clone()).collect::<Vec<_>>();
+        let library = scene.place.library();
+        let have: Vec<(String, u64)> = library.images().iter().map(|r| (r.name.clone(), r.generation)).collect();
+        let is_after = if step.what == "update" {
+            have.last().is_some_and(|(name, generation)| Some(name) == names(&step.after).last() && *generation > 1)
+                && have.iter().map(|(n, _)| n).eq(&names(&step.after))
+                && library.images().last().map(|r| r.size) == step.after.last().map(|(_, b)| b.len() as u64)
+                && digest_of(&library) == Some(step.after.last().unwrap().1.clone())
+        } else {
+            have.iter().map(|(n, _)| n).eq(&names(&step.after))
+        };
+        if is_after && step.what != "verify" {
+            scene.images = step.after;
+            after += 1;
+        } else {
+            before += 1;
+        }
+        eprintln!("kill {kill}: {}, {}", step.what, if is_after { "after" } else { "before" });
+        oracle::check(&scene.place, &scene.expected());
+        scene.place.assert_no_leftovers();
+        scene.place.ok(&["image", "verify"]);
+    }
+    assert!(before >= 10 && after >= 10, "{before} before, {after} after: {whats:?}");
+}
+
+/// The bytes of the newest image.
+fn digest_of(library: &vmar::library::Library) -> Option<Vec<u8>> {
+    library.images().last().and_then(|r| fs::read(library.image_path(r)).ok())
+}
+
+/// Every policy reads the right bytes, whatever it prefers, also after images went.
+#[test]
+fn every_policy_reads_the_right_bytes() {
+    let mut scene = Scene::new(Policy::Paper, 21);
+    for _ in 0..3 {
+        let step = scene.add();
+        scene.run(step);
+    }
+    for policy in Policy::ALL {
+        scene.place.ok(&["library", "remap", "--policy", policy.name(), "--json"]);
+        assert_eq!(scene.place.library().catalog().policy.name(), policy.name());
+        for _ in 0..4 {
+            scene.step();
+            scene.place.ok(&["image", "verify"]);
+        }
+    }
 }

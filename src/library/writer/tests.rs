@@ -1,7 +1,7 @@
 use super::super::tests::{record, with_one_image};
 use super::super::{made_file, map_file, run_file};
-use crate::units::ImageId;
 use super::*;
+use crate::units::ImageId;
 
 /// Every file below the library but the lock.
 fn files(dir: &Path) -> Vec<PathBuf> {
