@@ -6,6 +6,7 @@
 //! DIR/runs/NAME.gGEN.parquet   fingerprints of an image, immutable (see `fingerprint::run`)
 //! DIR/maps/NAME.map            the block map of an image (see FORMAT.md)
 //! DIR/images/NAME.gGEN.raw     only images that vmar converted; raw images stay where they are
+//! DIR/leases/*.json           who reads which images at present (see `lease`)
 //! DIR/staging/                 everything is written here first; what an interrupted writer left is removed
 //! ```
 //!
@@ -13,10 +14,12 @@
 //! may be copied or moved: everything inside it is named relative to it, raw images by absolute path.
 
 mod catalog;
+pub mod lease;
 mod name;
 mod writer;
 
 pub use catalog::{Catalog, ImageRecord, Policy, RunRef, Source};
+pub use lease::{Lease, LeaseInfo, LeaseTarget, Live};
 pub use name::check_name;
 pub use writer::{Transaction, Writer};
 

@@ -248,7 +248,7 @@ fn check_empty(dir: &Path) -> Result<()> {
                 Error::file(ErrorKind::Exists, dir, "is a vmar library already").mend("use it, or name another")
             );
         }
-        if ![LOCK, RUNS, MAPS, IMAGES, STAGING, "lost+found"].iter().any(|known| name == *known) {
+        if ![LOCK, RUNS, MAPS, IMAGES, STAGING, super::lease::LEASES, "lost+found"].iter().any(|known| name == *known) {
             return Err(Error::file(ErrorKind::Exists, dir, "is not empty").mend("name a new or an empty directory"));
         }
     }
