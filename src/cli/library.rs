@@ -30,7 +30,8 @@ pub enum Verb {
         #[arg(long, default_value_t = Algorithm::Sha1)]
         fingerprint: Algorithm,
     },
-    /// Make all block maps anew, with another policy or the library's own; servers that run keep the map that they have
+    /// Make all block maps anew, with another policy or the library's own. Servers with a control socket on this
+    /// host change to their new map; others keep the one that they have until they are told (vmar control PATH reload)
     Remap {
         /// Which copy of a content is read by all (default: as before)
         #[arg(long, value_name = "paper|bridge")]
@@ -86,6 +87,7 @@ fn run_remap(common: &Common, policy: Option<Policy>, knobs: Knobs) -> Result<()
     let policy = policy.unwrap_or(old).with_knobs(knobs.bridge, knobs.min_run)?;
     let maps = remap(&mut writer, policy, &Work::on_all_cores(&stop, &progress))?;
     drop(progress);
+    super::tell::tell_and_warn(writer.library());
     let line = |m: &crate::indexer::remap::Remapped| MapLine {
         name: m.name.clone(),
         nonzero_blocks: m.totals.nonzero_blocks,
