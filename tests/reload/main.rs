@@ -1,0 +1,12 @@
+//! Other block maps for servers that run: 'reload' by themselves and by descriptors, and the leases that tell who reads what.
+//!
+//! Makes namespaces: needs root.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod leases;
+mod pace;
+mod place;
+mod storm;
+mod wire;
