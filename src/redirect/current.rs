@@ -177,3 +177,37 @@ impl Retired {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_raw_file_stays_what_it_is() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(8192).unwrap();
+        let open = || Base::flat(file.path(), false).unwrap();
+        let current = Current::new(open());
+        let mut view = current.view(|| panic!("nothing has changed"));
+        assert_eq!(current.replace(open()).unwrap_err().kind(), ErrorKind::Usage);
+        assert!(!view.refresh());
+        drop(view);
+        assert!(current.lock().wakes.is_empty());
+    }
+
+    #[test]
+    fn what_is_retired_is_closed_by_whoever_made_the_change() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(8192).unwrap();
+        let base = Arc::new(Base::flat(file.path(), false).unwrap());
+        let used = Arc::clone(&base);
+        let retired = Retired(base).close().unwrap_err();
+        let retired = retired.close_in_time(Some(Duration::from_millis(1))).unwrap_err();
+        let user = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(20));
+            drop(used);
+        });
+        assert!(retired.close_in_time(None).is_ok());
+        user.join().unwrap();
+    }
+}

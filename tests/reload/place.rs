@@ -102,7 +102,9 @@ impl Place {
     }
 
     fn keep(&self, which: usize) {
-        NAMES.iter().for_each(|name| drop(fs::copy(self.map(name), self.kept(which, name)).unwrap()));
+        for name in NAMES {
+            fs::copy(self.map(name), self.kept(which, name)).unwrap();
+        }
     }
 
     /// Gives the library another map of the image, as a remap does.
