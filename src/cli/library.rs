@@ -34,7 +34,8 @@ pub enum Verb {
         #[arg(long, default_value_t = Algorithm::Sha1)]
         fingerprint: Algorithm,
     },
-    /// Make all block maps anew, with another policy or the library's own; servers that run keep the map that they have
+    /// Make all block maps anew, with another policy or the library's own. Servers with a control socket on this
+    /// host change to their new map; others keep the one that they have until they are told (vmar control PATH reload)
     Remap {
         /// Which copy of a content is read by all (default: as before); 'most-used' prefers the images of --traces,
         /// 'least-fragmented' the longest runs
@@ -148,6 +149,7 @@ fn run_remap(common: &Common, policy: Option<Policy>, knobs: Knobs, traces: &[Pa
     let usage = usage(writer.library(), traces)?;
     let maps = remap_by(&mut writer, policy, usage, &Work::on_all_cores(&stop, &progress))?;
     drop(progress);
+    super::tell::tell_and_warn(writer.library());
     let line = |m: &crate::indexer::remap::Remapped| MapLine {
         name: m.name.clone(),
         nonzero_blocks: m.totals.nonzero_blocks,

@@ -3,15 +3,16 @@
 use super::Common;
 use super::image::{image_line, print_added, stop_on_signals};
 use super::output::{Progress, Table, percent, print_json};
-use super::overlay::{StateDir, default_state_dir};
+use super::overlay::StateDir;
+use super::tell::tell_and_warn;
 use crate::error::{Error, ErrorKind, Result};
 use crate::indexer::capture::{Capture, capture};
 use crate::indexer::lifecycle::{remove, rename, sweep, update};
 use crate::indexer::remap::Remapped;
 use crate::indexer::{Observer, Work};
-use crate::library::{ImageRecord, Library, Writer};
+use crate::library::{ImageRecord, Library, Live, Writer, lease};
 use crate::overlay::{self, OpenOptions, Overlay, State};
-use crate::units::human_bytes;
+use crate::units::{ImageId, human_bytes};
 use std::path::{Path, PathBuf};
 
 /// What `image remove` takes.
@@ -60,13 +61,14 @@ pub fn run_remove(common: &Common, args: &RemoveArgs) -> Result<()> {
     let record = writer.library().image(&args.name)?.clone();
     let overlays = known_overlays(writer.library(), &record)?;
     if !args.force && !args.dry_run {
+        refuse_served(writer.library(), &record)?;
         refuse_overlays(&record, &overlays)?;
     }
     let work = Work::on_all_cores(&stop, &progress);
     let removal = remove(&mut writer, &args.name, !args.dry_run, &work)?;
     drop(progress);
     if !args.dry_run {
-        tidy_up(&mut writer)?;
+        tidy_up(&mut writer);
     }
     if common.json {
         return print_json(&serde_json::json!({
@@ -94,11 +96,13 @@ pub fn run_update(common: &Common, args: &UpdateArgs) -> Result<()> {
     let mut writer = Writer::open(common.library()?)?;
     let record = writer.library().image(&args.name)?.clone();
     let overlays = known_overlays(writer.library(), &record)?;
-    let keep = !overlays.is_empty() && !args.force;
+    // Also for a VM without an overlay that runs on it just now.
+    let is_served = refuse_served(writer.library(), &record).is_err();
+    let keep = (is_served || !overlays.is_empty()) && !args.force;
     let work = Work::on_all_cores(&stop, &progress);
     let updated = update(&mut writer, &args.name, &args.file, keep, &work)?;
     drop(progress);
-    tidy_up(&mut writer)?;
+    tidy_up(&mut writer);
     if common.json {
         return print_json(&serde_json::json!({
             "image": image_line(writer.library(), &updated.added.record),
@@ -109,7 +113,7 @@ pub fn run_update(common: &Common, args: &UpdateArgs) -> Result<()> {
     }
     print_added(&updated.added);
     match &updated.kept {
-        Some(kept) => println!("the old content stays as {kept}: {} overlays were made on it", overlays.len()),
+        Some(kept) => println!("the old content stays as {kept}, for VMs that were made on it"),
         None => println!("the old content is gone"),
     }
     print_overlays(&overlays);
@@ -121,6 +125,7 @@ pub fn run_update(common: &Common, args: &UpdateArgs) -> Result<()> {
 pub fn run_rename(common: &Common, old: &str, new: &str) -> Result<()> {
     let mut writer = Writer::open(common.library()?)?;
     let renamed = rename(&mut writer, old, new)?;
+    tidy_up(&mut writer);
     if common.json {
         let line = |(from, to): &(String, String)| serde_json::json!({ "from": from, "to": to });
         return print_json(&renamed.iter().map(line).collect::<Vec<_>>());
@@ -180,8 +185,7 @@ fn base_of(library: &Library, file: &Path, overlay: &Overlay) -> Result<ImageRec
 
 /// The overlays that are known on an image. One that cannot be looked into counts.
 fn known_overlays(library: &Library, record: &ImageRecord) -> Result<Vec<PathBuf>> {
-    let state_dir = default_state_dir();
-    let is_of = |path: &Path| overlay::inspect(path, &state_dir).map_or(true, |info| info.base.digest == record.digest);
+    let is_of = |path: &Path| overlay::base_of(path).map_or(true, |base| base.digest == record.digest);
     // Another image of the same content serves them as well.
     if library.images().iter().any(|r| r.digest == record.digest && r.id != record.id) {
         return Ok(Vec::new());
@@ -200,9 +204,30 @@ fn refuse_overlays(record: &ImageRecord, overlays: &[PathBuf]) -> Result<()> {
         .mend("remove them first, or give --force: they cannot be served any more then"))
 }
 
-/// Removes files that nobody reads any more.
-fn tidy_up(writer: &mut Writer) -> Result<()> {
-    sweep(writer, |_| false).map(drop)
+/// Tells the servers, and removes files that nobody reads any more. What is committed is committed: the rest is for the next
+/// command to do if it fails.
+fn tidy_up(writer: &mut Writer) {
+    tell_and_warn(writer.library());
+    let swept = lease::live(writer.library().dir()).and_then(|live| {
+        let is_needed = |id: ImageId, generation| live.iter().any(|lease| lease.covers(id.0, generation));
+        sweep(writer, is_needed)
+    });
+    if let Err(e) = swept {
+        log::warn!("files of removed images stay for now: {e}");
+    }
+}
+
+/// Refuses to take away the image that a server serves.
+fn refuse_served(library: &Library, record: &ImageRecord) -> Result<()> {
+    let serves = |lease: &Live| match lease {
+        Live::Known(info) => info.image_id == record.id.0,
+        Live::Unknown(_) => true,
+    };
+    match lease::live(library.dir())?.iter().find(|lease| serves(lease)) {
+        None => Ok(()),
+        Some(lease) => Err(Error::new(ErrorKind::Busy, format!("image {}", record.name), format!("{lease} uses it"))
+            .mend("stop that VM first, or give --force: it goes on, and cannot be started again")),
+    }
 }
 
 fn print_overlays(overlays: &[PathBuf]) {

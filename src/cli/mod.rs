@@ -10,6 +10,7 @@ pub mod overlay;
 mod replay;
 pub mod serve;
 pub mod stats;
+pub mod tell;
 pub mod trace;
 
 use crate::error::{Error, ErrorKind, Result};

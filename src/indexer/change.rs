@@ -97,7 +97,8 @@ impl<'w> Change<'w> {
             self.transaction.remove(Path::new(&map_file(&record.name)));
         }
         if record.owned() {
-            self.left.push(Removed { id: record.id, name: record.name.clone(), path: record.path.clone() });
+            let generation = record.generation;
+            self.left.push(Removed { id: record.id, generation, name: record.name.clone(), path: record.path.clone() });
         }
     }
 

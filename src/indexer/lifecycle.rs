@@ -147,17 +147,17 @@ fn renamed(name: &str, old: &str, new: &str) -> Option<String> {
 }
 
 /// Deletes raw files of images that were removed while somebody read them, as far as nobody does any more. `is_needed` says
-/// of an image's ID whether a server still has a map with it.
+/// of an image's ID and generation whether a server still has a map with it.
 ///
 /// # Errors
 /// When the catalog cannot be written; a file that cannot be removed is tried again the next time.
-pub fn sweep(writer: &mut Writer, is_needed: impl Fn(ImageId) -> bool) -> Result<usize> {
+pub fn sweep(writer: &mut Writer, is_needed: impl Fn(ImageId, u64) -> bool) -> Result<usize> {
     let library = writer.library().clone();
     let gone: Vec<ImageId> = library
         .catalog()
         .removed
         .iter()
-        .filter(|r| !is_needed(r.id) && delete(&library, &r.path))
+        .filter(|r| !is_needed(r.id, r.generation) && delete(&library, &r.path))
         .map(|r| r.id)
         .collect();
     if !gone.is_empty() {

@@ -271,6 +271,8 @@ pub struct Removed {
     /// The image's number.
     #[serde(with = "id_as_number")]
     pub id: ImageId,
+    /// The image's generation.
+    pub generation: u64,
     /// The image's name.
     pub name: String,
     /// Relative to the library.

@@ -9,7 +9,7 @@
 //! DIR/index/N.table, N.sets    which images hold which contents (see `index`)
 //! DIR/images/NAME.ID.raw       only images that vmar made; raw images stay where they are
 //! DIR/overlays/                which overlays were made on which images
-//! DIR/leases/                  which servers run
+//! DIR/leases/*.json            who reads which images at present (see `lease`)
 //! DIR/staging/                 everything is written here first; what an interrupted writer left is removed
 //! ```
 //!
@@ -21,11 +21,13 @@
 
 mod catalog;
 mod journal;
+pub mod lease;
 mod name;
 mod overlays;
 mod writer;
 
 pub use catalog::{Catalog, FileRef, ImageRecord, IndexRef, Policy, Removed, Runs, Source, TableRef};
+pub use lease::{Lease, LeaseInfo, LeaseTarget, Live};
 pub use name::{check_name, kept_name};
 pub use writer::{Transaction, Writer};
 
@@ -50,8 +52,6 @@ const IMAGES: &str = "images";
 const INDEX: &str = "index";
 /// Overlays that were made on images.
 const OVERLAYS: &str = "overlays";
-/// Servers that run.
-const LEASES: &str = "leases";
 /// Files on their way to one of the others.
 const STAGING: &str = "staging";
 
@@ -122,6 +122,18 @@ impl Library {
             Error::new(ErrorKind::NotFound, name, format!("no such image in library {}", self.dir.display()))
                 .mend("'vmar image list' shows the names")
         })
+    }
+
+    /// The image of that name, or the older generation of it that has this content: a VM that was made before an update
+    /// goes on with what it was made on.
+    pub fn image_with(&self, name: &str, digest: Option<&[u8; 32]>) -> Result<&ImageRecord> {
+        let is_older = |r: &&ImageRecord| {
+            r.name.strip_prefix(name).is_some_and(|rest| rest.starts_with('@')) && Some(&r.digest) == digest
+        };
+        match self.image(name) {
+            Ok(found) if digest.is_none_or(|d| found.digest == *d) => Ok(found),
+            current => self.images().iter().find(is_older).map_or(current, Ok),
+        }
     }
 
     /// The image of that ID.

@@ -6,7 +6,8 @@
 
 use super::catalog::{Catalog, ImageRecord, Policy};
 use super::journal::{Journal, Move};
-use super::{CATALOG, IMAGES, INDEX, LEASES, LOCK, Library, MAPS, OVERLAYS, RUNS, STAGING, map_file};
+use super::lease::{LEASES, this_host};
+use super::{CATALOG, IMAGES, INDEX, LOCK, Library, MAPS, OVERLAYS, RUNS, STAGING, map_file};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::Algorithm;
 use crate::io::file::sync_dir;
@@ -211,17 +212,17 @@ fn take_lock(dir: &Path) -> Result<Lock> {
         Err(e) => return Err(Error::io(&path, "lock it", e.into())),
     }
     // Only for the message of the next one who comes: that this fails (a full disk) is no reason to stop.
-    let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+    let _ = file.set_len(0).and_then(|()| writeln!(file, "{} {}", std::process::id(), this_host()));
     Ok(Lock(file))
 }
 
 /// The error that names the holder of the lock.
 fn held(dir: &Path, file: &mut File) -> Error {
     let mut text = String::new();
-    let _ = file.take(32).read_to_string(&mut text);
-    let holder = match text.trim().parse::<u32>() {
-        Ok(pid) => format!("process {pid}"),
-        Err(_) => "another process".to_string(),
+    let _ = file.take(300).read_to_string(&mut text);
+    let holder = match text.trim().split_once(' ') {
+        Some((pid, host)) if pid.parse::<u32>().is_ok() => format!("process {pid} on {host}"),
+        _ => "another process".to_string(),
     };
     Error::file(ErrorKind::Busy, dir, format!("{holder} is changing this library")).mend("try again when it is done")
 }
