@@ -128,6 +128,8 @@ impl Place {
                 want.push(record.path.clone());
             }
         }
+        // Images that are gone, and whose files are going.
+        want.extend(library.catalog().removed.iter().map(|r| r.path.clone()));
         for index in library.catalog().index.values() {
             want.push(index.sets.clone());
             want.extend(index.tables.iter().map(|t| t.file.clone()));
