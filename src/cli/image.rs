@@ -78,6 +78,7 @@ fn run_add(common: &Common, images: &[NewImage]) -> Result<()> {
     let mut writer = Writer::open(common.library()?)?;
     let added = add(&mut writer, images, &Work::on_all_cores(&stop, &progress))?;
     drop(progress);
+    added.iter().for_each(|a| super::estimate::warn_misaligned(&writer.library().image_path(&a.record)));
     if common.json {
         let lines: Vec<ImageLine> = added.iter().map(|a| image_line(writer.library(), &a.record)).collect();
         return print_json(&lines);

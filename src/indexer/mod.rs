@@ -12,11 +12,13 @@
 //! - [`add`] puts images into a library, all or none,
 //! - [`remap`] makes the maps anew, with another policy,
 //! - [`verify`] reads everything again and compares,
-//! - [`stats`] counts what is shared.
+//! - [`stats`] counts what is shared,
+//! - [`estimate`] guesses it for files that are in no library.
 
 pub mod add;
 mod arrange;
 mod compare;
+pub mod estimate;
 mod join;
 pub mod remap;
 mod resolve;
