@@ -5,7 +5,6 @@ use super::output::{Progress, Table, percent, print_json, rate};
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::indexer::add::{Added, NewImage, add};
-use crate::indexer::verify::{Verified, verify};
 use crate::indexer::{Work, read_map};
 use crate::library::{ImageRecord, Library, Writer};
 use crate::units::human_bytes;
@@ -32,10 +31,7 @@ pub enum Verb {
         name: String,
     },
     /// Read images again: their bytes and every redirect, against the fingerprints
-    Verify {
-        /// The image; all if none is named
-        name: Option<String>,
-    },
+    Verify(super::verify::Args),
 }
 
 /// Runs the verb.
@@ -44,7 +40,7 @@ pub fn run(common: &Common, verb: Verb) -> Result<()> {
         Verb::Add { images } => run_add(common, &images),
         Verb::List => run_list(common),
         Verb::Show { name } => run_show(common, &name),
-        Verb::Verify { name } => run_verify(common, name),
+        Verb::Verify(args) => super::verify::run(common, args),
     }
 }
 
@@ -233,54 +229,4 @@ fn print_shown(shown: &Shown) {
         table.row(vec![reads.name.clone(), reads.id.to_string(), reads.blocks.to_string(), share]);
     }
     table.print();
-}
-
-fn run_verify(common: &Common, name: Option<String>) -> Result<()> {
-    let dir = common.library()?;
-    let stop = stop_on_signals()?;
-    let library = Library::open(dir)?;
-    let names: Vec<String> = match name {
-        Some(name) => vec![name],
-        None => library.images().iter().map(|r| r.name.clone()).collect(),
-    };
-    let (mut bad, mut lines) = (Vec::new(), Vec::new());
-    for name in &names {
-        let progress = Progress::new();
-        let outcome = verify(dir, name, &Work::on_all_cores(&stop, &progress));
-        drop(progress);
-        match outcome {
-            Ok(verified) if common.json => lines.push(verified_json(name, &verified)),
-            Ok(verified) => print_verified(name, &verified),
-            Err(err) if names.len() == 1 || err.kind() == ErrorKind::Interrupted => return Err(err),
-            Err(err) => {
-                lines.push(serde_json::json!({ "name": name, "good": false, "error": err.to_string() }));
-                eprintln!("vmar: {err}");
-                bad.push(name.as_str());
-            }
-        }
-    }
-    if common.json {
-        print_json(&lines)?;
-    }
-    if bad.is_empty() {
-        return Ok(());
-    }
-    let cause = format!("{} of {} images are bad: {}", bad.len(), names.len(), bad.join(", "));
-    Err(Error::file(ErrorKind::Corrupt, dir, cause).mend("see the lines above"))
-}
-
-fn verified_json(name: &str, verified: &Verified) -> serde_json::Value {
-    serde_json::json!({
-        "name": name,
-        "good": true,
-        "data_bytes": verified.data_bytes,
-        "redirects": verified.redirects,
-        "mended": verified.mended,
-    })
-}
-
-fn print_verified(name: &str, verified: &Verified) {
-    let mended = if verified.mended { "; its modification time had changed and is accepted" } else { "" };
-    let data = human_bytes(verified.data_bytes);
-    println!("{name}: good: {data} of data, {} redirected blocks{mended}", verified.redirects);
 }

@@ -11,6 +11,7 @@ mod replay;
 pub mod serve;
 pub mod stats;
 pub mod trace;
+pub mod verify;
 
 use crate::error::{Error, ErrorKind, Result};
 use clap::{Parser, Subcommand};

@@ -13,6 +13,7 @@ pub mod hot;
 pub mod lock;
 pub mod mapping;
 pub mod nowait;
+pub mod pace;
 pub mod uring;
 
 pub use buf::IoBuf;

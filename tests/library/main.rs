@@ -17,3 +17,4 @@ mod full_disk;
 mod import;
 mod oracle;
 mod support;
+mod verify;
