@@ -32,6 +32,8 @@ pub enum Verb {
     },
     /// Read images again: their bytes and every redirect, against the fingerprints
     Verify(super::verify::Args),
+    /// Mend blocks that are not what was added any more, from other images that hold the same
+    Repair(super::repair::Args),
 }
 
 /// Runs the verb.
@@ -41,6 +43,7 @@ pub fn run(common: &Common, verb: Verb) -> Result<()> {
         Verb::List => run_list(common),
         Verb::Show { name } => run_show(common, &name),
         Verb::Verify(args) => super::verify::run(common, args),
+        Verb::Repair(args) => super::repair::run(common, args),
     }
 }
 

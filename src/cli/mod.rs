@@ -7,6 +7,7 @@ pub mod library;
 pub mod map;
 pub mod output;
 pub mod overlay;
+pub mod repair;
 mod replay;
 pub mod serve;
 pub mod stats;

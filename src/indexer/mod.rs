@@ -11,7 +11,7 @@
 //!
 //! - [`add`] puts images into a library, all or none,
 //! - [`remap`] makes the maps anew, with another policy,
-//! - [`verify`] reads everything again and compares,
+//! - [`verify`] reads everything again and compares; [`repair`] mends what it finds bad,
 //! - [`stats`] counts what is shared,
 //! - [`estimate`] guesses it for files that are in no library.
 
@@ -19,8 +19,10 @@ pub mod add;
 mod arrange;
 mod compare;
 pub mod estimate;
+pub mod holders;
 mod join;
 pub mod remap;
+pub mod repair;
 mod resolve;
 pub mod stats;
 pub mod verify;

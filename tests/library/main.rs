@@ -16,5 +16,6 @@ mod family;
 mod full_disk;
 mod import;
 mod oracle;
+mod repair;
 mod support;
 mod verify;
