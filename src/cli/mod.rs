@@ -5,6 +5,7 @@ pub mod estimate;
 pub mod image;
 pub mod library;
 pub mod map;
+mod matrix;
 pub mod output;
 pub mod overlay;
 pub mod repair;

@@ -12,7 +12,7 @@
 //! - [`add`] puts images into a library, all or none,
 //! - [`remap`] makes the maps anew, with another policy,
 //! - [`verify`] reads everything again and compares; [`repair`] mends what it finds bad,
-//! - [`stats`] counts what is shared,
+//! - [`stats`] counts what is shared, [`matrix`] by two,
 //! - [`estimate`] guesses it for files that are in no library.
 
 pub mod add;
@@ -21,6 +21,7 @@ mod compare;
 pub mod estimate;
 pub mod holders;
 mod join;
+pub mod matrix;
 pub mod remap;
 pub mod repair;
 mod resolve;

@@ -15,6 +15,7 @@ mod estimate;
 mod family;
 mod full_disk;
 mod import;
+mod matrix;
 mod oracle;
 mod repair;
 mod support;
