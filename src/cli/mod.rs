@@ -2,6 +2,7 @@
 
 pub mod control;
 pub mod estimate;
+mod explain;
 pub mod image;
 pub mod library;
 pub mod map;
