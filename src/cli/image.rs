@@ -125,6 +125,8 @@ struct ImageLine {
     digest: String,
     domain: String,
     fingerprint: String,
+    /// `ok`, `changed` or `missing`, as far as a look at the file tells.
+    state: &'static str,
 }
 
 fn image_line(library: &Library, record: &ImageRecord) -> ImageLine {
@@ -141,6 +143,7 @@ fn image_line(library: &Library, record: &ImageRecord) -> ImageLine {
         digest: hex(&record.digest),
         domain: record.domain.clone(),
         fingerprint: record.fingerprint.to_string(),
+        state: library.state(record).name(),
     }
 }
 
@@ -150,11 +153,12 @@ fn run_list(common: &Common) -> Result<()> {
     if common.json {
         return print_json(&lines);
     }
-    let mut table = Table::new(&["name", "format", "file", "id", "size", "non-zero"], 3);
+    let mut table = Table::new(&["name", "format", "state", "file", "id", "size", "non-zero"], 4);
     for line in lines {
         table.row(vec![
             line.name,
             line.format,
+            line.state.to_string(),
             line.path.display().to_string(),
             line.id.to_string(),
             human_bytes(line.size),
@@ -213,7 +217,8 @@ fn run_show(common: &Common, name: &str) -> Result<()> {
 fn print_shown(shown: &Shown) {
     let image = &shown.image;
     println!("image        {} (ID {}, generation {})", image.name, image.id, image.generation);
-    println!("file         {}", image.path.display());
+    let state = if image.state == "ok" { String::new() } else { format!(" ({})", image.state) };
+    println!("file         {}{state}", image.path.display());
     if let Some(from) = &image.converted_from {
         println!("converted    from {} ({})", from.display(), image.format);
     }

@@ -18,5 +18,6 @@ mod import;
 mod matrix;
 mod oracle;
 mod repair;
+mod state;
 mod support;
 mod verify;
