@@ -5,7 +5,6 @@ use super::{Common, lifecycle};
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::indexer::add::{Added, NewImage, add, preview};
-use crate::indexer::verify::{Verified, verify};
 use crate::indexer::{Work, read_map};
 use crate::library::{ImageRecord, Library, Writer};
 use crate::units::human_bytes;
@@ -51,10 +50,9 @@ pub enum Verb {
         name: String,
     },
     /// Read images again: their bytes and every redirect, against the fingerprints
-    Verify {
-        /// The image; all if none is named
-        name: Option<String>,
-    },
+    Verify(super::verify::Args),
+    /// Mend blocks that are not what was added any more, from other images that hold the same
+    Repair(super::repair::Args),
 }
 
 /// Runs the verb.
@@ -67,7 +65,8 @@ pub fn run(common: &Common, verb: Verb) -> Result<()> {
         Verb::Rename { name, new_name } => lifecycle::run_rename(common, &name, &new_name),
         Verb::List => run_list(common),
         Verb::Show { name } => run_show(common, &name),
-        Verb::Verify { name } => run_verify(common, name),
+        Verb::Verify(args) => super::verify::run(common, args),
+        Verb::Repair(args) => super::repair::run(common, args),
     }
 }
 
@@ -102,6 +101,7 @@ fn run_add(common: &Common, images: &[NewImage], dry_run: bool, memory: u64) -> 
     let work = Work { memory, ..Work::on_all_cores(&stop, &progress) };
     let added = if dry_run { preview(&mut writer, images, &work)? } else { add(&mut writer, images, &work)? };
     drop(progress);
+    added.iter().for_each(|a| super::estimate::warn_misaligned(&writer.library().image_path(&a.record)));
     if common.json {
         let names = Names::of(writer.library(), &added);
         let line = |a: &Added| AddedLine {
@@ -204,6 +204,8 @@ pub(super) struct ImageLine {
     digest: String,
     domain: String,
     fingerprint: String,
+    /// `ok`, `changed` or `missing`, as far as a look at the file tells.
+    state: &'static str,
 }
 
 pub(super) fn image_line(library: &Library, record: &ImageRecord) -> ImageLine {
@@ -220,6 +222,7 @@ pub(super) fn image_line(library: &Library, record: &ImageRecord) -> ImageLine {
         digest: hex(&record.digest),
         domain: record.domain.clone(),
         fingerprint: record.fingerprint.to_string(),
+        state: library.state(record).name(),
     }
 }
 
@@ -229,11 +232,12 @@ fn run_list(common: &Common) -> Result<()> {
     if common.json {
         return print_json(&lines);
     }
-    let mut table = Table::new(&["name", "format", "file", "id", "size", "non-zero"], 3);
+    let mut table = Table::new(&["name", "format", "state", "file", "id", "size", "non-zero"], 4);
     for line in lines {
         table.row(vec![
             line.name,
             line.format,
+            line.state.to_string(),
             line.path.display().to_string(),
             line.id.to_string(),
             human_bytes(line.size),
@@ -292,7 +296,8 @@ fn run_show(common: &Common, name: &str) -> Result<()> {
 fn print_shown(shown: &Shown) {
     let image = &shown.image;
     println!("image        {} (ID {}, generation {})", image.name, image.id, image.generation);
-    println!("file         {}", image.path.display());
+    let state = if image.state == "ok" { String::new() } else { format!(" ({})", image.state) };
+    println!("file         {}{state}", image.path.display());
     if let Some(from) = &image.converted_from {
         println!("converted    from {} ({})", from.display(), image.format);
     }
@@ -311,54 +316,4 @@ fn print_shown(shown: &Shown) {
         table.row(vec![reads.name.clone(), reads.id.to_string(), reads.blocks.to_string(), share]);
     }
     table.print();
-}
-
-fn run_verify(common: &Common, name: Option<String>) -> Result<()> {
-    let dir = common.library()?;
-    let stop = stop_on_signals()?;
-    let library = Library::open(dir)?;
-    let names: Vec<String> = match name {
-        Some(name) => vec![name],
-        None => library.images().iter().map(|r| r.name.clone()).collect(),
-    };
-    let (mut bad, mut lines) = (Vec::new(), Vec::new());
-    for name in &names {
-        let progress = Progress::new();
-        let outcome = verify(dir, name, &Work::on_all_cores(&stop, &progress));
-        drop(progress);
-        match outcome {
-            Ok(verified) if common.json => lines.push(verified_json(name, &verified)),
-            Ok(verified) => print_verified(name, &verified),
-            Err(err) if names.len() == 1 || err.kind() == ErrorKind::Interrupted => return Err(err),
-            Err(err) => {
-                lines.push(serde_json::json!({ "name": name, "good": false, "error": err.to_string() }));
-                eprintln!("vmar: {err}");
-                bad.push(name.as_str());
-            }
-        }
-    }
-    if common.json {
-        print_json(&lines)?;
-    }
-    if bad.is_empty() {
-        return Ok(());
-    }
-    let cause = format!("{} of {} images are bad: {}", bad.len(), names.len(), bad.join(", "));
-    Err(Error::file(ErrorKind::Corrupt, dir, cause).mend("see the lines above"))
-}
-
-fn verified_json(name: &str, verified: &Verified) -> serde_json::Value {
-    serde_json::json!({
-        "name": name,
-        "good": true,
-        "data_bytes": verified.data_bytes,
-        "redirects": verified.redirects,
-        "mended": verified.mended,
-    })
-}
-
-fn print_verified(name: &str, verified: &Verified) {
-    let mended = if verified.mended { "; its modification time had changed and is accepted" } else { "" };
-    let data = human_bytes(verified.data_bytes);
-    println!("{name}: good: {data} of data, {} redirected blocks{mended}", verified.redirects);
 }

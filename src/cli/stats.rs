@@ -10,12 +10,19 @@ use crate::units::human_bytes;
 
 /// Arguments of `vmar stats`.
 #[derive(Debug, clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// What every two images have in common instead: for whoever decides which VMs run together
+    #[arg(long)]
+    matrix: bool,
+}
 
 /// Runs the verb.
-pub fn run(common: &Common, _args: Args) -> Result<()> {
+pub fn run(common: &Common, args: Args) -> Result<()> {
     crate::io::file::raise_open_files();
     let library = Library::open(common.library()?)?;
+    if args.matrix {
+        return super::matrix::run(common, &library);
+    }
     let stats = stats(&library)?;
     if common.json {
         return print_json(&stats);

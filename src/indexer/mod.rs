@@ -11,10 +11,11 @@
 //! ```
 //!
 //! - [`add`] puts images into a library, all or none,
-//! - [`lifecycle`] removes, updates, captures and renames them,
+//! - [`lifecycle`] removes, updates and renames them, [`capture`] makes one of an overlay,
 //! - [`remap`] makes the maps anew, with another policy; [`rebuild`] makes everything anew, of the images,
-//! - [`verify`] reads everything again and compares,
-//! - [`stats`] counts what is shared.
+//! - [`verify`] reads everything again and compares; [`repair`] mends what it finds bad,
+//! - [`stats`] counts what is shared, [`matrix`] by two,
+//! - [`estimate`] guesses it for files that are in no library.
 
 pub mod add;
 mod arrange;
@@ -24,11 +25,15 @@ mod change;
 mod choose;
 mod compare;
 mod contents;
+pub mod estimate;
+pub mod holders;
 mod images;
 pub mod lifecycle;
+pub mod matrix;
 mod place;
 pub mod rebuild;
 pub mod remap;
+pub mod repair;
 mod resolve;
 mod spool;
 pub mod stats;

@@ -11,6 +11,7 @@
 //! DIR/overlays/                which overlays were made on which images
 //! DIR/leases/*.json            who reads which images at present (see `lease`)
 //! DIR/staging/                 everything is written here first; what an interrupted writer left is removed
+//! DIR/verify/NAME              how far an interrupted 'image verify --resume' has come; may be removed at any time
 //! ```
 //!
 //! Readers take no lock: the catalog and the maps are only ever replaced by rename, and all else never changes. A directory
@@ -186,6 +187,15 @@ impl Library {
         })
     }
 
+    /// What has become of the image's raw file, as far as one look (`stat`) tells.
+    pub fn state(&self, record: &ImageRecord) -> State {
+        match std::fs::metadata(self.image_path(record)) {
+            Err(_) => State::Missing,
+            Ok(meta) if meta.is_file() && self.check_identity(record, &meta).is_ok() => State::Ok,
+            Ok(_) => State::Changed,
+        }
+    }
+
     /// Refuses a file whose size or modification time are not those of the record.
     pub fn check_identity(&self, record: &ImageRecord, meta: &Metadata) -> Result<()> {
         let changed = |cause: String, mend: String| {
@@ -205,6 +215,28 @@ impl Library {
             );
         }
         Ok(())
+    }
+}
+
+/// What a look at an image's file, without reading it, says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Size and modification time are those of the catalog.
+    Ok,
+    /// One of them is not, or it is no file any more: servers refuse it until 'vmar image verify' has read it.
+    Changed,
+    /// There is no such file, or it cannot be looked at.
+    Missing,
+}
+
+impl State {
+    /// As it is printed.
+    pub fn name(self) -> &'static str {
+        match self {
+            State::Ok => "ok",
+            State::Changed => "changed",
+            State::Missing => "missing",
+        }
     }
 }
 
