@@ -5,6 +5,7 @@ use super::{Common, lifecycle};
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::indexer::add::{Added, NewImage, add, preview};
+use crate::indexer::stats::shares_of;
 use crate::indexer::{Work, read_map};
 use crate::library::{ImageRecord, Library, Writer};
 use crate::units::human_bytes;
@@ -258,6 +259,15 @@ struct Shown {
     redirected_blocks: u64,
     self_redirected_blocks: u64,
     reads_from: Vec<Reads>,
+    shares: Vec<Shares>,
+}
+
+/// How many distinct contents an image has in common with another one.
+#[derive(Debug, Serialize)]
+struct Shares {
+    name: String,
+    id: u32,
+    contents: u64,
 }
 
 /// How many blocks are read from an image.
@@ -269,28 +279,36 @@ struct Reads {
 }
 
 fn run_show(common: &Common, name: &str) -> Result<()> {
-    let library = Library::open(common.library()?)?;
+    let shown = Library::consistently(common.library()?, |library| shown(library, name))?;
+    if common.json {
+        return print_json(&shown);
+    }
+    print_shown(&shown);
+    Ok(())
+}
+
+fn shown(library: &Library, name: &str) -> Result<Shown> {
     let record = library.image(name)?;
-    let map = read_map(&library, record)?;
+    let map = read_map(library, record)?;
     let mut reads_from = Vec::new();
     for (target, blocks) in map.targets() {
         let name = library.image_by_id(target.image)?.name.clone();
         reads_from.push(Reads { name, id: target.image.0, blocks });
     }
     let totals = map.totals();
-    let shown = Shown {
-        image: image_line(&library, record),
+    let mut shares = Vec::new();
+    for (id, contents) in shares_of(library, record.id)? {
+        shares.push(Shares { name: library.image_by_id(id)?.name.clone(), id: id.0, contents });
+    }
+    Ok(Shown {
+        image: image_line(library, record),
         entries: totals.entries,
         map_bytes: totals.map_bytes,
         redirected_blocks: totals.redirected_blocks,
         self_redirected_blocks: totals.self_redirected_blocks,
         reads_from,
-    };
-    if common.json {
-        return print_json(&shown);
-    }
-    print_shown(&shown);
-    Ok(())
+        shares,
+    })
 }
 
 fn print_shown(shown: &Shown) {
@@ -314,6 +332,15 @@ fn print_shown(shown: &Shown) {
     for reads in &shown.reads_from {
         let share = percent(reads.blocks, image.nonzero_blocks);
         table.row(vec![reads.name.clone(), reads.id.to_string(), reads.blocks.to_string(), share]);
+    }
+    table.print();
+    if shown.shares.is_empty() {
+        return;
+    }
+    println!();
+    let mut table = Table::new(&["shares with", "id", "contents"], 1);
+    for shares in &shown.shares {
+        table.row(vec![shares.name.clone(), shares.id.to_string(), shares.contents.to_string()]);
     }
     table.print();
 }

@@ -77,8 +77,7 @@ pub(super) fn open_of(library: &Library, record: &ImageRecord) -> Result<Map<Map
     let want = Target { image: record.id, generation: record.generation, digest: record.digest, size: record.size };
     if map.source() != want {
         let cause = format!("is not the map of image {} as the library knows it", record.name);
-        return Err(Error::file(ErrorKind::Changed, &path, cause)
-            .mend("make it anew with 'vmar library remap'"));
+        return Err(Error::file(ErrorKind::Changed, &path, cause).mend("make it anew with 'vmar library remap'"));
     }
     Ok(map)
 }

@@ -19,11 +19,11 @@ pub struct Args {
 /// Runs the verb.
 pub fn run(common: &Common, args: Args) -> Result<()> {
     crate::io::file::raise_open_files();
-    let library = Library::open(common.library()?)?;
+    let dir = common.library()?;
     if args.matrix {
-        return super::matrix::run(common, &library);
+        return super::matrix::run(common, &Library::open(dir)?);
     }
-    let stats = stats(&library)?;
+    let (library, stats) = Library::consistently(dir, |library| Ok((library.clone(), stats(library)?)))?;
     if common.json {
         return print_json(&stats);
     }

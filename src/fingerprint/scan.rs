@@ -1,7 +1,8 @@
 //! Reads an image once, on all cores, and makes its fingerprints and its digest.
 //!
 //! The unit of work is the chunk of the digest (1 MiB): a worker reads what of it is data, hashes its non-zero blocks
-//! and, if there are any, the chunk. Reads go through the page cache and leave it to the kernel what to keep.
+//! and, if there are any, the chunk. What running VMs have in the page cache stays there ([`crate::io::cold`]). There are
+//! twice as many workers as cores, so that some hash while others wait for the disk.
 //!
 //! Limit: the rows of one image are held in memory, 28 bytes a non-zero block (7 GiB for a TiB of data).
 
@@ -10,11 +11,11 @@ use super::digest::{self, CHUNK_BYTES, CHUNK_SIZE};
 use super::extents::data_extents;
 use super::{Algorithm, BLOCK_BYTES, Row, hash_block};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::cold::{Cold, Pages};
 use crate::units::{BLOCK_SIZE, IMAGE_SIZE_MAX, is_zero};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -26,6 +27,8 @@ const CHUNKS_PER_PIECE: u64 = 4;
 pub struct Job<'a> {
     /// The open raw file.
     pub file: &'a File,
+    /// The same, to be read.
+    pub cold: &'a Cold,
     /// Its name, for errors.
     pub path: &'a Path,
     /// Bytes of the image.
@@ -88,7 +91,7 @@ fn scan_pieces(job: &Job, extents: &[Range<u64>], pieces: &[Range<u64>]) -> Resu
             failed.fetch_or(part.is_err(), Ordering::Relaxed);
             part
         };
-        let workers: Vec<_> = (0..job.threads.max(1)).map(|_| scope.spawn(worker)).collect();
+        let workers: Vec<_> = (0..job.threads.max(1) * 2).map(|_| scope.spawn(worker)).collect();
         workers.into_iter().map(|w| w.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
     });
     // The first error in order is the one to tell; the other workers merely stopped early.
@@ -141,6 +144,7 @@ fn work(
 ) -> Result<Part> {
     let mut part = Part::default();
     let mut buf = vec![0u8; CHUNK_BYTES];
+    let mut pages = Pages::new(CHUNK_SIZE).map_err(|e| Error::io(job.path, "find memory to read", e))?;
     while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
         for index in piece.clone() {
             if failed.load(Ordering::Relaxed) {
@@ -151,7 +155,7 @@ fn work(
             }
             let start = index * CHUNK_SIZE;
             let bytes = &mut buf[..part_len(start, job.size)];
-            let data = read_chunk(job, extents, start, bytes)?;
+            let data = read_chunk(job, extents, start, bytes, &mut pages)?;
             hash_chunk(job.algorithm, index, bytes, &mut part);
             (job.advance)(data);
         }
@@ -161,7 +165,7 @@ fn work(
 
 /// Fills `bytes` with what is at `start`: reads the data, zeroes the holes (reading a hole would fill the page cache
 /// with zeros). Returns how many bytes were data.
-fn read_chunk(job: &Job, extents: &[Range<u64>], start: u64, bytes: &mut [u8]) -> Result<u64> {
+fn read_chunk(job: &Job, extents: &[Range<u64>], start: u64, bytes: &mut [u8], pages: &mut Pages) -> Result<u64> {
     let end = start + bytes.len() as u64;
     let first = extents.partition_point(|e| e.end <= start);
     let mut data = 0;
@@ -169,8 +173,10 @@ fn read_chunk(job: &Job, extents: &[Range<u64>], start: u64, bytes: &mut [u8]) -
     for extent in extents[first..].iter().take_while(|e| e.start < end) {
         let (from, to) = (extent.start.max(start), extent.end.min(end));
         bytes[part_len(start, filled)..part_len(start, from)].fill(0);
-        let target = &mut bytes[part_len(start, from)..part_len(start, to)];
-        job.file.read_exact_at(target, from).map_err(|e| read_error(job.path, e))?;
+        // Whole pages are read; what is before an extent in its first one is a hole, and reads as zeros.
+        let page = from - from % BLOCK_SIZE;
+        let read = job.cold.read(page, to - page, pages).map_err(|e| read_error(job.path, e))?;
+        bytes[part_len(start, from)..part_len(start, to)].copy_from_slice(&read[part_len(page, from)..]);
         filled = to;
         data += to - from;
     }
@@ -227,6 +233,7 @@ pub fn sort(rows: &mut [Row], threads: usize) {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::os::unix::fs::FileExt;
 
     /// One thread, whole file in memory, as plain as can be.
     fn plain(bytes: &[u8]) -> Scan {
@@ -250,8 +257,10 @@ mod tests {
 
     fn scan_file(file: &File, size: u64, threads: usize) -> (Result<Scan>, u64) {
         let told = std::sync::atomic::AtomicU64::new(0);
+        let cold = Cold::new(file.try_clone().unwrap(), size).unwrap();
         let job = Job {
             file,
+            cold: &cold,
             path: Path::new("t"),
             size,
             algorithm: Algorithm::Sha1,
@@ -294,8 +303,10 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&[1; 8192], 0).unwrap();
         // A file system that knows no holes reports data up to the size asked for.
+        let cold = Cold::new(file.try_clone().unwrap(), 12288).unwrap();
         let job = Job {
             file: &file,
+            cold: &cold,
             path: Path::new("t"),
             size: 12288,
             algorithm: Algorithm::Sha1,
@@ -305,7 +316,8 @@ mod tests {
         };
         assert_eq!(scan(&job).unwrap_err().kind(), ErrorKind::Interrupted);
         let mut buf = [0; 12288];
-        let err = read_chunk(&job, std::slice::from_ref(&(0..12288)), 0, &mut buf).unwrap_err();
+        let mut pages = Pages::new(CHUNK_SIZE).unwrap();
+        let err = read_chunk(&job, std::slice::from_ref(&(0..12288)), 0, &mut buf, &mut pages).unwrap_err();
         assert_eq!(err.kind(), ErrorKind::Changed);
     }
 

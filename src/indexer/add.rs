@@ -13,6 +13,7 @@ use crate::fingerprint::{Row, run, scan};
 use crate::image::{Conversion, Format, Probe, convert, probe, virtual_size};
 use crate::index;
 use crate::index::{Table, TableWriter};
+use crate::io::cold::Cold;
 use crate::library::{
     FileRef, ImageRecord, Library, Source, Transaction, Writer, check_name, chunks_file, made_file, map_file, mtime_ns,
     run_file, settle_mtime,
@@ -110,6 +111,13 @@ pub(super) struct Fingerprints {
     pub hash_time: Duration,
     /// Redirects that need no proof, see [`super::resolve::Proof::is_proved`].
     pub proved: Option<Proved>,
+    /// What was read stays in the page cache as long as this.
+    pub _cold: Cold,
+}
+
+/// The file once more, for reads that leave the page cache as it was.
+pub(super) fn open_cold(file: &fs::File, path: &Path, size: u64) -> Result<Cold> {
+    file.try_clone().and_then(|file| Cold::new(file, size)).map_err(|e| Error::io(path, "look into it", e))
 }
 
 /// Converts if need be, reads and hashes.
@@ -176,14 +184,16 @@ fn fingerprint(library: &Library, name: &str, id: ImageId, place: RawFile, work:
     work.observer.begin(&format!("hashing {name}"), data_bytes);
     let advance = |bytes| work.observer.advance(bytes);
     let (size, threads, stop) = (meta.len(), work.threads, work.stop);
-    let job = scan::Job { file: &file, path: &raw, size, algorithm, threads, stop, advance: &advance };
+    // What is redirected is read again, to be compared.
+    let cold = open_cold(&file, &raw, size)?.keep_for_now(data_bytes);
+    let job = scan::Job { file: &file, cold: &cold, path: &raw, size, algorithm, threads, stop, advance: &advance };
     let began = Instant::now();
     let scanned = scan::scan(&job)?;
     let hash_time = began.elapsed();
     work.observer.end();
     let side = described(library, name, id, place, file, &scanned)?;
     let scan::Scan { rows, chunks, .. } = scanned;
-    Ok(Fingerprints { side, rows, chunks, data_bytes, convert_time: None, hash_time, proved: None })
+    Ok(Fingerprints { side, rows, chunks, data_bytes, convert_time: None, hash_time, proved: None, _cold: cold })
 }
 
 /// The record of an image that was read, and its file, which is durable and unchanged since.
@@ -223,7 +233,7 @@ pub(super) fn described(
 /// Joins, compares, and stages run, chunks, map and index rows of an image. It is among the change's images afterwards.
 pub(super) fn enter(change: &mut Change<'_>, found: Fingerprints, work: &Work) -> Result<Added> {
     let began = Instant::now();
-    let Fingerprints { mut side, mut rows, chunks, data_bytes, convert_time, hash_time, proved } = found;
+    let Fingerprints { mut side, mut rows, chunks, data_bytes, convert_time, hash_time, proved, _cold } = found;
     let (id, name) = (side.record.id, side.record.name.clone());
     side.record.chunks = Some(write_chunks(change, &side.record, &chunks)?);
 

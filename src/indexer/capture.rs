@@ -1,7 +1,7 @@
 //! Makes an image of what a VM left: a base image and its overlay. Only what the overlay has changed is hashed; the rest is
 //! known of the base.
 
-use super::add::{Added, Fingerprints, RawFile, described, enter, make_read_only};
+use super::add::{Added, Fingerprints, RawFile, described, enter, make_read_only, open_cold};
 use super::change::Change;
 use super::remap::Proved;
 use super::stats::open_run;
@@ -82,8 +82,10 @@ fn fingerprint(
     let bytes = touched.len() as u64 * CHUNK_SIZE;
     work.observer.begin(&format!("hashing {name}"), bytes);
     let advance = |bytes| work.observer.advance(bytes);
+    let cold = open_cold(&file, &place.raw, size)?.keep_for_now(bytes);
     let job = scan::Job {
         file: &file,
+        cold: &cold,
         path: &place.raw,
         size,
         algorithm,
@@ -106,7 +108,16 @@ fn fingerprint(
     let proved = Proved::by(read_map(library, base)?, changed_blocks(&touched));
     let side = described(library, name, id, place, file, &scanned)?;
     let scan::Scan { rows, chunks, .. } = scanned;
-    Ok(Fingerprints { side, rows, chunks, data_bytes: bytes, convert_time: None, hash_time, proved: Some(proved) })
+    Ok(Fingerprints {
+        side,
+        rows,
+        chunks,
+        data_bytes: bytes,
+        convert_time: None,
+        hash_time,
+        proved: Some(proved),
+        _cold: cold,
+    })
 }
 
 /// The chunks that can differ from the base's: those that the overlay has a byte of, and those from where the base ends.

@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::fingerprint::run;
 use crate::library::{ImageRecord, Library, Runs};
 use crate::map::{Map, Scheme};
+use crate::units::ImageId;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -121,6 +122,17 @@ pub fn indexed_clusters(library: &Library) -> Result<Vec<(Vec<u32>, u64)>> {
         }
     }
     Ok(counts.into_iter().collect())
+}
+
+/// With which images an image has contents in common, and how many distinct ones; the most first. By the content index.
+pub fn shares_of(library: &Library, image: ImageId) -> Result<Vec<(ImageId, u64)>> {
+    let mut shares: BTreeMap<u32, u64> = BTreeMap::new();
+    for (images, contents) in indexed_clusters(library)?.iter().filter(|(images, _)| images.contains(&image.0)) {
+        images.iter().filter(|id| **id != image.0).for_each(|id| *shares.entry(*id).or_default() += contents);
+    }
+    let mut out: Vec<(ImageId, u64)> = shares.into_iter().map(|(id, contents)| (ImageId(id), contents)).collect();
+    out.sort_by_key(|(id, contents)| (std::cmp::Reverse(*contents), *id));
+    Ok(out)
 }
 
 /// Mean number of probes that a lookup makes, under two schemes of the paper's figure 10, in this order: binary search among

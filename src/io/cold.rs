@@ -15,6 +15,7 @@ use std::num::NonZeroU64;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// What offset, length and memory of a read past the cache are multiples of: a page, enough for every disk.
 const ALIGN: u64 = BLOCK_SIZE;
@@ -40,6 +41,15 @@ pub struct Cold {
     refused: AtomicBool,
     /// Mapped only to ask what is cached; `None` where that cannot be known.
     map: Option<MmapRaw>,
+    /// Ranges that stay in the cache until this is dropped; `None` if nothing stays.
+    guests: Option<Mutex<Vec<(u64, u64)>>>,
+}
+
+impl Drop for Cold {
+    fn drop(&mut self) {
+        let guests = self.guests.take().map(|g| g.into_inner().unwrap_or_else(PoisonError::into_inner));
+        self.forget(&guests.unwrap_or_default());
+    }
 }
 
 impl Cold {
@@ -50,7 +60,17 @@ impl Cold {
         let direct = reopen_direct(&file).inspect_err(|e| log::debug!("no reads past the page cache: {e}")).ok();
         let map = may_ask(&file)?.then(|| MmapOptions::new().len(to_usize(size)).map_raw_read_only(&file));
         let map = map.and_then(|map| map.inspect_err(|e| log::debug!("cannot ask what is cached: {e}")).ok());
-        Ok(Cold { file, direct, refused: AtomicBool::new(false), map })
+        Ok(Cold { file, direct, refused: AtomicBool::new(false), map, guests: None })
+    }
+
+    /// Reads through the cache, and drops what was not there before only when this is dropped: for a file that is read more
+    /// than once by then, if `len` bytes of it are little beside the memory that is free. Otherwise it changes nothing.
+    #[must_use]
+    pub fn keep_for_now(mut self, len: u64) -> Cold {
+        if self.map.is_some() && len < available_memory() / 4 {
+            self.guests = Some(Mutex::new(Vec::new()));
+        }
+        self
     }
 
     /// Reads `len` bytes at `offset`, a multiple of a block; no more than `pages` hold.
@@ -63,7 +83,8 @@ impl Cold {
         let room = pages.0.get_mut(..room).ok_or(io::ErrorKind::InvalidInput)?;
         let absent = self.absent(offset, len);
         let all_cached = absent.as_ref().is_some_and(Vec::is_empty);
-        let past = self.direct.as_ref().filter(|_| !all_cached && !self.refused.load(Ordering::Relaxed));
+        let through = all_cached || self.guests.is_some() || self.refused.load(Ordering::Relaxed);
+        let past = self.direct.as_ref().filter(|_| !through);
         match past.map(|file| read_direct(file, offset, to_usize(len), room)) {
             Some(Err(e)) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
                 self.refused.store(true, Ordering::Relaxed);
@@ -78,11 +99,20 @@ impl Cold {
     /// Reads through the cache and drops what was not there before.
     fn read_through(&self, offset: u64, len: usize, buf: &mut [u8], absent: Option<Vec<(u64, u64)>>) -> io::Result<()> {
         let outcome = self.file.read_exact_at(buf.get_mut(..len).unwrap_or_default(), offset);
-        for (at, len) in absent.unwrap_or_default() {
-            // Only a hint: pages that somebody uses stay, and so does everything if the call fails.
-            let _ = rustix::fs::fadvise(&self.file, at, NonZeroU64::new(len), rustix::fs::Advice::DontNeed);
+        match &self.guests {
+            Some(guests) => {
+                guests.lock().unwrap_or_else(PoisonError::into_inner).extend(absent.into_iter().flatten());
+            }
+            None => self.forget(&absent.unwrap_or_default()),
         }
         outcome
+    }
+
+    fn forget(&self, ranges: &[(u64, u64)]) {
+        for (at, len) in ranges {
+            // Only a hint: pages that somebody uses stay, and so does everything if the call fails.
+            let _ = rustix::fs::fadvise(&self.file, *at, NonZeroU64::new(*len), rustix::fs::Advice::DontNeed);
+        }
     }
 
     /// The ranges (offset, length) of whole pages that are not in the cache; `None` if that cannot be known.
@@ -105,6 +135,13 @@ impl Cold {
         }
         Some(out)
     }
+}
+
+/// Bytes that programs can have without anybody else's being pushed out; 0 if that cannot be known.
+fn available_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
+    line.and_then(|l| l.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()).unwrap_or(0) << 10
 }
 
 /// The same file once more, whatever its name means by now.
@@ -159,7 +196,9 @@ mod tests {
 
     fn cold(file: &tempfile::NamedTempFile, len: usize, direct: bool) -> Cold {
         let mut cold = Cold::new(file.reopen().unwrap(), len as u64).unwrap();
-        cold.direct = cold.direct.filter(|_| direct);
+        if !direct {
+            cold.direct = None;
+        }
         cold
     }
 
@@ -179,6 +218,19 @@ mod tests {
             }
             assert_eq!(cold.absent(0, size).unwrap(), before, "direct: {direct}");
         }
+    }
+
+    #[test]
+    fn what_is_kept_for_now_goes_in_the_end() {
+        let (file, bytes) = file();
+        let size = bytes.len() as u64;
+        let look = cold(&file, bytes.len(), true);
+        let before = look.absent(0, size).unwrap();
+        let kept = cold(&file, bytes.len(), true).keep_for_now(size);
+        kept.read(0, 64 * 4096, &mut Pages::new(64 * 4096).unwrap()).unwrap();
+        assert_eq!(look.absent(0, size).unwrap(), [(64 * 4096, 36 * 4096)], "the next read finds it");
+        drop(kept);
+        assert_eq!(look.absent(0, size).unwrap(), before);
     }
 
     #[test]

@@ -10,8 +10,8 @@
 //! 3. the catalog is replaced;
 //! 4. files that the new catalog does not name are removed, then the journal.
 //!
-//! A reader that comes in the middle can see the new map of an image and the old catalog. It tries again when the catalog
-//! has changed, see [`super::Library::consistently`].
+//! A reader that comes in the middle waits, or ends what a dead writer began ([`super::Library::open`]). One that came just
+//! before can see the new map of an image with the old catalog; it looks again ([`super::Library::consistently`]).
 
 use super::writer::{in_the_way, remove, write_durably};
 use super::{CATALOG, IMAGES, INDEX, MAPS, RUNS, STAGING};
@@ -54,6 +54,11 @@ pub(super) struct Move {
     pub staged: String,
     /// Path relative to the library.
     pub to: String,
+}
+
+/// True while a change is being published, or was when its writer died.
+pub(super) fn is_there(dir: &Path) -> bool {
+    dir.join(STAGING).join(JOURNAL).exists()
 }
 
 /// What every version of the journal has.

@@ -64,13 +64,20 @@ pub struct Library {
 }
 
 impl Library {
-    /// Reads the catalog of the library in `dir`.
+    /// Reads the catalog of the library in `dir`. If a writer was killed while it published a change, that is ended first, as
+    /// far as this process may; one that is at it is waited for.
     ///
     /// # Errors
     /// `NotFound` when there is no library, `Unsupported` when a newer vmar wrote it, `Corrupt` when the catalog
     /// contradicts itself.
     pub fn open(dir: impl AsRef<Path>) -> Result<Library> {
         let dir = dir.as_ref();
+        writer::settle(dir);
+        Library::load(dir)
+    }
+
+    /// Reads the catalog as it is.
+    fn load(dir: &Path) -> Result<Library> {
         Ok(Library { dir: dir.to_path_buf(), catalog: Catalog::load(&dir.join(CATALOG))? })
     }
 
@@ -78,22 +85,22 @@ impl Library {
     /// in the middle of that can see a new map and the old catalog, or miss a file that is gone.
     pub fn consistently<T>(dir: impl AsRef<Path>, mut look: impl FnMut(&Library) -> Result<T>) -> Result<T> {
         const PAUSE: Duration = Duration::from_millis(20);
-        const TRIES: u32 = 250;
+        const TRIES: u32 = 100;
         let dir = dir.as_ref();
+        let mut library = Library::open(dir)?;
         for _ in 0..TRIES {
-            let library = Library::open(dir)?;
-            let before = library.catalog.sequence();
             let err = match look(&library) {
                 Ok(done) => return Ok(done),
                 Err(err) => err,
             };
             std::thread::sleep(PAUSE);
-            let publishing = dir.join(STAGING).join("commit.json").exists();
-            if !publishing && Library::open(dir)?.catalog.sequence() == before {
+            let now = Library::open(dir)?;
+            if now.catalog == library.catalog {
                 return Err(err);
             }
+            library = now;
         }
-        look(&Library::open(dir)?)
+        look(&library)
     }
 
     /// Makes an empty library in `dir`, which is created if it is not there and must otherwise be empty.

@@ -5,7 +5,7 @@
 //! later leaves a commit that the next writer ends.
 
 use super::catalog::{Catalog, ImageRecord, Policy};
-use super::journal::{Journal, Move};
+use super::journal::{self, Journal, Move};
 use super::lease::{LEASES, this_host};
 use super::{CATALOG, IMAGES, INDEX, LOCK, Library, MAPS, OVERLAYS, RUNS, STAGING, map_file};
 use crate::error::{Error, ErrorKind, Result};
@@ -15,6 +15,7 @@ use rustix::fs::{FlockOperation, flock};
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind as IoKind, Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// The one who may change a library: holds the lock until dropped.
 #[derive(Debug)]
@@ -44,7 +45,7 @@ impl Writer {
     /// `Busy` at once, naming the holder, when another process holds the lock.
     pub fn open(dir: impl AsRef<Path>) -> Result<Writer> {
         let dir = dir.as_ref();
-        Library::open(dir)?;
+        Library::load(dir)?;
         let lock = take_lock(dir)?;
         make_directories(dir)?;
         Ok(Writer { library: recover(dir)?, _lock: lock })
@@ -276,7 +277,30 @@ fn recover(dir: &Path) -> Result<Library> {
             remove(&entry.path())?;
         }
     }
-    Library::open(dir)
+    Library::load(dir)
+}
+
+/// Waits until no change is half published: its writer ends it, or is dead, and then this process does. Whoever may not
+/// write into the library, or waits in vain, goes on as it is.
+pub(super) fn settle(dir: &Path) {
+    const PAUSE: Duration = Duration::from_millis(10);
+    const TRIES: u32 = 500;
+    for _ in 0..TRIES {
+        if !journal::is_there(dir) {
+            return;
+        }
+        match take_lock(dir) {
+            // The journal alone: what else is in `staging/` may be a writer's that comes to the lock just now.
+            Ok(_lock) => match Journal::read(dir).and_then(|j| j.map_or(Ok(()), |j| j.carry_out(dir))) {
+                Ok(()) => return,
+                Err(e) => return log::warn!("a change of the library was not published wholly: {e}"),
+            },
+            Err(e) if e.kind() == ErrorKind::Busy => std::thread::sleep(PAUSE),
+            Err(e) => {
+                return log::info!("a change of the library is half published, and not for this process to end: {e}");
+            }
+        }
+    }
 }
 
 pub(super) fn remove(path: &Path) -> Result<()> {
