@@ -257,11 +257,10 @@ fn print_summary(found: &Estimate) {
     println!("repeated inside     {}", number(&found.duplicates_within));
     println!("held by several     {}", number(&found.duplicates_between));
     println!(
-        "saving              {} of page cache and disk: {} (between {} and {})",
+        "saving              {} of page cache and disk: {} ±{}",
         share(&found.saving),
         bytes(found.saving.estimate * all as f64),
-        bytes(found.saving.low * all as f64),
-        bytes(found.saving.high * all as f64),
+        bytes(found.saving.margin() * all as f64),
     );
     match found.sample {
         1 => println!("every content was looked at: the figures are exact"),

@@ -5,9 +5,11 @@ use crate::place::*;
 use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const QUEUES: usize = 2;
+/// Changes of maps in a round.
+const CHANGES: u64 = 75;
 const DEPTH: usize = 32;
 /// The most bytes of a request: all slots fit the client's memory.
 const LEN_MAX: usize = 64 << 10;
@@ -157,8 +159,8 @@ fn no_wrong_byte_while_maps_change_hundreds_of_times() {
             guests.iter_mut().for_each(|guest| drop(s.spawn(|| guest.run(&stop))));
             let swapper = s.spawn(|| {
                 let mut rng = Rng(round + 99);
-                let begin = Instant::now();
-                while begin.elapsed() < Duration::from_secs(4) {
+                // As many on a busy machine too.
+                while asked.load(Ordering::Relaxed) < CHANGES {
                     let name = served[rng.below(served.len())];
                     let which = [PAPER, BRIDGE, OWN][rng.below(3)];
                     match rng.below(20) {
@@ -202,7 +204,6 @@ fn no_wrong_byte_while_maps_change_hundreds_of_times() {
         }
     }
     println!("{requests} requests, {reloads} changes of maps, no wrong byte");
-    assert!(reloads >= 200, "{reloads}");
     for overlay in overlays.iter().step_by(2) {
         ok(&["overlay", "check", text(overlay)]);
     }

@@ -84,24 +84,22 @@ pub fn estimate(samples: &[Sample], sampling: Sampling) -> Estimate {
     let n = sampling.one_in;
     let nonzero_blocks: u64 = samples.iter().map(|s| s.nonzero_blocks).sum();
     let files: Vec<FileEstimate> = samples.iter().zip(&held.only_here).map(|(s, &only)| file(s, only, n)).collect();
-    let largest = files.iter().map(|f| f.unique_blocks.low).fold(0.0, f64::max);
-    let unique_blocks = count(held.contents as f64, n).within(largest, nonzero_blocks as f64);
-    // What each file has of its own kind adds up, and so do the variances: contents in several files are counted for each.
+    let (seen, all) = (held.contents as f64, nonzero_blocks as f64);
+    let unique_blocks = count(seen, n).within(seen.max(all.min(1.0)), all);
+    // The distinct contents of each file, added up: one that k files hold counts k, and once less when it is a duplicate.
     let distinct = weighted(held.holders as f64, held.squares as f64, samples.len() as f64, n);
-    let least: f64 = samples.iter().map(|s| s.contents.len() as f64).sum();
-    let distinct = distinct.within(least, nonzero_blocks as f64);
+    let distinct = distinct.within(held.holders as f64, all);
     let between = weighted(held.repeats as f64, held.repeat_squares as f64, samples.len().saturating_sub(1) as f64, n);
-    let most = files.iter().map(|f| f.unique_blocks.high).sum::<f64>() - largest;
-    let saved = unique_blocks.subtracted_from(nonzero_blocks as f64);
+    let saved = unique_blocks.subtracted_from(all);
     Estimate {
         sample: n,
         seed: sampling.seed,
         sampled_contents: held.contents,
         nonzero_blocks,
         unique_blocks,
-        duplicates_within: distinct.subtracted_from(nonzero_blocks as f64),
-        duplicates_between: between.within(held.repeats as f64, most.max(held.repeats as f64)),
-        saving: saved.scaled(if nonzero_blocks == 0 { 0.0 } else { 1.0 / nonzero_blocks as f64 }),
+        duplicates_within: distinct.subtracted_from(all),
+        duplicates_between: between.within(held.repeats as f64, all),
+        saving: saved.scaled(if nonzero_blocks == 0 { 0.0 } else { 1.0 / all }),
         pairs: held.pairs(samples, n),
         files,
     }

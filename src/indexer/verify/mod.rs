@@ -96,7 +96,7 @@ pub fn verify_with(dir: &Path, name: &str, options: &Options, work: &Work) -> Re
 
 /// True if the verification did not come to an end, so that it makes sense to go on later.
 fn was_stopped(outcome: &Result<Verified>) -> bool {
-    outcome.as_ref().is_err_and(|e| matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::Io))
+    outcome.as_ref().is_err_and(|e| matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::Io | ErrorKind::Busy))
 }
 
 fn look(
