@@ -38,7 +38,7 @@ pub enum Verb {
     /// host change to their new map; others keep the one that they have until they are told (vmar control PATH reload)
     Remap {
         /// Which copy of a content is read by all (default: as before); 'most-used' prefers the images of --traces,
-        /// 'least-fragmented' the longest runs
+        /// 'least-fragmented' the image with the longest runs
         #[arg(long, value_name = "paper|bridge|most-used|least-fragmented")]
         policy: Option<Policy>,
         /// Knobs of the policy.

@@ -19,8 +19,7 @@ pub(super) struct Part<'r> {
 
 /// What came out for a part.
 pub(super) struct Candidates {
-    /// Where each row could be read from: one pair a row, or several where the choice is open. Rows that were not settled have
-    /// the variant of their candidate now.
+    /// Where each row could be read from, in any order. Rows that were not settled have the variant of their candidate now.
     pub pairs: Vec<Pair>,
     /// What the index knows of their hashes, ascending.
     pub known: Vec<index::Row>,
@@ -56,11 +55,10 @@ pub(super) fn candidates(
             None => pairs.extend(of_content.iter().map(|r| Pair { source: r.block, image: own, block: first.block })),
             Some(content) => {
                 of_content.iter_mut().for_each(|r| r.variant = u32::from(content.variant));
-                for image in choose.some(contents.sets().images(content.set), own) {
-                    if image == own {
-                        pairs.extend(of_content.iter().map(|r| Pair { source: r.block, image, block: first.block }));
-                        continue;
-                    }
+                let image = choose.one(contents.sets().images(content.set));
+                if image == own {
+                    pairs.extend(of_content.iter().map(|r| Pair { source: r.block, image, block: first.block }));
+                } else {
                     let (at, len, key) = (narrow(at)?, narrow(len)?, narrow(key)?);
                     wanted.push(Wanted { image, key, variant: content.variant, at, len });
                 }

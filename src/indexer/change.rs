@@ -20,8 +20,8 @@ pub(super) struct Change<'w> {
     pub images: Images,
     /// How targets are chosen.
     pub policy: Policy,
-    /// What the policy `most-used` goes by.
-    pub usage: BTreeMap<u32, u64>,
+    /// The images that the policy prefers.
+    pub preference: BTreeMap<u32, u64>,
     added: Vec<ImageRecord>,
     gone: BTreeSet<u32>,
     /// Files of removed images that somebody still reads.
@@ -41,13 +41,13 @@ impl<'w> Change<'w> {
     pub fn with(transaction: Transaction<'w>, contents: Contents, domain: &str) -> Change<'w> {
         let images = Images::of(transaction.library(), domain);
         let policy = transaction.library().catalog().policy;
-        let usage = transaction.library().catalog().usage.clone();
+        let preference = transaction.library().catalog().preference.clone();
         Change {
             transaction,
             contents,
             images,
             policy,
-            usage,
+            preference,
             added: Vec::new(),
             gone: BTreeSet::new(),
             left: Vec::new(),
@@ -56,7 +56,7 @@ impl<'w> Change<'w> {
 
     /// How the targets of maps are chosen.
     pub fn choose(&self) -> Choose {
-        Choose::by(self.policy, &self.usage)
+        Choose::by(self.policy, &self.preference)
     }
 
     /// The ID of the next image that is added.
@@ -104,7 +104,7 @@ impl<'w> Change<'w> {
 
     /// Publishes all of it, and what `edit` does to the catalog besides.
     pub fn commit(self, edit: impl FnOnce(&mut Catalog), work: &Work) -> Result<()> {
-        let Change { mut transaction, contents, images, added, gone, left, policy, usage } = self;
+        let Change { mut transaction, contents, images, added, gone, left, policy, preference } = self;
         // Last look: whoever wrote into a file while others were read is noticed.
         images.check_unchanged()?;
         work.check_stop("the library")?;
@@ -119,8 +119,8 @@ impl<'w> Change<'w> {
             catalog.images.sort_by_key(|r| r.id);
             catalog.removed.extend(left);
             catalog.policy = policy;
-            catalog.usage = usage;
-            catalog.usage.retain(|id, _| !gone.contains(id));
+            catalog.preference = preference;
+            catalog.preference.retain(|id, _| !gone.contains(id));
             if let Some((domain, index, next_file)) = index {
                 catalog.index.insert(domain, index);
                 catalog.next_file = next_file;

@@ -11,7 +11,7 @@
 //! are cut at the borders of windows for the policies that look at their length, for every image alike.
 
 use super::candidates::{Candidates, Part, candidates};
-use super::choose::{Choose, longest_runs};
+use super::choose::Choose;
 use super::compare::{Pair, Side, Sides};
 use super::contents::Contents;
 use super::images::Images;
@@ -109,13 +109,6 @@ pub(super) fn place(
     };
     spool.windows(own.record.blocks, |pairs| {
         work.check_stop(&own.record.name)?;
-        let mut chosen = Vec::new();
-        let pairs = if choose.is_open() {
-            chosen.extend(longest_runs(pairs));
-            &mut chosen[..]
-        } else {
-            pairs
-        };
         prove(pairs, &proof, &mut placed.corrections)?;
         keep_partial_block(pairs, &proof.sides);
         arrange(pairs, placing.policy, &proof)?;

@@ -5,6 +5,7 @@
 //! has the old map open goes on with it until it is told: images never change, so it stays right.
 
 use super::change::Change;
+use super::choose::run_length;
 use super::compare::{Others, Pair};
 use super::place::{NoSink, Placing, place, write_map};
 use super::stats::open_run;
@@ -46,11 +47,19 @@ pub fn remap_by(
     work: &Work,
 ) -> Result<Vec<Remapped>> {
     let mut change = Change::begin(writer, work)?;
+    let was_by_use = matches!(change.policy, Policy::MostUsed(_));
     change.policy = policy;
-    if let Some(usage) = usage {
-        change.usage = usage;
-    }
     let records = change.transaction.library().images().to_vec();
+    match (policy, usage) {
+        (Policy::LeastFragmented(_), _) => {
+            let length = |r: &ImageRecord| Ok((r.id.0, run_length(r.id.0, &change.contents, &change.images)?));
+            change.preference = records.iter().map(length).collect::<Result<_>>()?;
+        }
+        (_, Some(usage)) => change.preference = usage,
+        // What another policy went by says nothing of use.
+        (Policy::MostUsed(_), None) if !was_by_use => change.preference.clear(),
+        _ => {}
+    }
     let mut out = Vec::with_capacity(records.len());
     for record in records {
         out.push(remap_one(&mut change, &record, None, work)?);
@@ -130,7 +139,7 @@ pub(super) fn dependants(change: &Change<'_>, gone: &[u32]) -> Result<Vec<ImageR
     let choose = change.choose();
     let mut affected = std::collections::BTreeSet::new();
     for (_, images, _) in change.contents.sets().live() {
-        if choose.some(images, u32::MAX).iter().any(|id| gone.contains(id)) {
+        if gone.contains(&choose.one(images)) {
             affected.extend(images.iter().copied());
         }
     }

@@ -30,8 +30,8 @@ pub enum Policy {
     /// The image that recorded boots have read most, then the lowest ID; runs as with `bridge` (paper, section 6: future
     /// work).
     MostUsed(Runs),
-    /// Whichever image the longest run can be read from: fewest descendant reads, and less sharing, for each image has
-    /// other targets; runs as with `bridge` (paper, section 6: future work).
+    /// The image whose shared blocks lie in the longest runs, then the lowest ID; runs as with `bridge` (paper, section 6:
+    /// future work).
     LeastFragmented(Runs),
 }
 
@@ -171,9 +171,10 @@ pub struct Catalog {
     /// The content index of each sharing domain that has images.
     #[serde(default)]
     pub index: BTreeMap<String, IndexRef>,
-    /// Blocks that recorded boots of an image have read, by its ID: what the policy `most-used` goes by.
+    /// Which images the policies `most-used` and `least-fragmented` prefer, by ID: blocks that recorded boots have read, or the
+    /// mean length of runs. An image that came later has none until the next remap.
     #[serde(default)]
-    pub usage: BTreeMap<u32, u64>,
+    pub preference: BTreeMap<u32, u64>,
     /// Files of images that were removed, and that somebody may still read.
     #[serde(default)]
     pub removed: Vec<Removed>,
@@ -315,7 +316,7 @@ impl Catalog {
             next_id: 0,
             next_file: 0,
             index: BTreeMap::new(),
-            usage: BTreeMap::new(),
+            preference: BTreeMap::new(),
             removed: Vec::new(),
             images: Vec::new(),
         })

@@ -137,7 +137,7 @@ fn an_older_catalog_is_read_and_written_anew() {
     let path = library.dir().join(CATALOG);
     let mut old: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     let fields = old.as_object_mut().unwrap();
-    for field in ["crc32c", "sequence", "next_file", "index", "removed"] {
+    for field in ["crc32c", "sequence", "next_file", "index", "removed", "preference"] {
         fields.remove(field).unwrap();
     }
     fields.insert("version".into(), 1.into());

@@ -128,8 +128,8 @@ impl Place {
                 want.push(record.path.clone());
             }
         }
-        // Images that are gone, and whose files are going.
-        want.extend(library.catalog().removed.iter().map(|r| r.path.clone()));
+        // Images that are gone, and whose files are going, or went.
+        want.extend(library.catalog().removed.iter().map(|r| r.path.clone()).filter(|p| self.lib().join(p).exists()));
         for index in library.catalog().index.values() {
             want.push(index.sets.clone());
             want.extend(index.tables.iter().map(|t| t.file.clone()));
