@@ -196,17 +196,22 @@ struct Text {
 }
 
 impl Lease {
-    /// Takes a lease in this library. `None` where that cannot be done (read-only, another user's, a file system without
-    /// such locks): the log says so, once, and the locks on the images themselves have to do.
+    /// Takes a lease in this library. `None` where that cannot be done (read-only, another user's, full, a file system
+    /// without such locks): the log says so, once, and the locks on the images themselves have to do.
     ///
     /// # Errors
-    /// A disk that is full or fails.
+    /// A disk that fails.
     pub fn take(library: &Library, info: &LeaseInfo) -> Result<Option<Lease>> {
         let dir = library.dir().join(LEASES);
         match take_in(&dir, info) {
             Ok(lease) => Ok(Some(lease)),
             Err(e) if is_refusal(&e) => {
                 log::info!("{}: no lease is taken here ({e}); the images are protected by their locks", dir.display());
+                Ok(None)
+            }
+            // No reason to keep a VM from starting.
+            Err(e) if matches!(e.kind(), IoKind::StorageFull | IoKind::QuotaExceeded) => {
+                log::warn!("{}: no lease is taken here ({e}); the images are protected by their locks", dir.display());
                 Ok(None)
             }
             Err(e) => Err(Error::io(&dir, "take a lease", e)),
@@ -287,10 +292,11 @@ pub fn live(dir: &Path) -> Result<Vec<Live>> {
 /// One lease; `None` for a dead one.
 fn look(path: &Path) -> Result<Option<Live>> {
     let failed = |e| Error::io(path, "look at the lease", e);
-    let file = match File::open(path) {
+    let file = match super::open_regular(path) {
         Ok(file) => file,
-        Err(e) if e.kind() == IoKind::NotFound => return Ok(None),
-        Err(e) => return Err(failed(e)),
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(e) if e.kind() == ErrorKind::Unsupported => return Ok(Some(unknown(path, "it is no regular file"))),
+        Err(e) => return Err(e),
     };
     let mut read = Err(String::new());
     for again in 0..LOOKS {
@@ -311,20 +317,25 @@ fn look(path: &Path) -> Result<Option<Live>> {
         }
         // Dropped by its owner while we looked.
         Err(_) if !leads_to(path, &file).map_err(failed)? => Ok(None),
-        Err(why) => {
-            let warning = Error::file(ErrorKind::Unsupported, path, format!("a lease that makes no sense here: {why}"));
-            log::warn!("{}", warning.mend("it counts as one on every image; remove it if no such server runs"));
-            Ok(Some(Live::Unknown(path.to_path_buf())))
-        }
+        Err(why) => Ok(Some(unknown(path, &why))),
     }
+}
+
+fn unknown(path: &Path, why: &str) -> Live {
+    let warning = Error::file(ErrorKind::Unsupported, path, format!("a lease that makes no sense here: {why}"));
+    log::warn!("{}", warning.mend("it counts as one on every image; remove it if no such server runs"));
+    Live::Unknown(path.to_path_buf())
 }
 
 /// True for a file that nobody has locked.
 fn is_free(path: &Path) -> Result<bool> {
-    match File::open(path).and_then(|file| lock::is_byte_held(&file, LOCKED_BYTE)) {
-        Ok(held) => Ok(!held),
-        Err(e) if e.kind() == IoKind::NotFound => Ok(false),
-        Err(e) => Err(Error::io(path, "look at the lease", e)),
+    match super::open_regular(path) {
+        Ok(file) => lock::is_byte_held(&file, LOCKED_BYTE)
+            .map(|held| !held)
+            .map_err(|e| Error::io(path, "look at the lease", e)),
+        // Gone by now, or somebody else's thing.
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Unsupported) => Ok(false),
+        Err(e) => Err(e),
     }
 }
 

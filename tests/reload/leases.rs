@@ -204,6 +204,8 @@ fn who_takes_over_has_a_lease_of_its_own() {
         }
         assert!(!now.is_empty() && Instant::now() < deadline, "{now:?}");
     }
+    // Its socket comes last.
+    until("it can be asked", || std::os::unix::net::UnixStream::connect(&control).is_ok());
     reload(&control);
     ok(&["control", text(&control), "status"]);
 }
