@@ -19,7 +19,8 @@ IMAGE is [NAME=]ROLE[,KEY=VALUE...]; without NAME it is named after its role. Bu
 NAME.initrd and NAME.cmdline for a boot without boot loader, in DIR; NAME.info says what it is.
 
   release=R     bookworm, trixie, ... (default: the role's, else this machine's)
-  kernel=K      newest, older by some point releases, or a series such as 6.12, also from backports (default: the role's)
+  kernel=K      newest, older by some point releases, backports (the newest there), or a series such as 6.12
+                (default: the role's)
   fs=F          ext4 or xfs (default: the role's, else ext4)
   size=S        virtual size of this disk (default: the role's, else --size)
   use=U         make NAME.use.tar as well: what qemu-scripts/capture.sh runs in the guest, see use/U.sh
@@ -197,8 +198,8 @@ read_spec() {
     variant=$release
     case $kernel_choice in
         newest | older) ;;
-        [0-9]*.[0-9]*) variant=$release-backports ;;
-        *) die "$spec: kernel $kernel_choice: say newest, older or a series such as 6.12" ;;
+        backports | [0-9]*.[0-9]*) variant=$release-backports ;;
+        *) die "$spec: kernel $kernel_choice: say newest, older, backports or a series such as 6.12" ;;
     esac
     case $fs in
         ext4 | xfs) ;;
@@ -354,29 +355,36 @@ check_disk() {
 # kernels PREFIX: cloud kernels that can be had, oldest first.
 kernels() {
     local names
-    names=$(in_image apt-cache pkgnames "$1" | grep -E -- '-cloud-amd64$') || return 0
+    names=$(in_image apt-cache pkgnames "$1" | grep -E '^linux-image-[0-9]+\.[0-9]+\.[0-9].*-cloud-amd64$') || return 0
     # Names that other packages only mention have no version, and do not come out of madison.
     # shellcheck disable=SC2086
     in_image apt-cache madison $names | awk '{ print $1 }' | sort -uV
 }
 
-# The newest that the archive has, or one some point releases older, or the newest of a series.
+# The newest that the release has, or one some point releases older, or the newest of a newer series, or of this series.
 choose_kernel() {
     local which=$1 newest all
+    newest=$(in_image apt-cache show --no-all-versions linux-image-cloud-amd64 |
+        sed -n 's/^Depends:.*\(linux-image-[0-9][^ ,]*\).*/\1/p')
+    [ -n "$newest" ] || { echo "apt knows no linux-image-cloud-amd64"; return 1; }
     case $which in
-        newest | older)
-            newest=$(in_image apt-cache show --no-all-versions linux-image-cloud-amd64 |
-                sed -n 's/^Depends:.*\(linux-image-[0-9][^ ,]*\).*/\1/p')
-            [ -n "$newest" ] || { echo "apt knows no linux-image-cloud-amd64"; return 1; }
-            mapfile -t all < <(kernels "$(cut -d. -f1,2 <<<"$newest").")
-            ;;
+        newest | older) mapfile -t all < <(kernels "$(cut -d. -f1,2 <<<"$newest").") ;;
+        backports) mapfile -t all < <(kernels linux-image- | sed "1,/^$newest\$/d") ;;
         *) mapfile -t all < <(kernels "linux-image-$which.") ;;
     esac
     [ ${#all[@]} -gt 0 ] || { echo "the archive has no kernel $which for $release"; return 1; }
     case $which in
         newest) kernel=$newest ;;
         older) kernel=${all[$((${#all[@]} > 3 ? ${#all[@]} - 4 : 0))]} ;;
-        *) kernel=${all[-1]} ;;
+        *)
+            # In backports a kernel may outlive packages that it depends on.
+            while read -r kernel; do
+                ! in_image apt-get install --simulate --no-install-recommends "$kernel" </dev/null >/dev/null 2>&1 ||
+                    return 0
+            done < <(printf '%s\n' "${all[@]}" | tac)
+            echo "no kernel $which for $release can be installed: ${all[*]}"
+            return 1
+            ;;
     esac
 }
 

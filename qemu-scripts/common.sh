@@ -155,6 +155,7 @@ vm_boot=kernel                                   # kernel: QEMU loads it; disk: 
 vm_memory=512                                    # MiB
 vm_append=                                       # more for the kernel command line
 vm_record=1                                      # empty: vmar serve records no trace
+vm_devices=()                                    # more for QEMU's command line
 vm_dirs=()                                       # what vm_stop_all stops
 
 # A folder that no other script run uses. Sockets are named by full path, which the kernel limits to 107 characters.
@@ -227,7 +228,8 @@ vm_start() {
     # Both modes get the same machine, also the shared memory that only vhost-user needs.
     qemu-system-x86_64 -name "vmar-$name" -nodefaults -display none -no-reboot \
         -machine q35,memory-backend=ram0 -object "memory-backend-memfd,id=ram0,size=${vm_memory}M,share=on" \
-        -m "${vm_memory}M" -smp 1 -accel "$accel" "${disk[@]}" "${kernel[@]}" -device virtio-rng-pci \
+        -m "${vm_memory}M" -smp 1 -accel "$accel" "${disk[@]}" "${kernel[@]}" "${vm_devices[@]}" \
+        -device virtio-rng-pci \
         -serial "file:$dir/serial.log" >"$dir/qemu.log" 2>&1 </dev/null 9>&- &
     echo $! >"$dir/qemu.pid"
 }
