@@ -238,7 +238,8 @@ vm_start() {
 vm_state() {
     local dir=$1 line
     # With its seconds to the last digit: a line may be there in part.
-    line=$(grep -aE '^VMAR-(BOOT-OK [^ ]+ [0-9]+\.[0-9][0-9]|BOOT-FAIL |DATA-FAIL )' "$dir/serial.log" 2>/dev/null | head -n 1 | tr -d '\r' || true)
+    line=$(grep -aE '^VMAR-(BOOT-OK [^ ]+ [0-9]+\.[0-9][0-9]|BOOT-FAIL |DATA-FAIL )' "$dir/serial.log" 2>/dev/null |
+        head -n 1 | tr -d '\r' || true)
     case $line in
         "VMAR-BOOT-OK "*) echo "up ${line##* }" ;;
         VMAR-*) echo "failed the guest says: $line" ;;
