@@ -14,7 +14,7 @@ corpus=(
     mail=mail,release=bookworm,kernel=6.12
     java=java,release=bookworm
     monitor=monitor,release=bookworm
-    web13=web,release=trixie,use=web
+    web13=web,release=trixie
     db13=db,release=trixie,use=db
     php13=php,release=trixie,fs=xfs
     ruby13=ruby,release=trixie
