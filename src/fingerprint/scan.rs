@@ -4,11 +4,12 @@
 //! and, if there are any, the chunk. What running VMs have in the page cache stays there ([`crate::io::cold`]). There are
 //! twice as many workers as cores, so that some hash while others wait for the disk.
 //!
-//! Limit: the rows of one image are held in memory, 28 bytes a non-zero block (7 GiB for a TiB of data).
+//! The rows of an image are held in memory, 28 bytes a non-zero block, or go to a [`ScanLog`] as they come.
 
 use super::chunks::Chunk;
 use super::digest::{self, CHUNK_BYTES, CHUNK_SIZE};
 use super::extents::data_extents;
+use super::log::ScanLog;
 use super::{Algorithm, BLOCK_BYTES, Row, hash_block};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::cold::{Cold, Pages};
@@ -41,13 +42,17 @@ pub struct Job<'a> {
     pub stop: &'a AtomicBool,
     /// Told how many bytes of data were hashed since the last call.
     pub advance: &'a (dyn Fn(u64) + Sync),
+    /// Where rows go, instead of memory; what is in it already is not read again.
+    pub log: Option<&'a ScanLog>,
 }
 
 /// What an image holds.
 #[derive(Debug, PartialEq)]
 pub struct Scan {
-    /// The non-zero blocks, sorted by (hash, block); all variants are 0. Fewer than 2^32.
+    /// The non-zero blocks, sorted by (hash, block); all variants are 0. Fewer than 2^32. Empty if they went to a log.
     pub rows: Vec<Row>,
+    /// How many they are.
+    pub count: u64,
     /// See [`digest`].
     pub digest: [u8; 32],
     /// What the digest is made of: the chunks that are not all zero, ascending.
@@ -96,19 +101,22 @@ fn scan_pieces(job: &Job, extents: &[Range<u64>], pieces: &[Range<u64>]) -> Resu
     });
     // The first error in order is the one to tell; the other workers merely stopped early.
     let parts: Vec<Part> = Result::from_iter::<Vec<Result<Part>>>(parts)?;
-    let count = parts.iter().map(|p| p.rows.len()).sum();
-    if u32::try_from(count).is_err() {
-        return Err(Error::file(ErrorKind::Unsupported, job.path, "16 TiB without a zero block are too many"));
-    }
-    let mut rows = Vec::with_capacity(count);
+    let mut rows = Vec::with_capacity(parts.iter().map(|p| p.rows.len()).sum());
     let mut chunks = Vec::new();
     for part in parts {
         rows.extend_from_slice(&part.rows);
         chunks.extend(part.chunks);
     }
     chunks.sort_unstable_by_key(|c| c.0);
+    let mut count = rows.len() as u64;
+    if let Some(log) = job.log {
+        (count, chunks) = (log.count(), log.digests());
+    }
+    if u32::try_from(count).is_err() {
+        return Err(Error::file(ErrorKind::Unsupported, job.path, "16 TiB without a zero block are too many"));
+    }
     sort(&mut rows, job.threads);
-    Ok(Scan { rows, digest: digest::image(job.size, &chunks), chunks })
+    Ok(Scan { rows, count, digest: digest::image(job.size, &chunks), chunks })
 }
 
 /// What one worker found.
@@ -146,6 +154,10 @@ fn work(
     let mut buf = vec![0u8; CHUNK_BYTES];
     let mut pages = Pages::new(CHUNK_SIZE).map_err(|e| Error::io(job.path, "find memory to read", e))?;
     while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+        if job.log.is_some_and(|log| log.has(piece)) {
+            (job.advance)(data_in(extents, piece));
+            continue;
+        }
         for index in piece.clone() {
             if failed.load(Ordering::Relaxed) {
                 return Ok(part);
@@ -159,8 +171,20 @@ fn work(
             hash_chunk(job.algorithm, index, bytes, &mut part);
             (job.advance)(data);
         }
+        if let Some(log) = job.log {
+            log.append(piece, &part.rows, &part.chunks)?;
+            part = Part::default();
+        }
     }
     Ok(part)
+}
+
+/// Bytes of data in a piece.
+fn data_in(extents: &[Range<u64>], piece: &Range<u64>) -> u64 {
+    let (start, end) = (piece.start * CHUNK_SIZE, piece.end * CHUNK_SIZE);
+    let first = extents.partition_point(|e| e.end <= start);
+    let inside = extents[first..].iter().take_while(|e| e.start < end);
+    inside.map(|e| e.end.min(end) - e.start.max(start)).sum()
 }
 
 /// Fills `bytes` with what is at `start`: reads the data, zeroes the holes (reading a hole would fill the page cache
@@ -252,7 +276,7 @@ mod tests {
                 chunks.push((i, *blake3::hash(chunk).as_bytes()));
             }
         }
-        Scan { rows, digest: *hasher.finalize().as_bytes(), chunks }
+        Scan { count: rows.len() as u64, rows, digest: *hasher.finalize().as_bytes(), chunks }
     }
 
     fn scan_file(file: &File, size: u64, threads: usize) -> (Result<Scan>, u64) {
@@ -269,6 +293,7 @@ mod tests {
             advance: &|n| {
                 told.fetch_add(n, Ordering::Relaxed);
             },
+            log: None,
         };
         let out = scan(&job);
         (out, told.into_inner())
@@ -298,6 +323,50 @@ mod tests {
         }
     }
 
+    /// Stopped somewhere, with a log: the next scan reads the rest, and all of it comes out.
+    #[test]
+    fn a_scan_goes_on_where_it_was_stopped() {
+        let file = tempfile::tempfile().unwrap();
+        let bytes: Vec<u8> = (0..20u32 << 20).map(|i| (i >> 12) as u8 ^ (i >> 20) as u8).collect();
+        file.write_all_at(&bytes, 0).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let size = bytes.len() as u64;
+        let cold = Cold::new(file.try_clone().unwrap(), size).unwrap();
+        let stop = AtomicBool::new(false);
+        let read = std::sync::atomic::AtomicU64::new(0);
+        let run = |stop_at: u64| {
+            let log = ScanLog::open(&dir.path().join("l"), &[3; 32]).unwrap();
+            read.store(0, Ordering::Relaxed);
+            stop.store(false, Ordering::Relaxed);
+            let advance = |n| {
+                if read.fetch_add(n, Ordering::Relaxed) + n >= stop_at {
+                    stop.store(true, Ordering::Relaxed);
+                }
+            };
+            let path = Path::new("t");
+            let algorithm = Algorithm::Sha1;
+            let job = Job {
+                file: &file,
+                cold: &cold,
+                path,
+                size,
+                algorithm,
+                threads: 1,
+                stop: &stop,
+                advance: &advance,
+                log: Some(&log),
+            };
+            scan(&job).map(|scan| (scan, log))
+        };
+        assert_eq!(run(9 << 20).err().unwrap().kind(), ErrorKind::Interrupted);
+        let kept = ScanLog::open(&dir.path().join("l"), &[3; 32]).unwrap().count();
+        assert!(kept > 0 && kept < 5120, "{kept}");
+        let (scan, log) = run(u64::MAX).unwrap();
+        let want = plain(&bytes);
+        assert_eq!((scan.digest, scan.chunks, scan.count), (want.digest, want.chunks, want.count));
+        assert_eq!(log.rows(1000, 1).collect::<Result<Vec<Row>>>().unwrap(), want.rows);
+    }
+
     #[test]
     fn a_shorter_file_and_a_stop_are_errors() {
         let file = tempfile::tempfile().unwrap();
@@ -313,6 +382,7 @@ mod tests {
             threads: 1,
             stop: &AtomicBool::new(true),
             advance: &|_| {},
+            log: None,
         };
         assert_eq!(scan(&job).unwrap_err().kind(), ErrorKind::Interrupted);
         let mut buf = [0; 12288];

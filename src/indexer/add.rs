@@ -9,20 +9,21 @@ use super::place::{Placing, Sink, correct_run, place, write_map};
 use super::remap::Proved;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::chunks::{self, Chunk};
-use crate::fingerprint::{Row, run, scan};
+use crate::fingerprint::log::ScanLog;
+use crate::fingerprint::{Algorithm, Row, run, scan};
 use crate::image::{Conversion, Format, Probe, convert, probe, virtual_size};
 use crate::index;
 use crate::index::{Table, TableWriter};
 use crate::io::cold::Cold;
 use crate::library::{
     FileRef, ImageRecord, Library, Source, Transaction, Writer, check_name, chunks_file, made_file, map_file, mtime_ns,
-    run_file, settle_mtime,
+    run_file, scan_log, settle_mtime,
 };
 use crate::map::Totals;
-use crate::units::{ImageId, blocks_in};
+use crate::units::{BLOCK_SIZE, ImageId, blocks_in};
 use std::collections::HashMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -101,10 +102,43 @@ fn check(library: &Library, images: &[NewImage]) -> Result<Vec<Probe>> {
     images.iter().map(|image| probe(&image.file)).collect()
 }
 
+/// Bytes of data from which on a scan is kept in a log, so that an add that is killed goes on where it was.
+const WORTH_A_LOG: u64 = 4 << 30;
+
+/// The rows of an image that was read.
+pub(super) enum Rows {
+    Memory(Vec<Row>),
+    Log(ScanLog),
+}
+
+impl Rows {
+    /// All of them, sorted.
+    fn sorted(self, work: &Work) -> Box<dyn Iterator<Item = Result<Row>>> {
+        match self {
+            Rows::Memory(rows) => Box::new(rows.into_iter().map(Ok)),
+            Rows::Log(log) => Box::new(log.rows(rows_in(work.memory / 4), work.threads)),
+        }
+    }
+}
+
+/// Rows that fit.
+fn rows_in(bytes: u64) -> u64 {
+    (bytes / size_of::<Row>() as u64).max(1)
+}
+
+/// What a log of a scan belongs to: the file as it is, and how it is hashed.
+fn identity(meta: &fs::Metadata, algorithm: Algorithm) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    for n in [meta.dev(), meta.ino(), meta.len(), mtime_ns(meta).cast_unsigned()] {
+        hasher.update(&n.to_le_bytes());
+    }
+    *hasher.update(algorithm.to_string().as_bytes()).finalize().as_bytes()
+}
+
 /// An image that was read, and is not in the library yet.
 pub(super) struct Fingerprints {
     pub side: Side,
-    pub rows: Vec<Row>,
+    pub rows: Rows,
     pub chunks: Vec<Chunk>,
     pub data_bytes: u64,
     pub convert_time: Option<Duration>,
@@ -133,7 +167,8 @@ pub(super) fn fingerprint_file(
     let convert_time = made.is_some().then(|| began.elapsed());
     let source = made.is_some().then(|| Source { format: from.format, path: from.path.clone() });
     let place = RawFile { raw, made, source };
-    let mut found = fingerprint(change.transaction.library(), name, id, place, work)?;
+    let log = change.transaction.scratch(&scan_log(name));
+    let mut found = fingerprint(change.transaction.library(), name, id, place, &log, work)?;
     found.convert_time = convert_time;
     Ok(found)
 }
@@ -174,7 +209,14 @@ fn bring_in(
 }
 
 /// Scans the raw file and makes the record of the image, but for the stamps of its files.
-fn fingerprint(library: &Library, name: &str, id: ImageId, place: RawFile, work: &Work) -> Result<Fingerprints> {
+fn fingerprint(
+    library: &Library,
+    name: &str,
+    id: ImageId,
+    place: RawFile,
+    log: &Path,
+    work: &Work,
+) -> Result<Fingerprints> {
     let raw = place.raw.clone();
     let file = crate::library::open_regular(&raw)?;
     let meta = file.metadata().map_err(|e| Error::io(&raw, "look at it", e))?;
@@ -186,13 +228,26 @@ fn fingerprint(library: &Library, name: &str, id: ImageId, place: RawFile, work:
     let (size, threads, stop) = (meta.len(), work.threads, work.stop);
     // What is redirected is read again, to be compared.
     let cold = open_cold(&file, &raw, size)?.keep_for_now(data_bytes);
-    let job = scan::Job { file: &file, cold: &cold, path: &raw, size, algorithm, threads, stop, advance: &advance };
+    let is_large = data_bytes >= WORTH_A_LOG || data_bytes / BLOCK_SIZE > rows_in(work.memory / 4);
+    let log = is_large.then(|| ScanLog::open(log, &identity(&meta, algorithm))).transpose()?;
+    let job = scan::Job {
+        file: &file,
+        cold: &cold,
+        path: &raw,
+        size,
+        algorithm,
+        threads,
+        stop,
+        advance: &advance,
+        log: log.as_ref(),
+    };
     let began = Instant::now();
     let scanned = scan::scan(&job)?;
     let hash_time = began.elapsed();
     work.observer.end();
     let side = described(library, name, id, place, file, &scanned)?;
     let scan::Scan { rows, chunks, .. } = scanned;
+    let rows = log.map_or(Rows::Memory(rows), Rows::Log);
     Ok(Fingerprints { side, rows, chunks, data_bytes, convert_time: None, hash_time, proved: None, _cold: cold })
 }
 
@@ -217,7 +272,7 @@ pub(super) fn described(
         digest: scanned.digest,
         domain: library.catalog().domain.clone(),
         blocks: blocks_in(meta.len()),
-        nonzero_blocks: scanned.rows.len() as u64,
+        nonzero_blocks: scanned.count,
         fingerprint: library.catalog().fingerprint,
         run: FileRef { file: run_file(name, id).into(), bytes: 0, crc32c: 0 },
         chunks: None,
@@ -233,7 +288,7 @@ pub(super) fn described(
 /// Joins, compares, and stages run, chunks, map and index rows of an image. It is among the change's images afterwards.
 pub(super) fn enter(change: &mut Change<'_>, found: Fingerprints, work: &Work) -> Result<Added> {
     let began = Instant::now();
-    let Fingerprints { mut side, mut rows, chunks, data_bytes, convert_time, hash_time, proved, _cold } = found;
+    let Fingerprints { mut side, rows, chunks, data_bytes, convert_time, hash_time, proved, _cold } = found;
     let (id, name) = (side.record.id, side.record.name.clone());
     side.record.chunks = Some(write_chunks(change, &side.record, &chunks)?);
 
@@ -259,7 +314,7 @@ pub(super) fn enter(change: &mut Change<'_>, found: Fingerprints, work: &Work) -
         scratch: &scratch,
         work,
     };
-    let placed = place(rows.drain(..).map(Ok), &placing, &mut sink)?;
+    let placed = place(rows.sorted(work), &placing, &mut sink)?;
     let shares = expand(&sink.shared, &change.contents);
     let mut stamp = sink.run.finish()?;
     let known_stamp = sink.known.finish()?;
@@ -358,7 +413,8 @@ pub(super) fn refingerprint(change: &Change<'_>, record: &ImageRecord, work: &Wo
     let library = change.transaction.library();
     let made = record.owned().then(|| record.path.display().to_string());
     let place = RawFile { raw: library.image_path(record), made, source: record.source.clone() };
-    let mut found = fingerprint(library, &record.name, record.id, place, work)?;
+    let log = change.transaction.scratch(&scan_log(&record.name));
+    let mut found = fingerprint(library, &record.name, record.id, place, &log, work)?;
     let new = &mut found.side.record;
     new.generation = record.generation;
     new.domain.clone_from(&record.domain);

@@ -1,7 +1,7 @@
 //! Makes an image of what a VM left: a base image and its overlay. Only what the overlay has changed is hashed; the rest is
 //! known of the base.
 
-use super::add::{Added, Fingerprints, RawFile, described, enter, make_read_only, open_cold};
+use super::add::{Added, Fingerprints, RawFile, Rows, described, enter, make_read_only, open_cold};
 use super::change::Change;
 use super::remap::Proved;
 use super::stats::open_run;
@@ -92,6 +92,7 @@ fn fingerprint(
         threads: work.threads,
         stop: work.stop,
         advance: &advance,
+        log: None,
     };
     let began = Instant::now();
     let mut scanned = match &known {
@@ -102,6 +103,7 @@ fn fingerprint(
     if let Some(known) = known {
         merge_base(library, base, &touched, known, &mut scanned, work)?;
         scanned.digest = digest::image(size, &scanned.chunks);
+        scanned.count = scanned.rows.len() as u64;
     }
     let hash_time = began.elapsed();
     work.observer.end();
@@ -110,7 +112,7 @@ fn fingerprint(
     let scan::Scan { rows, chunks, .. } = scanned;
     Ok(Fingerprints {
         side,
-        rows,
+        rows: Rows::Memory(rows),
         chunks,
         data_bytes: bytes,
         convert_time: None,

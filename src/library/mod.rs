@@ -53,6 +53,8 @@ const IMAGES: &str = "images";
 const INDEX: &str = "index";
 /// Overlays that were made on images.
 const OVERLAYS: &str = "overlays";
+/// How logs of scans end.
+const SCAN_LOG: &str = ".scan";
 /// Files on their way to one of the others.
 const STAGING: &str = "staging";
 
@@ -294,6 +296,11 @@ pub fn chunks_file(name: &str, id: ImageId) -> String {
 /// Where an image that vmar makes goes, relative to the library.
 pub fn made_file(name: &str, id: ImageId) -> String {
     format!("{IMAGES}/{name}.{id}.raw")
+}
+
+/// How the log of the scan of a large image is called in `staging/`, where it stays for a while if the scan does not end.
+pub fn scan_log(name: &str) -> String {
+    format!("{name}{SCAN_LOG}")
 }
 
 /// Where a file of a content index goes, relative to the library.

@@ -7,7 +7,7 @@
 use super::catalog::{Catalog, ImageRecord, Policy};
 use super::journal::{self, Journal, Move};
 use super::lease::{LEASES, this_host};
-use super::{CATALOG, IMAGES, INDEX, LOCK, Library, MAPS, OVERLAYS, RUNS, STAGING, map_file};
+use super::{CATALOG, IMAGES, INDEX, LOCK, Library, MAPS, OVERLAYS, RUNS, SCAN_LOG, STAGING, map_file};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::Algorithm;
 use crate::io::file::sync_dir;
@@ -149,7 +149,12 @@ impl Transaction<'_> {
         let text = catalog.to_json().map_err(|e| Error::file(ErrorKind::Io, self.library().dir.join(CATALOG), e))?;
         let dir = self.library().dir.clone();
         // Whatever becomes of it, `drop` looks at what is there.
-        std::mem::take(&mut self.journal).commit(&dir, &text)
+        std::mem::take(&mut self.journal).commit(&dir, &text)?;
+        // The scans of images that are in the library now have served.
+        for record in &catalog.images {
+            remove(&self.staging().join(super::scan_log(&record.name)))?;
+        }
+        Ok(())
     }
 
     fn staging(&self) -> PathBuf {
@@ -271,6 +276,9 @@ fn recover(dir: &Path) -> Result<Library> {
     let io = |e| Error::io(&staging, "list the directory", e);
     for entry in fs::read_dir(&staging).map_err(io)? {
         let entry = entry.map_err(io)?;
+        if is_young_log(&entry) {
+            continue;
+        }
         if entry.file_type().map_err(io)?.is_dir() {
             log::warn!("{}: a directory that vmar did not make", entry.path().display());
         } else {
@@ -278,6 +286,13 @@ fn recover(dir: &Path) -> Result<Library> {
         }
     }
     Library::load(dir)
+}
+
+/// True for the log of a scan that somebody may still go on with.
+fn is_young_log(entry: &fs::DirEntry) -> bool {
+    const KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
+    let age = entry.metadata().and_then(|m| m.modified()).ok().and_then(|t| t.elapsed().ok());
+    entry.file_name().to_string_lossy().ends_with(SCAN_LOG) && age.is_none_or(|age| age < KEPT)
 }
 
 /// Waits until no change is half published: its writer ends it, or is dead, and then this process does. Whoever may not

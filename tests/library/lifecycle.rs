@@ -411,3 +411,38 @@ fn every_policy_reads_the_right_bytes() {
         }
     }
 }
+
+/// With next to no memory everything goes through files, and the same comes out; also when the first try was stopped.
+#[test]
+fn little_memory_makes_no_difference() {
+    let place = Place::new();
+    let mut contents: Vec<u32> = (100..3000).collect();
+    contents.extend((1..9).cycle().take(300));
+    contents.extend(500..2500);
+    let first = place.raw("first.raw", &image_of(&contents, Some((3, 512))), |_| false);
+    contents.rotate_left(777);
+    let second = place.raw("second.raw", &image_of(&contents, None), |_| false);
+    let named = |name: &str, file: &Path| format!("{name}={}", file.display());
+    let (a, b) = (named("a", &first), named("b", &second));
+    place.ok(&["image", "add", &a, &b]);
+    let (want, other) = (maps(&place), Place::new());
+    other.ok(&["image", "add", "--memory", "4K", &a]);
+    // Killed on the way: what was hashed is kept, and used.
+    let mut child = other.vmar().args(["image", "add", "--memory", "4K", &b]).stderr(Stdio::null()).spawn().unwrap();
+    let log = other.lib().join("staging/b.scan");
+    while !fs::metadata(&log).is_ok_and(|m| m.len() > 1000) && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(std::time::Duration::from_micros(200));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    if other.library().images().len() == 1 {
+        drop(Writer::open(other.lib()).unwrap());
+        assert!(log.exists(), "the next one goes on with it");
+        other.ok(&["image", "add", "--memory", "4K", &b]);
+    }
+    assert!(maps(&other) == want);
+    let index = |place: &Place| vmar::indexer::stats::indexed_clusters(&place.library()).unwrap();
+    assert_eq!(index(&other), index(&place));
+    other.ok(&["image", "verify"]);
+    other.assert_no_leftovers();
+}
