@@ -14,6 +14,7 @@ mod crash;
 mod estimate;
 mod family;
 mod full_disk;
+mod hosts;
 mod import;
 mod lifecycle;
 mod matrix;
