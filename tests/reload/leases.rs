@@ -88,7 +88,7 @@ fn servers_that_cannot_start_leave_no_lease() {
 fn unshared(place: &Place, name: &str) -> Server {
     let socket = place.bench.path(&format!("{name}.sock"));
     let mut command = Command::new("unshare");
-    command.args(["--pid", "--mount", "--uts", "--fork", "--kill-child", "--mount-proc"]);
+    command.args(["--pid", "--uts", "--fork", "--kill-child"]);
     command.args(["sh", "-c", "hostname elsewhere && exec \"$@\"", "sh", env!("CARGO_BIN_EXE_vmar")]);
     command.args(["--library", text(&place.library()), "serve", "--image", name, "--read-only"]);
     command.args(["--socket-path", text(&socket), "--control", text(&place.control(name))]);
@@ -107,7 +107,7 @@ fn namespaces_see_each_others_leases() {
     assert!(seen[1].is_here(), "the same machine");
     // From inside: who remaps there tells both.
     let out = Command::new("unshare")
-        .args(["--pid", "--mount", "--fork", "--mount-proc", env!("CARGO_BIN_EXE_vmar")])
+        .args(["--pid", "--fork", env!("CARGO_BIN_EXE_vmar")])
         .args(["--library", text(&library), "library", "remap", "--policy", "paper"])
         .env("RUST_LOG", "info")
         .output()
