@@ -113,9 +113,16 @@ pub fn clusters(library: &Library) -> Result<Clusters> {
 }
 
 /// The clusters as the content indexes have them: the IDs of the images, ascending, and the contents that exactly these
-/// images hold. Costs no look at any fingerprint.
+/// images hold. Costs no look at any fingerprint, but in a library of an older vmar that was not changed since.
 pub fn indexed_clusters(library: &Library) -> Result<Vec<(Vec<u32>, u64)>> {
     let mut counts: BTreeMap<Vec<u32>, u64> = BTreeMap::new();
+    if library.catalog().index.is_empty() {
+        // An older vmar kept none, and nothing was changed since.
+        for cluster in clusters(library)?.clusters() {
+            let id = |n: &u32| library.images().get(*n as usize).map_or(u32::MAX, |r| r.id.0);
+            *counts.entry(cluster.images.iter().map(id).collect()).or_default() += cluster.contents;
+        }
+    }
     for index in library.catalog().index.values() {
         for (_, images, contents) in super::contents::read_sets(library, index)?.live() {
             *counts.entry(images.to_vec()).or_default() += contents;

@@ -446,3 +446,36 @@ fn little_memory_makes_no_difference() {
     other.ok(&["image", "verify"]);
     other.assert_no_leftovers();
 }
+
+/// A map from before a removal (a stopped host's copy of the library, a backup) points to what is gone.
+#[test]
+fn a_map_that_points_to_a_removed_image_is_not_served() {
+    let place = Place::new();
+    let file = place.raw("f", &image_of(&(20..60).collect::<Vec<u32>>(), None), |_| false);
+    place.add(&[("a", &file), ("b", &file)]).unwrap();
+    let map = place.library().map_path("b");
+    let old = fs::read(&map).unwrap();
+    place.ok(&["image", "remove", "a"]);
+    fs::write(&map, old).unwrap();
+    let socket = place.path("s").display().to_string();
+    let line = place.fails(1, &["serve", "--image", "b", "--read-only", "--socket-path", &socket]);
+    assert!(line.contains("b.map") && line.contains("gone") && line.contains("library remap"), "{line}");
+    place.ok(&["library", "remap"]);
+    place.ok(&["image", "verify"]);
+}
+
+#[test]
+fn the_clusters_are_listed() {
+    let place = Place::new();
+    let image = |contents: std::ops::Range<u32>| image_of(&contents.collect::<Vec<_>>(), None);
+    let (a, b) = (place.raw("a.raw", &image(20..50), |_| false), place.raw("b.raw", &image(40..60), |_| false));
+    place.add(&[("a", &a), ("b", &b)]).unwrap();
+    let said: serde_json::Value = serde_json::from_str(&place.ok(&["--json", "stats", "--clusters"])).unwrap();
+    let want = serde_json::json!([
+        { "images": ["a"], "contents": 20 },
+        { "images": ["a", "b"], "contents": 10 },
+        { "images": ["b"], "contents": 10 },
+    ]);
+    assert_eq!(said, want);
+    assert!(place.ok(&["stats", "--clusters"]).contains("a, b"));
+}
