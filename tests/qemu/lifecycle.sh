@@ -60,7 +60,20 @@ export VMAR_BIN=${VMAR_BIN:-${CARGO_TARGET_DIR:-target}/debug/vmar}
 VMAR_BIN=$(realpath "$VMAR_BIN")
 work=$(mktemp -d -t vmar-lifecycle.XXXXXX)
 
-fail() { rm -f "$work/storming"; echo "tests/qemu/lifecycle.sh: $* (seed $seed, logs: $work)" >&2; exit 1; }
+names=()
+# What servers are at goes to the logs, so that a guest that waits for a disk is told from one that gets no CPU time.
+fail() {
+  local name what
+  rm -f "$work/storming"
+  for name in "${names[@]}"; do
+    for what in status statistics; do
+      [ ! -S "$work/$name/control" ] ||
+        timeout 5 "$VMAR_BIN" control "$work/$name/control" "$what" --json >"$work/$name/$what.json" 2>&1 || true
+    done
+  done
+  echo "tests/qemu/lifecycle.sh: $* (seed $seed, logs: $work)" >&2
+  exit 1
+}
 
 # shellcheck source=qemu-scripts/common.sh
 . qemu-scripts/common.sh
@@ -306,7 +319,6 @@ END
   rm -rf "$work/more" "$part"
 }
 
-names=()
 for ((k = 1; k <= guests; k++)); do names+=("g$k"); done
 for tag in old new "${names[@]}"; do version "$tag"; done
 image old 0 "$work/old.part"
@@ -351,7 +363,8 @@ change() {
   shift
   began=$(now_ms)
   timeout 180 "$VMAR_BIN" --library "$library" "$@" >"$work/said" 2>"$work/said.err" || status=$?
-  { echo "== $(date +%T) vmar $*: $status after $(as_seconds $(($(now_ms) - began))) s"; cat "$work/said" "$work/said.err"; } >>"$work/storm.log"
+  echo "== $(date +%T) vmar $*: $status after $(as_seconds $(($(now_ms) - began))) s" >>"$work/storm.log"
+  cat "$work/said" "$work/said.err" >>"$work/storm.log"
   [ "$status" -ne 124 ] || fail "'vmar $*' does not end"
   [ "$status" -eq 0 ] || fail "'vmar $*' failed: $(tail -n 1 "$work/said.err")"
   count[$kind]=$((${count[$kind]:-0} + 1))
@@ -423,6 +436,9 @@ pick() {
   [ ${#found[@]} -gt 0 ] || return 1
   any "${found[@]}"
 }
+
+# The files of all images. Those that vmar made are named from the library on.
+listed() { jq -r '.images[].path' "$library/library.json" | sed "s|^[^/]|$library/&|"; }
 
 # prefer NAME: the trace of a server that has read very much of this image, so that the policy most-used has all others read
 # from it. The server is killed before it has read anything; then there is a record as TRACE.md describes it.
@@ -591,7 +607,7 @@ else
   # All that comes and goes goes, and nobody holds on to it.
   while pick present; do take_away "$picked"; done
   change remap library remap --policy paper
-  jq -r '.images[].path' "$library/library.json" >"$work/listed"
+  listed >"$work/listed"
   left=100
   held() {
     local name pid
@@ -608,6 +624,9 @@ else
     left=$((left - 1))
     [ "$left" -gt 0 ] || fail "a server holds on to $(held | head -n 1)"
     sleep 0.1
+  done
+  for name in "${names[@]}"; do
+    grep -qxF "$work/$name.raw" "$work/$name.open" || fail "what the server of $name has open cannot be seen"
   done
 fi
 
@@ -673,7 +692,7 @@ unset 'count[verify]'
 change sweep library remap
 unset 'count[sweep]'
 find "$library/images" -type f | while read -r file; do
-  grep -qxF "$file" <(jq -r '.images[].path' "$library/library.json" | sed "s|^images/|$library/images/|") ||
+  grep -qxF "$file" <(listed) ||
     fail "nobody reads $file any more, and it is still there"
 done
 for key in "${!source_of[@]}"; do [ -e "${source_of[$key]}" ] || fail "${source_of[$key]} was not vmar's, and is gone"; done
