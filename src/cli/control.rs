@@ -6,7 +6,7 @@ use crate::daemon::passing;
 use crate::error::{Error, ErrorKind, Result};
 use clap::Subcommand;
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -87,7 +87,13 @@ fn ask(path: &Path, request: &Value) -> Result<Value> {
 
 /// Asks over a connection to the server whose control socket is at `path`; passes descriptors along.
 pub(super) fn ask_by(stream: &UnixStream, path: &Path, request: &Value, fds: &[BorrowedFd<'_>]) -> Result<Value> {
-    let failed = |e| Error::io(path, "ask the server", e);
+    let failed = |e: io::Error| match e.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            Error::file(ErrorKind::Busy, path, "the server does not answer")
+                .mend("see whether its disk or its process hangs")
+        }
+        _ => Error::io(path, "ask the server", e),
+    };
     passing::send(stream, format!("{request}\n").as_bytes(), fds).map_err(failed)?;
     let mut line = String::new();
     BufReader::new(stream).read_line(&mut line).map_err(failed)?;

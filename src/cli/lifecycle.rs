@@ -70,6 +70,8 @@ pub fn run_remove(common: &Common, args: &RemoveArgs) -> Result<()> {
     if !args.dry_run {
         tidy_up(&mut writer);
     }
+    // Somebody reads it still.
+    let is_kept = writer.library().catalog().removed.iter().any(|r| r.id == record.id);
     if common.json {
         return print_json(&serde_json::json!({
             "name": record.name,
@@ -77,12 +79,16 @@ pub fn run_remove(common: &Common, args: &RemoveArgs) -> Result<()> {
             "dry_run": args.dry_run,
             "overlays": overlays,
             "file": writer.library().image_path(&record),
-            "file_removed": !args.dry_run && removal.file_goes,
+            "file_removed": !args.dry_run && removal.file_goes && !is_kept,
             "followed": removal.followed.iter().map(followed_json).collect::<Vec<_>>(),
         }));
     }
     let would = if args.dry_run { "would go" } else { "is gone" };
-    let file = if removal.file_goes { "with the raw file that vmar made of it" } else { "its raw file stays" };
+    let file = match (removal.file_goes, is_kept) {
+        (true, false) => "with the raw file that vmar made of it",
+        (true, true) => "the raw file that vmar made of it goes when no server reads it any more",
+        (false, _) => "its raw file stays",
+    };
     println!("{}: {would}, {file}", record.name);
     print_overlays(&overlays);
     print_followed(&removal.followed);

@@ -269,7 +269,7 @@ fn a_file_that_vmar_made_goes_with_its_image_and_no_other() {
     // Somebody reads it: it stays until nobody does.
     let held = fs::File::open(&made).unwrap();
     vmar::io::lock::lock(&held, &made, vmar::io::lock::Access::Read, std::time::Duration::ZERO).unwrap();
-    place.ok(&["image", "remove", "b"]);
+    assert!(place.ok(&["image", "remove", "b"]).contains("when no server reads it"));
     assert!(made.exists());
     drop(held);
     place.ok(&["image", "remove", "a"]);
