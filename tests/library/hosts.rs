@@ -19,19 +19,7 @@ fn host(place: &Place, name: &str, images: &[(String, std::path::PathBuf)]) -> C
         ));
     }
     let mut command = Command::new("unshare");
-    command.args([
-        "--pid",
-        "--mount",
-        "--uts",
-        "--fork",
-        "--kill-child",
-        "--mount-proc",
-        "sh",
-        "-c",
-        &script,
-        "sh",
-        name,
-    ]);
+    command.args(["--pid", "--uts", "--fork", "--kill-child", "sh", "-c", &script, "sh", name]);
     command.arg(env!("CARGO_BIN_EXE_vmar")).arg("--library").arg(place.lib());
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("unshare is missing: apt install util-linux")
 }
