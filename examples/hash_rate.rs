@@ -12,7 +12,7 @@
 use std::hint::black_box;
 use std::process::Command;
 use std::time::Instant;
-use vmar::fingerprint::{Algorithm, BLOCK_BYTES, digest, hash_block};
+use vmar::fingerprint::{BLOCK_BYTES, Hasher, digest};
 use vmar::units::is_zero;
 
 const BYTES: usize = 256 << 20;
@@ -46,13 +46,13 @@ fn main() {
         peer.push(openssl());
         ours.push(rate(|| {
             bytes.chunks(BLOCK_BYTES).for_each(|b| {
-                black_box(hash_block(Algorithm::Sha1, b));
+                black_box(Hasher::Sha1.hash(b));
             });
         }));
         scan.push(rate(|| {
             for chunk in bytes.chunks(digest::CHUNK_BYTES) {
                 chunk.chunks(BLOCK_BYTES).filter(|b| !is_zero(b)).for_each(|b| {
-                    black_box(hash_block(Algorithm::Sha1, b));
+                    black_box(Hasher::Sha1.hash(b));
                 });
                 black_box(digest::chunk(chunk));
             }

@@ -4,11 +4,11 @@ use super::map::{image_name, open_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::partitions::misaligned;
 use crate::indexer::holders::{Holder, contents_of, holders};
-use crate::library::{ImageRecord, Library};
+use crate::library::{ImageRecord, Library, Policy};
 use crate::map::Target;
 use crate::units::{BLOCK_SIZE, ImageId, SECTOR_SIZE};
 use serde::Serialize;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Source blocks that are listed for each image; contents like an empty directory block repeat thousands of times.
 const LISTED_MAX: usize = 16;
@@ -40,8 +40,10 @@ pub(super) struct Explained {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Choice {
-    /// The lowest block of the lowest image ID that holds the content.
+    /// The lowest block of the image that the policy puts first among those that hold the content.
     Canonical,
+    /// The public domain has it, and what all may read is read there.
+    Public,
     /// A run into another image is read on, though the canonical copy is elsewhere.
     Bridge,
     /// The run into another image would be too short to leave this one.
@@ -106,7 +108,18 @@ impl Explained {
         let at = home.map(|(target, at)| (target.image, at));
         let partial = record.block_len(block) < BLOCK_SIZE;
         Ok(Explained {
-            chosen_by: at.and_then(|at| choice((record.id, block), at, &held, partial)),
+            chosen_by: match at {
+                Some((image, _)) if library.image_by_id(image).is_ok_and(|r| r.domain != record.domain) => {
+                    Some(Choice::Public)
+                }
+                Some(at) => choice(
+                    (record.id, block),
+                    at,
+                    canonical(library.catalog().policy, &library.catalog().preference, &held),
+                    partial,
+                ),
+                None => None,
+            },
             held_by: held.into_iter().map(|h| Sharer::of(library, h)).collect(),
             misaligned_partitions: misaligned_of(library, record, block),
             name: record.name.clone(),
@@ -192,7 +205,10 @@ impl Explained {
 impl Choice {
     fn text(self) -> &'static str {
         match self {
-            Choice::Canonical => "chosen as the canonical copy: the lowest block of the lowest image ID that holds it",
+            Choice::Canonical => {
+                "chosen as the canonical copy: the lowest block of the first image, by the policy, that has it"
+            }
+            Choice::Public => "chosen because images of the public domain have it, which all may read",
             Choice::Bridge => "chosen by the bridge: a run is read on, the canonical copy is elsewhere",
             Choice::MinRun => "stays in this image: the run into another one would be too short (min-run)",
             Choice::Partial => "a partial last block stays where it is",
@@ -216,11 +232,26 @@ fn held_by(library: &Library, record: &ImageRecord, block: u32) -> Result<Vec<Ho
     Ok(found.remove(&content).unwrap_or_default())
 }
 
-/// Why `own` is read from `target`: what the policies could have done, told by the outcome. An image only reads from itself
-/// and from images with lower IDs.
-fn choice(own: (ImageId, u32), target: (ImageId, u32), held: &[Holder], partial: bool) -> Option<Choice> {
-    let first = held.iter().find(|h| h.image <= own.0)?;
-    let canonical = (first.image, *first.blocks.first()?);
+/// The copy that the library's policy would have all images read.
+fn canonical(policy: Policy, preference: &BTreeMap<u32, u64>, held: &[Holder]) -> Option<(ImageId, u32)> {
+    let preferred = match policy {
+        Policy::Paper | Policy::Bridge(_) => None,
+        Policy::MostUsed(_) | Policy::LeastFragmented(_) => Some(preference),
+    };
+    let rank =
+        |h: &&Holder| (std::cmp::Reverse(preferred.and_then(|p| p.get(&h.image.0)).copied().unwrap_or(0)), h.image);
+    let first = held.iter().min_by_key(rank)?;
+    Some((first.image, *first.blocks.first()?))
+}
+
+/// Why `own` is read from `target`: what the policies could have done, told by the outcome.
+fn choice(
+    own: (ImageId, u32),
+    target: (ImageId, u32),
+    canonical: Option<(ImageId, u32)>,
+    partial: bool,
+) -> Option<Choice> {
+    let canonical = canonical?;
     Some(match () {
         _ if partial => Choice::Partial,
         _ if target == canonical => Choice::Canonical,
@@ -245,7 +276,8 @@ fn misaligned_of(library: &Library, record: &ImageRecord, block: u32) -> Vec<Mis
 /// All blocks of all images of the library that live at block `at` of `home`, but for the one that was asked about.
 fn sharers(library: &Library, home: &Target, at: u32, asked: (&ImageRecord, u32)) -> Result<Vec<Sharer>> {
     let mut out = Vec::new();
-    for record in library.images() {
+    // Who else reads a public block is nobody's business in another domain.
+    for record in library.images().iter().filter(|r| library.catalog().may_read(&asked.0.domain, &r.domain)) {
         let map = open_of(library, record)?;
         let Some(target) = (0..).zip(map.targets()).find_map(|(i, (t, _))| t.same_image(home).then_some(i)) else {
             continue;
@@ -270,19 +302,24 @@ fn sharers(library: &Library, home: &Target, at: u32, asked: (&ImageRecord, u32)
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::library::Runs;
 
     #[test]
     fn the_outcome_tells_the_step() {
         let holder = |image, blocks: &[u32]| Holder { image: ImageId(image), count: 9, blocks: blocks.to_vec() };
         let held = [holder(1, &[40, 50]), holder(3, &[7, 9]), holder(5, &[0])];
-        let why = |target: (u32, u32), partial| choice((ImageId(3), 9), (ImageId(target.0), target.1), &held, partial);
+        let canonical = |held: &[Holder]| canonical(Policy::Paper, &BTreeMap::new(), held);
+        let why = |target: (u32, u32), partial| {
+            choice((ImageId(3), 9), (ImageId(target.0), target.1), canonical(&held), partial)
+        };
         assert_eq!(why((1, 40), false), Some(Choice::Canonical));
         assert_eq!(why((1, 50), false), Some(Choice::Bridge));
         assert_eq!(why((3, 9), false), Some(Choice::MinRun));
         assert_eq!(why((3, 9), true), Some(Choice::Partial));
-        // An image with a higher ID is never read from, so the own lowest block is canonical.
-        let alone = [holder(3, &[7, 9]), holder(5, &[0])];
-        assert_eq!(choice((ImageId(3), 9), (ImageId(3), 7), &alone, false), Some(Choice::Canonical));
-        assert_eq!(choice((ImageId(3), 9), (ImageId(3), 9), &[], false), None);
+        assert_eq!(canonical(&[holder(3, &[7, 9]), holder(5, &[0])]), Some((ImageId(3), 7)));
+        assert_eq!(canonical(&[]), None);
+        assert_eq!(choice((ImageId(3), 9), (ImageId(3), 9), None, false), None);
+        let preferred = super::canonical(Policy::MostUsed(Runs::DEFAULT), &[(3, 1), (5, 9)].into(), &held);
+        assert_eq!(preferred, Some((ImageId(5), 0)));
     }
 }

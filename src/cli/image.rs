@@ -4,7 +4,7 @@ use super::output::{Progress, Table, percent, print_json, rate};
 use super::{Common, lifecycle};
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
-use crate::indexer::add::{Added, NewImage, add, preview};
+use crate::indexer::add::{Added, NewImage, add_to, preview};
 use crate::indexer::stats::shares_of;
 use crate::indexer::{Work, read_map};
 use crate::library::{ImageRecord, Library, Writer};
@@ -23,6 +23,9 @@ pub enum Verb {
         /// What to call an image, and its file: raw (used in place) or qcow2/VMDK (converted into the library)
         #[arg(required = true, value_name = "NAME=FILE", value_parser = parse_new_image)]
         images: Vec<NewImage>,
+        /// The sharing domain: they share blocks with its images and with those of the public one [default: default]
+        #[arg(long, value_name = "NAME")]
+        domain: Option<String>,
         /// Only say what they would share, and with which images
         #[arg(long)]
         dry_run: bool,
@@ -59,7 +62,7 @@ pub enum Verb {
 /// Runs the verb.
 pub fn run(common: &Common, verb: Verb) -> Result<()> {
     match verb {
-        Verb::Add { images, dry_run, memory } => run_add(common, &images, dry_run, memory),
+        Verb::Add { images, domain, dry_run, memory } => run_add(common, &images, domain.as_deref(), dry_run, memory),
         Verb::Remove(args) => lifecycle::run_remove(common, &args),
         Verb::Update(args) => lifecycle::run_update(common, &args),
         Verb::Capture(args) => lifecycle::run_capture(common, &args),
@@ -95,12 +98,15 @@ pub(super) fn stop_on_signals() -> Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
-fn run_add(common: &Common, images: &[NewImage], dry_run: bool, memory: u64) -> Result<()> {
+fn run_add(common: &Common, images: &[NewImage], domain: Option<&str>, dry_run: bool, memory: u64) -> Result<()> {
     let stop = stop_on_signals()?;
     let progress = Progress::new();
     let mut writer = Writer::open(common.library()?)?;
     let work = Work { memory, ..Work::on_all_cores(&stop, &progress) };
-    let added = if dry_run { preview(&mut writer, images, &work)? } else { add(&mut writer, images, &work)? };
+    let added = match dry_run {
+        true => preview(&mut writer, domain, images, &work)?,
+        false => add_to(&mut writer, domain, images, &work)?,
+    };
     drop(progress);
     added.iter().for_each(|a| super::estimate::warn_misaligned(&writer.library().image_path(&a.record)));
     if common.json {
@@ -233,10 +239,11 @@ fn run_list(common: &Common) -> Result<()> {
     if common.json {
         return print_json(&lines);
     }
-    let mut table = Table::new(&["name", "format", "state", "file", "id", "size", "non-zero"], 4);
+    let mut table = Table::new(&["name", "domain", "format", "state", "file", "id", "size", "non-zero"], 5);
     for line in lines {
         table.row(vec![
             line.name,
+            line.domain,
             line.format,
             line.state.to_string(),
             line.path.display().to_string(),
@@ -297,7 +304,7 @@ fn shown(library: &Library, name: &str) -> Result<Shown> {
     }
     let totals = map.totals();
     let mut shares = Vec::new();
-    for (id, contents) in shares_of(library, record.id)? {
+    for (id, contents) in shares_of(library, record)? {
         shares.push(Shares { name: library.image_by_id(id)?.name.clone(), id: id.0, contents });
     }
     Ok(Shown {

@@ -1,8 +1,8 @@
 //! `vmar library`: makes a library, and its maps anew.
 
-use super::Common;
 use super::image::stop_on_signals;
 use super::output::{Progress, percent, print_json};
+use super::{Common, domain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::Algorithm;
 use crate::indexer::Work;
@@ -30,8 +30,8 @@ pub enum Verb {
         /// Knobs of the policy.
         #[command(flatten)]
         knobs: Knobs,
-        /// How blocks are fingerprinted
-        #[arg(long, default_value_t = Algorithm::Sha1)]
+        /// How blocks are fingerprinted: the paper's SHA-1, or BLAKE3 with a key for each sharing domain
+        #[arg(long, value_name = "sha1|blake3", default_value_t = Algorithm::Sha1)]
         fingerprint: Algorithm,
     },
     /// Make all block maps anew, with another policy or the library's own. Servers with a control socket on this
@@ -53,7 +53,13 @@ pub enum Verb {
         /// Only the content index, of the fingerprints
         #[arg(long)]
         index: bool,
+        /// With new keys for the fingerprints of all sharing domains (libraries with blake3)
+        #[arg(long, conflicts_with = "index")]
+        new_keys: bool,
     },
+    /// Sharing domains: images are only read from images of their own domain, or of the public one
+    #[command(subcommand)]
+    Domain(domain::Verb),
 }
 
 /// Knobs of the policies that look at the length of runs.
@@ -79,11 +85,12 @@ pub fn run(common: &Common, verb: Verb) -> Result<()> {
             Library::init(dir, policy, fingerprint).map(drop)
         }
         Verb::Remap { policy, knobs, traces } => run_remap(common, policy, knobs, &traces),
-        Verb::Rebuild { index } => run_rebuild(common, index),
+        Verb::Rebuild { index, new_keys } => run_rebuild(common, index, new_keys),
+        Verb::Domain(verb) => domain::run(common, verb),
     }
 }
 
-fn run_rebuild(common: &Common, index: bool) -> Result<()> {
+fn run_rebuild(common: &Common, index: bool, new_keys: bool) -> Result<()> {
     let stop = stop_on_signals()?;
     let progress = Progress::new();
     let mut writer = Writer::open(common.library()?)?;
@@ -92,7 +99,7 @@ fn run_rebuild(common: &Common, index: bool) -> Result<()> {
         rebuild_index(&mut writer, &work)?;
         Vec::new()
     } else {
-        rebuild(&mut writer, &work)?
+        rebuild(&mut writer, new_keys, &work)?
     };
     drop(progress);
     if common.json {

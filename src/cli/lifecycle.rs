@@ -48,6 +48,10 @@ pub struct CaptureArgs {
     /// The overlay of a VM that does not run; it stays as it is
     #[arg(long, value_name = "FILE")]
     overlay: PathBuf,
+    /// The sharing domain that the new image comes into; needed if the VM's image is of the public one [default: that of
+    /// the VM's image]
+    #[arg(long, value_name = "NAME")]
+    domain: Option<String>,
     /// Where its live state is
     #[command(flatten)]
     state: StateDir,
@@ -148,7 +152,7 @@ pub fn run_capture(common: &Common, args: &CaptureArgs) -> Result<()> {
     let state_dir = args.state.path();
     let opts = OpenOptions { read_only: true, state_dir: &state_dir, base: None, discard_unflushed: false };
     let overlay = Overlay::open(&args.overlay, &opts)?;
-    let base = base_of(writer.library(), &args.overlay, &overlay)?;
+    let (base, domain) = base_of(writer.library(), &args.overlay, &overlay, args.domain.as_deref())?;
     let changed: Vec<_> = overlay
         .runs(0, overlay.size())
         .filter(|run| run.state != State::Base)
@@ -165,6 +169,7 @@ pub fn run_capture(common: &Common, args: &CaptureArgs) -> Result<()> {
     let source = std::path::absolute(&args.overlay).map_err(|e| Error::io(&args.overlay, "find it", e))?;
     let what = Capture {
         name: &args.name,
+        domain: &domain,
         base: &base,
         overlay: &source,
         size: overlay.size(),
@@ -180,20 +185,39 @@ pub fn run_capture(common: &Common, args: &CaptureArgs) -> Result<()> {
     Ok(())
 }
 
-/// The image below an overlay.
-fn base_of(library: &Library, file: &Path, overlay: &Overlay) -> Result<ImageRecord> {
+/// The image below an overlay, and the sharing domain that a capture of it comes into.
+fn base_of(library: &Library, file: &Path, overlay: &Overlay, domain: Option<&str>) -> Result<(ImageRecord, String)> {
+    let catalog = library.catalog();
     let digest = overlay.base().digest;
-    library.images().iter().find(|r| r.digest == digest).cloned().ok_or_else(|| {
+    let all: Vec<&ImageRecord> = library.images().iter().filter(|r| r.digest == digest).collect();
+    let Some(first) = all.first() else {
         let cause = "was made for an image that this library does not have";
-        Error::file(ErrorKind::Changed, file, cause).mend("name the library of its image")
-    })
+        return Err(Error::file(ErrorKind::Changed, file, cause).mend("name the library of its image"));
+    };
+    if let Some(domain) = domain {
+        // Of several images with this content the nearest one.
+        let readable = || all.iter().find(|r| catalog.may_read(domain, &r.domain));
+        let base = all.iter().find(|r| r.domain == domain).or_else(readable).unwrap_or(first);
+        return Ok(((*base).clone(), domain.to_string()));
+    }
+    let is_plain = all.iter().all(|r| r.domain == first.domain) && catalog.public_domain() != Some(&first.domain);
+    if is_plain {
+        return Ok(((*first).clone(), first.domain.clone()));
+    }
+    let cause = match all.iter().find(|r| catalog.public_domain() == Some(&r.domain)) {
+        Some(public) => format!("was made on image {}, which all domains may read", public.name),
+        None => "images of several sharing domains have the content that it was made on".to_string(),
+    };
+    Err(Error::file(ErrorKind::Usage, file, cause).mend("say whose the capture is: --domain NAME"))
 }
 
 /// The overlays that are known on an image. One that cannot be looked into counts.
 fn known_overlays(library: &Library, record: &ImageRecord) -> Result<Vec<PathBuf>> {
     let is_of = |path: &Path| overlay::base_of(path).map_or(true, |base| base.digest == record.digest);
-    // Another image of the same content serves them as well.
-    if library.images().iter().any(|r| r.digest == record.digest && r.id != record.id) {
+    // Another image of the same content serves them as well, unless it is a stranger's.
+    let is_as_good =
+        |r: &ImageRecord| r.digest == record.digest && library.catalog().may_read(&record.domain, &r.domain);
+    if library.images().iter().any(|r| r.id != record.id && is_as_good(r)) {
         return Ok(Vec::new());
     }
     library.overlays_on(&record.digest, is_of)

@@ -8,8 +8,8 @@ use crate::library::Library;
 use std::collections::HashMap;
 
 /// Prints the matrix.
-pub(super) fn run(common: &Common, library: &Library) -> Result<()> {
-    let found = matrix(library)?;
+pub(super) fn run(common: &Common, library: &Library, domain: Option<&str>) -> Result<()> {
+    let found = matrix(library, domain)?;
     if common.json {
         return print_json(&found);
     }

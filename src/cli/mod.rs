@@ -1,6 +1,7 @@
 //! The command line: one file a verb. Raw arguments are resolved here, work is done on the floors below.
 
 pub mod control;
+mod domain;
 pub mod estimate;
 mod explain;
 pub mod image;

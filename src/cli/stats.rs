@@ -18,19 +18,26 @@ pub struct Args {
     /// The clusters: which sets of images hold how many contents that no other image holds
     #[arg(long, conflicts_with = "matrix")]
     clusters: bool,
+    /// Of one sharing domain; otherwise the sums of all, each counted by itself
+    #[arg(long, value_name = "NAME")]
+    domain: Option<String>,
 }
 
 /// Runs the verb.
 pub fn run(common: &Common, args: Args) -> Result<()> {
     crate::io::file::raise_open_files();
     let dir = common.library()?;
+    let domain = args.domain.as_deref();
+    if let Some(domain) = domain {
+        Library::open(dir)?.catalog().domain(domain)?;
+    }
     if args.matrix {
-        return super::matrix::run(common, &Library::open(dir)?);
+        return super::matrix::run(common, &Library::open(dir)?, domain);
     }
     if args.clusters {
-        return print_clusters(common, &Library::consistently(dir, clusters)?);
+        return print_clusters(common, &Library::consistently(dir, |library| clusters(library, domain))?);
     }
-    let (library, stats) = Library::consistently(dir, |library| Ok((library.clone(), stats(library)?)))?;
+    let (library, stats) = Library::consistently(dir, |library| Ok((library.clone(), stats(library, domain)?)))?;
     if common.json {
         return print_json(&stats);
     }
@@ -45,12 +52,13 @@ struct Cluster {
 }
 
 /// The clusters, the largest first.
-fn clusters(library: &Library) -> Result<Vec<Cluster>> {
+fn clusters(library: &Library, domain: Option<&str>) -> Result<Vec<Cluster>> {
     let name = |id: &u32| library.image_by_id(ImageId(*id)).map(|r| r.name.clone());
     let named = |(ids, contents): (Vec<u32>, u64)| {
         Ok(Cluster { images: ids.iter().map(name).collect::<Result<_>>()?, contents })
     };
-    let mut clusters: Vec<Cluster> = indexed_clusters(library)?.into_iter().map(named).collect::<Result<_>>()?;
+    let mut clusters: Vec<Cluster> =
+        indexed_clusters(library, domain)?.into_iter().map(named).collect::<Result<_>>()?;
     clusters.sort_by_key(|c| std::cmp::Reverse(c.contents));
     Ok(clusters)
 }

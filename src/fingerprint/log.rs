@@ -251,10 +251,10 @@ fn fill(reader: &mut impl Read, bytes: &mut [u8]) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fingerprint::{Algorithm, hash_block};
+    use crate::fingerprint::Hasher;
 
     fn rows(from: u32, count: u32) -> Vec<Row> {
-        let row = |n: u32| Row { hash: hash_block(Algorithm::Sha1, &(n % 700).to_le_bytes()), variant: 0, block: n };
+        let row = |n: u32| Row { hash: Hasher::Sha1.hash(&(n % 700).to_le_bytes()), variant: 0, block: n };
         (from..from + count).map(row).collect()
     }
 

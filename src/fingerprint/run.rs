@@ -390,11 +390,7 @@ mod tests {
 
     fn rows(n: u32) -> Vec<Row> {
         let mut rows: Vec<Row> = (0..n)
-            .map(|i| Row {
-                hash: super::super::hash_block(Algorithm::Sha1, &(i / 3).to_le_bytes()),
-                variant: i % 2,
-                block: !i,
-            })
+            .map(|i| Row { hash: super::super::Hasher::Sha1.hash(&(i / 3).to_le_bytes()), variant: i % 2, block: !i })
             .collect();
         rows.sort();
         rows

@@ -10,7 +10,7 @@ use super::chunks::Chunk;
 use super::digest::{self, CHUNK_BYTES, CHUNK_SIZE};
 use super::extents::data_extents;
 use super::log::ScanLog;
-use super::{Algorithm, BLOCK_BYTES, Row, hash_block};
+use super::{BLOCK_BYTES, Hasher, Row};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::cold::{Cold, Pages};
 use crate::units::{BLOCK_SIZE, IMAGE_SIZE_MAX, is_zero};
@@ -35,7 +35,7 @@ pub struct Job<'a> {
     /// Bytes of the image.
     pub size: u64,
     /// How to fingerprint.
-    pub algorithm: Algorithm,
+    pub hasher: Hasher,
     /// Workers.
     pub threads: usize,
     /// Set by somebody else to end the work early.
@@ -168,7 +168,7 @@ fn work(
             let start = index * CHUNK_SIZE;
             let bytes = &mut buf[..part_len(start, job.size)];
             let data = read_chunk(job, extents, start, bytes, &mut pages)?;
-            hash_chunk(job.algorithm, index, bytes, &mut part);
+            hash_chunk(&job.hasher, index, bytes, &mut part);
             (job.advance)(data);
         }
         if let Some(log) = job.log {
@@ -221,7 +221,7 @@ fn read_error(path: &Path, e: io::Error) -> Error {
     }
 }
 
-fn hash_chunk(algorithm: Algorithm, index: u64, bytes: &[u8], part: &mut Part) {
+fn hash_chunk(hasher: &Hasher, index: u64, bytes: &[u8], part: &mut Part) {
     let before = part.rows.len();
     let first = index * (CHUNK_SIZE / BLOCK_SIZE);
     for (i, block) in (first..).zip(bytes.chunks(BLOCK_BYTES)) {
@@ -229,7 +229,7 @@ fn hash_chunk(algorithm: Algorithm, index: u64, bytes: &[u8], part: &mut Part) {
         if let Ok(number) = u32::try_from(i)
             && !is_zero(block)
         {
-            part.rows.push(Row { hash: hash_block(algorithm, block), variant: 0, block: number });
+            part.rows.push(Row { hash: hasher.hash(block), variant: 0, block: number });
         }
     }
     if part.rows.len() > before {
@@ -264,7 +264,7 @@ mod tests {
         let mut rows: Vec<Row> = (0u32..)
             .zip(bytes.chunks(4096))
             .filter(|(_, b)| b.iter().any(|&x| x != 0))
-            .map(|(block, b)| Row { hash: hash_block(Algorithm::Sha1, b), variant: 0, block })
+            .map(|(block, b)| Row { hash: Hasher::Sha1.hash(b), variant: 0, block })
             .collect();
         rows.sort();
         let mut hasher = blake3::Hasher::new();
@@ -287,7 +287,7 @@ mod tests {
             cold: &cold,
             path: Path::new("t"),
             size,
-            algorithm: Algorithm::Sha1,
+            hasher: Hasher::Sha1,
             threads,
             stop: &AtomicBool::new(false),
             advance: &|n| {
@@ -344,13 +344,13 @@ mod tests {
                 }
             };
             let path = Path::new("t");
-            let algorithm = Algorithm::Sha1;
+            let hasher = Hasher::Sha1;
             let job = Job {
                 file: &file,
                 cold: &cold,
                 path,
                 size,
-                algorithm,
+                hasher,
                 threads: 1,
                 stop: &stop,
                 advance: &advance,
@@ -378,7 +378,7 @@ mod tests {
             cold: &cold,
             path: Path::new("t"),
             size: 12288,
-            algorithm: Algorithm::Sha1,
+            hasher: Hasher::Sha1,
             threads: 1,
             stop: &AtomicBool::new(true),
             advance: &|_| {},
@@ -393,7 +393,7 @@ mod tests {
 
     #[test]
     fn parallel_sort_sorts() {
-        let row = |i: u32| Row { hash: hash_block(Algorithm::Sha1, &(i % 9000).to_le_bytes()), variant: 0, block: i };
+        let row = |i: u32| Row { hash: Hasher::Sha1.hash(&(i % 9000).to_le_bytes()), variant: 0, block: i };
         let mut rows: Vec<Row> = (0..200_000).map(row).collect();
         sort(&mut rows, 3);
         assert!(rows.is_sorted());

@@ -456,7 +456,7 @@ mod tests {
     fn far_lookups_are_found_on_all_threads() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("t");
-        let hash = |n: u32| crate::fingerprint::hash_block(crate::fingerprint::Algorithm::Sha1, &n.to_le_bytes());
+        let hash = |n: u32| crate::fingerprint::Hasher::Sha1.hash(&n.to_le_bytes());
         let mut rows: Vec<Row> = (0..200_000).map(|n| Row { hash: hash(n), variant: 0, set: n }).collect();
         rows.sort_unstable();
         let table = Table::open(&path, write(&path, &rows)).unwrap();

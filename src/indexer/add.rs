@@ -5,19 +5,19 @@ use super::candidates::held;
 use super::change::{Change, Lookout};
 use super::compare::Side;
 use super::images::check_unchanged;
-use super::place::{Placing, Sink, correct_run, place, write_map};
+use super::place::{Lent, Placing, Sink, correct_run, place, write_map};
 use super::remap::Proved;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::chunks::{self, Chunk};
 use crate::fingerprint::log::ScanLog;
-use crate::fingerprint::{Algorithm, Row, run, scan};
+use crate::fingerprint::{Hasher, Row, run, scan};
 use crate::image::{Conversion, Format, Probe, convert, probe, virtual_size};
 use crate::index;
 use crate::index::{Table, TableWriter};
 use crate::io::cold::Cold;
 use crate::library::{
     FileRef, ImageRecord, Library, Source, Transaction, Writer, check_name, chunks_file, made_file, map_file, mtime_ns,
-    run_file, scan_log, settle_mtime,
+    public_run_file, public_scan_log, run_file, scan_log, settle_mtime,
 };
 use crate::map::Totals;
 use crate::units::{BLOCK_SIZE, ImageId, blocks_in};
@@ -58,29 +58,47 @@ pub struct Added {
     pub map_time: Duration,
 }
 
-/// Adds the images, in order; IDs count up in that order.
+/// Adds the images to the default domain, in order; IDs count up in that order.
 ///
 /// # Errors
 /// Whatever stops one image stops all, and the library stays as it was.
 pub fn add(writer: &mut Writer, images: &[NewImage], work: &Work) -> Result<Vec<Added>> {
-    let added = add_all(writer, images, true, work)?;
+    add_to(writer, None, images, work)
+}
+
+/// Adds the images to a sharing domain; `None` is the default one.
+///
+/// # Errors
+/// As for [`add`]; `NotFound` when there is no such domain.
+pub fn add_to(writer: &mut Writer, domain: Option<&str>, images: &[NewImage], work: &Work) -> Result<Vec<Added>> {
+    let added = add_all(writer, domain, images, true, work)?;
     added.iter().for_each(|added| make_read_only(&writer.library().image_path(&added.record)));
     Ok(added)
 }
 
-/// Does all the work of [`add`], says what would become of it, and changes nothing.
-pub fn preview(writer: &mut Writer, images: &[NewImage], work: &Work) -> Result<Vec<Added>> {
-    add_all(writer, images, false, work)
+/// Does all the work of [`add_to`], says what would become of it, and changes nothing.
+pub fn preview(writer: &mut Writer, domain: Option<&str>, images: &[NewImage], work: &Work) -> Result<Vec<Added>> {
+    add_all(writer, domain, images, false, work)
 }
 
-fn add_all(writer: &mut Writer, images: &[NewImage], publish: bool, work: &Work) -> Result<Vec<Added>> {
+fn add_all(
+    writer: &mut Writer,
+    domain: Option<&str>,
+    images: &[NewImage],
+    publish: bool,
+    work: &Work,
+) -> Result<Vec<Added>> {
+    let catalog = writer.library().catalog();
+    let domain = domain.unwrap_or(&catalog.domain).to_string();
+    catalog.domain(&domain)?;
     let probes = check(writer.library(), images)?;
-    let mut change = Change::begin(writer, work)?;
+    let mut change = Change::begin(writer);
     let mut added = Vec::new();
     for (image, from) in images.iter().zip(&probes) {
         work.check_stop(&image.name)?;
         let id = change.next_id()?;
-        let found = fingerprint_file(&mut change, &image.name, id, from, work)?;
+        let newcomer = Newcomer { name: &image.name, id, domain: &domain };
+        let found = fingerprint_file(&mut change, &newcomer, from, work)?;
         added.push(enter(&mut change, found, work)?);
     }
     if publish {
@@ -105,6 +123,14 @@ fn check(library: &Library, images: &[NewImage]) -> Result<Vec<Probe>> {
 /// Bytes of data from which on a scan is kept in a log, so that an add that is killed goes on where it was.
 const WORTH_A_LOG: u64 = 4 << 30;
 
+/// An image on its way into the library.
+#[derive(Clone, Copy)]
+pub(super) struct Newcomer<'a> {
+    pub name: &'a str,
+    pub id: ImageId,
+    pub domain: &'a str,
+}
+
 /// The rows of an image that was read.
 pub(super) enum Rows {
     Memory(Vec<Row>),
@@ -127,18 +153,20 @@ fn rows_in(bytes: u64) -> u64 {
 }
 
 /// What a log of a scan belongs to: the file as it is, and how it is hashed.
-fn identity(meta: &fs::Metadata, algorithm: Algorithm) -> [u8; 32] {
+fn identity(meta: &fs::Metadata, hashed: Hasher) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     for n in [meta.dev(), meta.ino(), meta.len(), mtime_ns(meta).cast_unsigned()] {
         hasher.update(&n.to_le_bytes());
     }
-    *hasher.update(algorithm.to_string().as_bytes()).finalize().as_bytes()
+    *hasher.update(&hashed.hash(b"scan")).finalize().as_bytes()
 }
 
 /// An image that was read, and is not in the library yet.
 pub(super) struct Fingerprints {
     pub side: Side,
     pub rows: Rows,
+    /// The same with the key of the public domain, if it has one and is not the image's own.
+    pub public_rows: Option<Rows>,
     pub chunks: Vec<Chunk>,
     pub data_bytes: u64,
     pub convert_time: Option<Duration>,
@@ -157,18 +185,15 @@ pub(super) fn open_cold(file: &fs::File, path: &Path, size: u64) -> Result<Cold>
 /// Converts if need be, reads and hashes.
 pub(super) fn fingerprint_file(
     change: &mut Change<'_>,
-    name: &str,
-    id: ImageId,
+    new: &Newcomer<'_>,
     from: &Probe,
     work: &Work,
 ) -> Result<Fingerprints> {
     let began = Instant::now();
-    let (raw, made) = bring_in(&mut change.transaction, name, id, from, work)?;
+    let (raw, made) = bring_in(&mut change.transaction, new, from, work)?;
     let convert_time = made.is_some().then(|| began.elapsed());
     let source = made.is_some().then(|| Source { format: from.format, path: from.path.clone() });
-    let place = RawFile { raw, made, source };
-    let log = change.transaction.scratch(&scan_log(name));
-    let mut found = fingerprint(change.transaction.library(), name, id, place, &log, work)?;
+    let mut found = fingerprint(change, new, RawFile { raw, made, source }, work)?;
     found.convert_time = convert_time;
     Ok(found)
 }
@@ -183,15 +208,15 @@ pub(super) struct RawFile {
 /// The raw file to fingerprint, and where it will be inside the library if vmar makes it.
 fn bring_in(
     change: &mut Transaction<'_>,
-    name: &str,
-    id: ImageId,
+    new: &Newcomer<'_>,
     from: &Probe,
     work: &Work,
 ) -> Result<(PathBuf, Option<String>)> {
+    let name = new.name;
     if from.format == Format::Raw {
         return Ok((from.path.clone(), None));
     }
-    let goal = made_file(name, id);
+    let goal = made_file(name, new.id);
     let staged = change.stage(&goal)?;
     let size = virtual_size(from)?;
     let told = Mutex::new(0u64);
@@ -209,72 +234,106 @@ fn bring_in(
 }
 
 /// Scans the raw file and makes the record of the image, but for the stamps of its files.
-fn fingerprint(
-    library: &Library,
-    name: &str,
-    id: ImageId,
-    place: RawFile,
-    log: &Path,
-    work: &Work,
-) -> Result<Fingerprints> {
+fn fingerprint(change: &Change<'_>, new: &Newcomer<'_>, place: RawFile, work: &Work) -> Result<Fingerprints> {
     let raw = place.raw.clone();
     let file = crate::library::open_regular(&raw)?;
     let meta = file.metadata().map_err(|e| Error::io(&raw, "look at it", e))?;
     settle_mtime(&meta);
-    let algorithm = library.catalog().fingerprint;
     let data_bytes = scan::data_bytes(&file, &raw, meta.len())?;
-    work.observer.begin(&format!("hashing {name}"), data_bytes);
-    let advance = |bytes| work.observer.advance(bytes);
-    let (size, threads, stop) = (meta.len(), work.threads, work.stop);
     // What is redirected is read again, to be compared.
-    let cold = open_cold(&file, &raw, size)?.keep_for_now(data_bytes);
-    let is_large = data_bytes >= WORTH_A_LOG || data_bytes / BLOCK_SIZE > rows_in(work.memory / 4);
-    let log = is_large.then(|| ScanLog::open(log, &identity(&meta, algorithm))).transpose()?;
-    let job = scan::Job {
-        file: &file,
-        cold: &cold,
-        path: &raw,
-        size,
-        algorithm,
-        threads,
-        stop,
-        advance: &advance,
-        log: log.as_ref(),
-    };
+    let cold = open_cold(&file, &raw, meta.len())?.keep_for_now(data_bytes);
+    let reading =
+        Reading { change, name: new.name, file: &file, meta: &meta, cold: &cold, path: &raw, data_bytes, work };
     let began = Instant::now();
-    let scanned = scan::scan(&job)?;
+    let (scanned, rows) = reading.scan(change.hasher(new.domain)?, &scan_log(new.name))?;
+    let public_rows = match public_hasher(change, new.domain)? {
+        Some(hasher) => Some(reading.scan(hasher, &public_scan_log(new.name))?.1),
+        None => None,
+    };
     let hash_time = began.elapsed();
-    work.observer.end();
-    let side = described(library, name, id, place, file, &scanned)?;
-    let scan::Scan { rows, chunks, .. } = scanned;
-    let rows = log.map_or(Rows::Memory(rows), Rows::Log);
-    Ok(Fingerprints { side, rows, chunks, data_bytes, convert_time: None, hash_time, proved: None, _cold: cold })
+    let side = described(change.transaction.library(), new, place, file, &scanned)?;
+    let chunks = scanned.chunks;
+    Ok(Fingerprints {
+        side,
+        rows,
+        public_rows,
+        chunks,
+        data_bytes,
+        convert_time: None,
+        hash_time,
+        proved: None,
+        _cold: cold,
+    })
+}
+
+/// With what the blocks of an image are hashed once more, to be found in the public domain.
+pub(super) fn public_hasher(change: &Change<'_>, domain: &str) -> Result<Option<Hasher>> {
+    let hasher = change.public_domain_for(domain).map(|public| change.hasher(public)).transpose()?;
+    Ok(hasher.filter(|hasher| *hasher != Hasher::Sha1))
+}
+
+/// A raw file that is read.
+struct Reading<'a> {
+    change: &'a Change<'a>,
+    name: &'a str,
+    file: &'a fs::File,
+    meta: &'a fs::Metadata,
+    cold: &'a Cold,
+    path: &'a Path,
+    data_bytes: u64,
+    work: &'a Work<'a>,
+}
+
+impl Reading<'_> {
+    /// Reads and hashes. The rows of a large image go to the log of this name, as they come.
+    fn scan(&self, hasher: Hasher, log: &str) -> Result<(scan::Scan, Rows)> {
+        let Reading { data_bytes, work, .. } = *self;
+        let is_large = data_bytes >= WORTH_A_LOG || data_bytes / BLOCK_SIZE > rows_in(work.memory / 4);
+        let log = self.change.transaction.scratch(log);
+        let log = is_large.then(|| ScanLog::open(&log, &identity(self.meta, hasher))).transpose()?;
+        work.observer.begin(&format!("hashing {}", self.name), data_bytes);
+        let job = scan::Job {
+            file: self.file,
+            cold: self.cold,
+            path: self.path,
+            size: self.meta.len(),
+            hasher,
+            threads: work.threads,
+            stop: work.stop,
+            advance: &|bytes| work.observer.advance(bytes),
+            log: log.as_ref(),
+        };
+        let mut scanned = scan::scan(&job)?;
+        work.observer.end();
+        let rows = std::mem::take(&mut scanned.rows);
+        Ok((scanned, log.map_or(Rows::Memory(rows), Rows::Log)))
+    }
 }
 
 /// The record of an image that was read, and its file, which is durable and unchanged since.
 pub(super) fn described(
     library: &Library,
-    name: &str,
-    id: ImageId,
+    new: &Newcomer<'_>,
     place: RawFile,
     file: fs::File,
     scanned: &scan::Scan,
 ) -> Result<Side> {
     let meta = file.metadata().map_err(|e| Error::io(&place.raw, "look at it", e))?;
     let record = ImageRecord {
-        id,
-        name: name.to_string(),
+        id: new.id,
+        name: new.name.to_string(),
         generation: 1,
         source: place.source,
         path: place.made.map_or_else(|| place.raw.clone(), PathBuf::from),
         size: meta.len(),
         mtime_ns: mtime_ns(&meta),
         digest: scanned.digest,
-        domain: library.catalog().domain.clone(),
+        domain: new.domain.to_string(),
         blocks: blocks_in(meta.len()),
         nonzero_blocks: scanned.count,
         fingerprint: library.catalog().fingerprint,
-        run: FileRef { file: run_file(name, id).into(), bytes: 0, crc32c: 0 },
+        run: FileRef { file: run_file(new.name, new.id).into(), bytes: 0, crc32c: 0 },
+        public_run: None,
         chunks: None,
     };
     let side = Side { file, path: place.raw, record };
@@ -288,52 +347,60 @@ pub(super) fn described(
 /// Joins, compares, and stages run, chunks, map and index rows of an image. It is among the change's images afterwards.
 pub(super) fn enter(change: &mut Change<'_>, found: Fingerprints, work: &Work) -> Result<Added> {
     let began = Instant::now();
-    let Fingerprints { mut side, rows, chunks, data_bytes, convert_time, hash_time, proved, _cold } = found;
-    let (id, name) = (side.record.id, side.record.name.clone());
+    let Fingerprints { mut side, rows, public_rows, chunks, data_bytes, convert_time, hash_time, proved, _cold } =
+        found;
+    let (id, name, domain) = (side.record.id, side.record.name.clone(), side.record.domain.clone());
+    change.open(&domain, work)?;
     side.record.chunks = Some(write_chunks(change, &side.record, &chunks)?);
-
-    let run_path = change.stage_new_or_over(&side.record.run.file.display().to_string())?;
     let known_path = change.transaction.scratch(&format!("{id}.known"));
-    let library = change.transaction.library().catalog().uuid_bytes();
-    let mut sink = Newcomer {
-        run: run::Writer::create(&run_path, &meta(change.transaction.library(), &side.record))?,
-        known: TableWriter::create(&known_path, library, u64::from(id.0))?,
-        shared: HashMap::new(),
-    };
-    let policy = change.policy;
+    let mut files = Files::create(change, &side.record, &known_path, public_rows.is_some())?;
+
     let choose = change.choose();
     let scratch = change.transaction.scratch(&format!("{id}.pairs"));
     let placing = Placing {
         own: &side,
         images: &change.images,
-        contents: &change.contents,
+        contents: change.contents(&domain)?,
+        hasher: change.hasher(&domain)?,
         choose: &choose,
-        policy,
+        policy: change.policy,
         is_settled: false,
         is_proved: &|pair| proved.as_ref().is_some_and(|p| p.has(pair)),
         scratch: &scratch,
         work,
     };
-    let placed = place(rows.sorted(work), &placing, &mut sink)?;
-    let shares = expand(&sink.shared, &change.contents);
-    let mut stamp = sink.run.finish()?;
-    let known_stamp = sink.known.finish()?;
+    let lent = match (change.public_contents_for(&domain), public_rows) {
+        (Some(contents), Some(rows)) => Lent::ByOtherHash(contents, rows.sorted(work)),
+        (Some(contents), None) => Lent::BySameHash(contents),
+        (None, _) => Lent::Nothing,
+    };
+    let placed = place(rows.sorted(work), lent, &placing, &mut files)?;
+    let mut shares = expand(&files.shared, change.contents(&domain)?);
+    if let Some(public) = change.public_contents_for(&domain) {
+        shares.extend(expand(&files.shared_public, public));
+        shares.sort_unstable();
+    }
+    let Files { run, run_path, known, public_run, .. } = files;
+    let mut stamp = run.finish()?;
+    let known_stamp = known.finish()?;
     if !placed.corrections.is_empty() {
         let right = change.transaction.scratch(&format!("{id}.run"));
         let meta = meta(change.transaction.library(), &side.record);
         stamp = correct_run(&run_path, stamp, &right, &meta, &placed.corrections)?;
         fs::rename(&right, &run_path).map_err(|e| Error::io(&run_path, "replace it", e))?;
     }
-    side.record.run = FileRef { bytes: stamp.bytes, crc32c: stamp.crc32c, ..side.record.run };
+    side.record.run = file_ref(&side.record.run.file, stamp);
+    if let Some((file, run)) = public_run {
+        side.record.public_run = Some(file_ref(Path::new(&file), run.finish()?));
+    }
 
     let map_path = change.stage_new_or_over(&map_file(&name))?;
     let reads_from = placed.targets.iter().map(|&id| ImageId(id)).filter(|i| *i != id).collect();
-    let totals = write_map(&map_path, policy, &change.images, &side, placed)?;
+    let totals = write_map(change, &map_path, &side, placed)?;
 
     let known = Table::open(&known_path, known_stamp)?;
     let rows = run::Reader::open(&run_path, stamp)?;
-    let count = side.record.nonzero_blocks;
-    change.contents.insert(&change.transaction, id, held(rows, known.scan()), count, work)?;
+    change.insert(&side.record, held(rows, known.scan()), work)?;
     fs::remove_file(&known_path).map_err(|e| Error::io(&known_path, "remove it", e))?;
 
     let record = side.record.clone();
@@ -342,15 +409,48 @@ pub(super) fn enter(change: &mut Change<'_>, found: Fingerprints, work: &Work) -
     Ok(Added { record, totals, data_bytes, reads_from, shares, convert_time, hash_time, map_time })
 }
 
-/// Writes the new image's files as its rows are settled.
-struct Newcomer {
-    run: run::Writer,
-    known: TableWriter,
-    /// Blocks of the image by the set of images that hold their content.
-    shared: HashMap<u32, u64>,
+fn file_ref(file: &Path, stamp: run::Stamp) -> FileRef {
+    FileRef { file: file.to_path_buf(), bytes: stamp.bytes, crc32c: stamp.crc32c }
 }
 
-impl Sink for Newcomer {
+/// Writes the new image's files as its rows are settled.
+struct Files {
+    run: run::Writer,
+    run_path: PathBuf,
+    /// What the index knew of its hashes.
+    known: TableWriter,
+    /// Relative to the library.
+    public_run: Option<(String, run::Writer)>,
+    /// Blocks of the image by the set of images that hold their content; of its own domain, and of the public one.
+    shared: HashMap<u32, u64>,
+    shared_public: HashMap<u32, u64>,
+}
+
+impl Files {
+    fn create(change: &mut Change<'_>, record: &ImageRecord, known: &Path, is_public_too: bool) -> Result<Files> {
+        let run_path = change.stage_new_or_over(&record.run.file.display().to_string())?;
+        let public = change.public_domain_for(&record.domain).map(str::to_string).filter(|_| is_public_too);
+        let mut public_run = None;
+        if let Some(domain) = public {
+            let had = record.public_run.as_ref().map(|run| run.file.display().to_string());
+            let file = had.unwrap_or_else(|| public_run_file(&record.name, record.id));
+            let path = change.stage_new_or_over(&file)?;
+            let meta = run::Meta { domain: &domain, ..meta(change.transaction.library(), record) };
+            public_run = Some((file, run::Writer::create(&path, &meta)?));
+        }
+        let library = change.transaction.library();
+        Ok(Files {
+            run: run::Writer::create(&run_path, &meta(library, record))?,
+            run_path,
+            known: TableWriter::create(known, library.catalog().uuid_bytes(), u64::from(record.id.0))?,
+            public_run,
+            shared: HashMap::new(),
+            shared_public: HashMap::new(),
+        })
+    }
+}
+
+impl Sink for Files {
     fn part(&mut self, rows: &[Row], known: &[index::Row]) -> Result<()> {
         self.run.push(rows)?;
         known.iter().try_for_each(|row| self.known.push(row))?;
@@ -361,6 +461,23 @@ impl Sink for Newcomer {
             }
         }
         Ok(())
+    }
+
+    /// Only what the public domain holds is kept: its key would make the runs of private domains comparable.
+    fn lent(&mut self, rows: &[Row], known: &[index::Row]) -> Result<()> {
+        let mut lookout = Lookout::new(known);
+        let mut found = Vec::new();
+        for row in rows {
+            if let Some(set) = lookout.set_of(row) {
+                *self.shared_public.entry(set).or_default() += 1;
+                // Which content of its hash it is comes out by comparison, each time.
+                found.push(Row { variant: 0, ..*row });
+            }
+        }
+        match &mut self.public_run {
+            Some((_, run)) => run.push(&found),
+            None => Ok(()),
+        }
     }
 }
 
@@ -410,16 +527,16 @@ pub(super) fn make_read_only(path: &Path) {
 
 /// Reads an image of the library again; it keeps name, ID, generation and what it was made of.
 pub(super) fn refingerprint(change: &Change<'_>, record: &ImageRecord, work: &Work) -> Result<Fingerprints> {
-    let library = change.transaction.library();
     let made = record.owned().then(|| record.path.display().to_string());
-    let place = RawFile { raw: library.image_path(record), made, source: record.source.clone() };
-    let log = change.transaction.scratch(&scan_log(&record.name));
-    let mut found = fingerprint(library, &record.name, record.id, place, &log, work)?;
+    let raw = change.transaction.library().image_path(record);
+    let place = RawFile { raw, made, source: record.source.clone() };
+    let newcomer = Newcomer { name: &record.name, id: record.id, domain: &record.domain };
+    let mut found = fingerprint(change, &newcomer, place, work)?;
     let new = &mut found.side.record;
     new.generation = record.generation;
-    new.domain.clone_from(&record.domain);
     // A renamed image's files keep the names that they have.
     new.run.file.clone_from(&record.run.file);
     new.chunks.clone_from(&record.chunks);
+    new.public_run.clone_from(&record.public_run);
     Ok(found)
 }

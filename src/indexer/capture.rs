@@ -1,7 +1,9 @@
 //! Makes an image of what a VM left: a base image and its overlay. Only what the overlay has changed is hashed; the rest is
 //! known of the base.
 
-use super::add::{Added, Fingerprints, RawFile, Rows, described, enter, make_read_only, open_cold};
+use super::add::{
+    Added, Fingerprints, Newcomer, RawFile, Rows, described, enter, make_read_only, open_cold, public_hasher,
+};
 use super::change::Change;
 use super::remap::Proved;
 use super::stats::open_run;
@@ -9,7 +11,8 @@ use super::{Work, read_map};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::chunks::{self, Chunk};
 use crate::fingerprint::digest::{self, CHUNK_SIZE};
-use crate::fingerprint::{Row, scan};
+use crate::fingerprint::run;
+use crate::fingerprint::{Hasher, Row, scan};
 use crate::image::Format;
 use crate::library::{ImageRecord, Library, Source, Writer, check_name, made_file, open_regular};
 use crate::units::BLOCK_SIZE;
@@ -26,6 +29,8 @@ const CHUNK_BLOCKS: u64 = CHUNK_SIZE / BLOCK_SIZE;
 pub struct Capture<'a> {
     /// What to call the new image.
     pub name: &'a str,
+    /// The sharing domain that it comes into.
+    pub domain: &'a str,
     /// The overlay's base, an image of the library.
     pub base: &'a ImageRecord,
     /// The overlay, which is remembered.
@@ -48,7 +53,8 @@ pub fn capture(writer: &mut Writer, capture: &Capture<'_>, work: &Work) -> Resul
         let cause = "there is an image of this name already";
         return Err(Error::new(ErrorKind::Exists, capture.name, cause).mend("use another name"));
     }
-    let mut change = Change::begin(writer, work)?;
+    check_domain(writer.library(), capture)?;
+    let mut change = Change::begin(writer);
     let id = change.next_id()?;
     let goal = made_file(capture.name, id);
     let raw = change.transaction.stage(&goal)?;
@@ -58,61 +64,82 @@ pub fn capture(writer: &mut Writer, capture: &Capture<'_>, work: &Work) -> Resul
     (capture.write)(&library.image_path(capture.base), &raw)?;
     let source = Source { format: Format::Qcow2, path: capture.overlay.to_path_buf() };
     let place = RawFile { raw, made: Some(goal), source: Some(source) };
-    let found = fingerprint(library, capture, id, place, work)?;
+    let newcomer = Newcomer { name: capture.name, id, domain: capture.domain };
+    let found = fingerprint(&change, capture, &newcomer, place, work)?;
     let added = enter(&mut change, found, work)?;
     change.commit(|_| {}, work)?;
     make_read_only(&writer.library().image_path(&added.record));
     Ok(added)
 }
 
+/// What a VM wrote stays in the domain of its image; that of a public image comes into a private domain, or to the public one.
+fn check_domain(library: &Library, capture: &Capture<'_>) -> Result<()> {
+    let catalog = library.catalog();
+    catalog.domain(capture.domain)?;
+    if catalog.may_read(capture.domain, &capture.base.domain) {
+        return Ok(());
+    }
+    let cause = format!("was made on image {}, which is of domain {}", capture.base.name, capture.base.domain);
+    Err(Error::file(ErrorKind::Usage, capture.overlay, cause).mend(format!("give --domain {}", capture.base.domain)))
+}
+
 /// Hashes the chunks that the overlay has changed, and takes the others from the base.
 fn fingerprint(
-    library: &Library,
+    change: &Change<'_>,
     capture: &Capture<'_>,
-    id: crate::units::ImageId,
+    new: &Newcomer<'_>,
     place: RawFile,
     work: &Work,
 ) -> Result<Fingerprints> {
+    let library = change.transaction.library();
     let Capture { name, base, size, changed, .. } = *capture;
     let file = open_regular(&place.raw)?;
     let touched = touched_chunks(base.size, size, changed);
     let of_base = read_chunks(library, base)?;
-    let algorithm = library.catalog().fingerprint;
-    let known = of_base.filter(|_| base.fingerprint == algorithm);
     let bytes = touched.len() as u64 * CHUNK_SIZE;
     work.observer.begin(&format!("hashing {name}"), bytes);
-    let advance = |bytes| work.observer.advance(bytes);
     let cold = open_cold(&file, &place.raw, size)?.keep_for_now(bytes);
-    let job = scan::Job {
-        file: &file,
-        cold: &cold,
-        path: &place.raw,
-        size,
-        algorithm,
-        threads: work.threads,
-        stop: work.stop,
-        advance: &advance,
-        log: None,
+    let scan_with = |hasher| -> Result<(scan::Scan, bool)> {
+        let job = scan::Job {
+            file: &file,
+            cold: &cold,
+            path: &place.raw,
+            size,
+            hasher,
+            threads: work.threads,
+            stop: work.stop,
+            advance: &|bytes| work.observer.advance(bytes),
+            log: None,
+        };
+        match (rows_of_base(change, base, hasher)?, &of_base) {
+            (Some(rows), Some(_)) => {
+                let mut scanned = scan::scan_chunks(&job, &touched.iter().copied().collect::<Vec<_>>())?;
+                merge_rows(rows, &touched, &mut scanned, work)?;
+                Ok((scanned, true))
+            }
+            // The base was added by a vmar that kept no chunks, or its fingerprints have another key.
+            _ => Ok((scan::scan(&job)?, false)),
+        }
     };
     let began = Instant::now();
-    let mut scanned = match &known {
-        Some(_) => scan::scan_chunks(&job, &touched.iter().copied().collect::<Vec<_>>())?,
-        // The base was added by a vmar that kept no chunks.
-        None => scan::scan(&job)?,
-    };
-    if let Some(known) = known {
-        merge_base(library, base, &touched, known, &mut scanned, work)?;
+    let (mut scanned, is_merged) = scan_with(change.hasher(new.domain)?)?;
+    if let (true, Some(known)) = (is_merged, &of_base) {
+        scanned.chunks.extend(known.iter().filter(|(index, _)| !touched.contains(index)));
+        scanned.chunks.sort_unstable_by_key(|(index, _)| *index);
         scanned.digest = digest::image(size, &scanned.chunks);
         scanned.count = scanned.rows.len() as u64;
     }
+    let public = public_hasher(change, new.domain)?;
+    let public_rows = public.map(|hasher| Ok(Rows::Memory(scan_with(hasher)?.0.rows))).transpose()?;
     let hash_time = began.elapsed();
     work.observer.end();
     let proved = Proved::by(read_map(library, base)?, changed_blocks(&touched));
-    let side = described(library, name, id, place, file, &scanned)?;
+    let side = described(library, new, place, file, &scanned)?;
     let scan::Scan { rows, chunks, .. } = scanned;
     Ok(Fingerprints {
         side,
         rows: Rows::Memory(rows),
+        public_rows,
         chunks,
         data_bytes: bytes,
         convert_time: None,
@@ -120,6 +147,17 @@ fn fingerprint(
         proved: Some(proved),
         _cold: cold,
     })
+}
+
+/// The fingerprints of the base that were made with this key, if any were.
+fn rows_of_base(change: &Change<'_>, base: &ImageRecord, hasher: Hasher) -> Result<Option<run::Reader>> {
+    if change.hasher(&base.domain)? == hasher {
+        return open_run(change.transaction.library(), base).map(Some);
+    }
+    match public_hasher(change, &base.domain)? {
+        Some(public) if public == hasher => change.images.public_run(base.id.0),
+        _ => Ok(None),
+    }
 }
 
 /// The chunks that can differ from the base's: those that the overlay has a byte of, and those from where the base ends.
@@ -133,18 +171,9 @@ fn changed_blocks(touched: &BTreeSet<u64>) -> Vec<Range<u64>> {
     touched.iter().map(|chunk| chunk * CHUNK_BLOCKS..(chunk + 1) * CHUNK_BLOCKS).collect()
 }
 
-/// Adds rows and chunks of the base where nothing was touched.
-fn merge_base(
-    library: &Library,
-    base: &ImageRecord,
-    touched: &BTreeSet<u64>,
-    known: Vec<Chunk>,
-    scanned: &mut scan::Scan,
-    work: &Work,
-) -> Result<()> {
-    scanned.chunks.extend(known.into_iter().filter(|(index, _)| !touched.contains(index)));
-    scanned.chunks.sort_unstable_by_key(|(index, _)| *index);
-    for row in open_run(library, base)? {
+/// Adds rows of the base where nothing was touched.
+fn merge_rows(rows: run::Reader, touched: &BTreeSet<u64>, scanned: &mut scan::Scan, work: &Work) -> Result<()> {
+    for row in rows {
         let row = row?;
         if !touched.contains(&(u64::from(row.block) / CHUNK_BLOCKS)) {
             // Which content of its hash it is comes out again.

@@ -3,25 +3,28 @@
 use super::Work;
 use super::choose::Choose;
 use super::compare::Side;
-use super::contents::Contents;
+use super::contents::{Contents, Held};
 use super::images::Images;
 use crate::error::{Error, ErrorKind, Result};
-use crate::fingerprint::Row;
+use crate::fingerprint::{Hasher, Row};
 use crate::index;
 use crate::library::{Catalog, ImageRecord, Policy, Removed, Transaction, Writer, map_file};
 use crate::units::ImageId;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// A change of a library, in one sharing domain.
+/// A change of a library.
 pub(super) struct Change<'w> {
     pub transaction: Transaction<'w>,
-    pub contents: Contents,
     pub images: Images,
     /// How targets are chosen.
     pub policy: Policy,
     /// The images that the policy prefers.
     pub preference: BTreeMap<u32, u64>,
+    /// The content indexes of the sharing domains that it has to do with.
+    contents: BTreeMap<String, Contents>,
+    /// Keys that are new with this change.
+    hashers: BTreeMap<String, Hasher>,
     added: Vec<ImageRecord>,
     gone: BTreeSet<u32>,
     /// Files of removed images that somebody still reads.
@@ -30,28 +33,75 @@ pub(super) struct Change<'w> {
 
 impl<'w> Change<'w> {
     /// Starts with the library as it is.
-    pub fn begin(writer: &'w mut Writer, work: &Work) -> Result<Change<'w>> {
+    pub fn begin(writer: &'w mut Writer) -> Change<'w> {
         let transaction = writer.begin();
-        let domain = transaction.library().catalog().domain.clone();
-        let contents = Contents::open(&transaction, &domain, work)?;
-        Ok(Change::with(transaction, contents, &domain))
-    }
-
-    /// Starts with an index that was made already.
-    pub fn with(transaction: Transaction<'w>, contents: Contents, domain: &str) -> Change<'w> {
-        let images = Images::of(transaction.library(), domain);
+        let images = Images::of(transaction.library());
         let policy = transaction.library().catalog().policy;
         let preference = transaction.library().catalog().preference.clone();
         Change {
             transaction,
-            contents,
             images,
             policy,
             preference,
+            contents: BTreeMap::new(),
+            hashers: BTreeMap::new(),
             added: Vec::new(),
             gone: BTreeSet::new(),
             left: Vec::new(),
         }
+    }
+
+    /// Opens the content indexes that images of this domain are looked up in: its own and the public one's.
+    pub fn open(&mut self, domain: &str, work: &Work) -> Result<()> {
+        let public = self.public_domain_for(domain).map(str::to_string);
+        for name in public.as_deref().into_iter().chain([domain]) {
+            if !self.contents.contains_key(name) {
+                let contents = Contents::open(&self.transaction, name, work)?;
+                self.contents.insert(name.to_string(), contents);
+            }
+        }
+        Ok(())
+    }
+
+    /// The index of this domain is made anew.
+    pub fn renew(&mut self, domain: &str, contents: Contents) {
+        self.contents.insert(domain.to_string(), contents);
+    }
+
+    /// The content index of a domain, which was opened.
+    pub fn contents(&self, domain: &str) -> Result<&Contents> {
+        self.contents.get(domain).ok_or_else(|| not_open(domain))
+    }
+
+    /// An image with these contents comes into its domain; see [`Contents::insert`].
+    pub fn insert(
+        &mut self,
+        record: &ImageRecord,
+        held: impl Iterator<Item = Result<Held>>,
+        work: &Work,
+    ) -> Result<()> {
+        let contents = self.contents.get_mut(&record.domain).ok_or_else(|| not_open(&record.domain))?;
+        contents.insert(&self.transaction, record.id, held, record.nonzero_blocks, work)
+    }
+
+    /// The public domain, as images of another domain see it.
+    pub fn public_domain_for(&self, domain: &str) -> Option<&str> {
+        self.transaction.library().catalog().public_domain_for(domain)
+    }
+
+    /// The content index of the public domain, as images of another domain see it.
+    pub fn public_contents_for(&self, domain: &str) -> Option<&Contents> {
+        self.contents.get(self.public_domain_for(domain)?)
+    }
+
+    /// From now on the blocks of the images of this domain are hashed with another key.
+    pub fn rekey(&mut self, domain: &str, hasher: Hasher) {
+        self.hashers.insert(domain.to_string(), hasher);
+    }
+
+    /// What hashes the blocks of the images of this domain.
+    pub fn hasher(&self, domain: &str) -> Result<Hasher> {
+        self.hashers.get(domain).map_or_else(|| self.transaction.library().hasher(domain), |hasher| Ok(*hasher))
     }
 
     /// How the targets of maps are chosen.
@@ -85,14 +135,11 @@ impl<'w> Change<'w> {
 
     /// An image is not there from now on: its files go with the commit, but for a raw file that is not vmar's, and one
     /// that somebody reads. The map stays if its name does.
-    pub fn remove(&mut self, record: &ImageRecord, keep_map: bool) {
-        self.contents.remove(record.id);
+    pub fn remove(&mut self, record: &ImageRecord, keep_map: bool) -> Result<()> {
+        self.contents.get_mut(&record.domain).ok_or_else(|| not_open(&record.domain))?.remove(record.id);
         self.images.remove(record.id.0);
         self.gone.insert(record.id.0);
-        self.transaction.remove(&record.run.file);
-        if let Some(chunks) = &record.chunks {
-            self.transaction.remove(&chunks.file);
-        }
+        record.files().for_each(|file| self.transaction.remove(&file.file));
         if !keep_map {
             self.transaction.remove(Path::new(&map_file(&record.name)));
         }
@@ -100,15 +147,19 @@ impl<'w> Change<'w> {
             let generation = record.generation;
             self.left.push(Removed { id: record.id, generation, name: record.name.clone(), path: record.path.clone() });
         }
+        Ok(())
     }
 
     /// Publishes all of it, and what `edit` does to the catalog besides.
     pub fn commit(self, edit: impl FnOnce(&mut Catalog), work: &Work) -> Result<()> {
-        let Change { mut transaction, contents, images, added, gone, left, policy, preference } = self;
+        let Change { mut transaction, contents, images, added, gone, left, policy, preference, .. } = self;
         // Last look: whoever wrote into a file while others were read is noticed.
         images.check_unchanged()?;
         work.check_stop("the library")?;
-        let index = contents.stage(&mut transaction)?;
+        let mut indexes = Vec::new();
+        for (domain, contents) in contents {
+            indexes.extend(contents.stage(&mut transaction)?.map(|index| (domain, index)));
+        }
         transaction.commit(|catalog| {
             catalog.images.retain(|r| !gone.contains(&r.id.0));
             for record in added {
@@ -121,13 +172,15 @@ impl<'w> Change<'w> {
             catalog.policy = policy;
             catalog.preference = preference;
             catalog.preference.retain(|id, _| !gone.contains(id));
-            if let Some((domain, index, next_file)) = index {
-                catalog.index.insert(domain, index);
-                catalog.next_file = next_file;
-            }
+            catalog.index.extend(indexes);
             edit(catalog);
         })
     }
+}
+
+/// A defect of this program.
+fn not_open(domain: &str) -> Error {
+    Error::new(ErrorKind::Io, format!("sharing domain {domain}"), "its content index was not opened")
 }
 
 /// Goes along the rows of an image and what the index knows of their hashes, both ascending.

@@ -53,7 +53,6 @@ pub(super) struct Contents {
     sets: Sets,
     /// The newest first.
     tables: Vec<OpenTable>,
-    next_file: u64,
     /// What the catalog names now.
     before: Option<IndexRef>,
     changed: bool,
@@ -94,7 +93,6 @@ impl Contents {
             domain: domain.to_string(),
             sets: Sets::default(),
             tables: Vec::new(),
-            next_file: catalog.next_file,
             before: catalog.index.get(domain).cloned(),
             changed: true,
         }
@@ -244,9 +242,8 @@ impl Contents {
         self.put_table(id, path, stamp, 0)
     }
 
-    fn start_table(&mut self, change: &Transaction) -> Result<(u64, PathBuf, TableWriter)> {
-        let id = self.next_file;
-        self.next_file += 1;
+    fn start_table(&self, change: &Transaction) -> Result<(u64, PathBuf, TableWriter)> {
+        let id = change.number();
         let path = change.scratch(&format!("{id}.table"));
         let writer = TableWriter::create(&path, self.library, id)?;
         Ok((id, path, writer))
@@ -270,15 +267,13 @@ impl Contents {
         Ok(())
     }
 
-    /// Stages what is new, and says what the catalog is to name; `None` if nothing changed. `next_file` of the catalog must
-    /// be what comes with it.
-    pub fn stage(mut self, change: &mut Transaction) -> Result<Option<(String, IndexRef, u64)>> {
+    /// Stages what is new, and says what the catalog is to name; `None` if nothing changed.
+    pub fn stage(mut self, change: &mut Transaction) -> Result<Option<IndexRef>> {
         if !self.changed {
             return Ok(None);
         }
         self.sets.forget_unused();
-        let sets_id = self.next_file;
-        self.next_file += 1;
+        let sets_id = change.number();
         let file = index_file(sets_id, "sets");
         let path = change.stage(&file)?;
         std::fs::write(&path, self.sets.encode(&Identity { library: self.library, id: sets_id }))
@@ -291,7 +286,7 @@ impl Contents {
             change.remove(&before.sets);
             before.tables.iter().filter(|t| !tables.contains(t)).for_each(|t| change.remove(&t.file));
         }
-        Ok(Some((self.domain, IndexRef { sets: file.into(), sets_id, tables }, self.next_file)))
+        Ok(Some(IndexRef { sets: file.into(), sets_id, tables }))
     }
 }
 

@@ -47,7 +47,7 @@ pub fn holders(
 ) -> Result<BTreeMap<Content, Vec<Holder>>> {
     let mut out: BTreeMap<Content, Vec<Holder>> = BTreeMap::new();
     let Some(last) = contents.last() else { return Ok(out) };
-    let comparable = |r: &&ImageRecord| r.domain == record.domain && r.fingerprint == record.fingerprint;
+    let comparable = |r: &&ImageRecord| r.domain == record.domain;
     for image in library.images().iter().filter(comparable) {
         for row in open_run(library, image)? {
             let row = row?;

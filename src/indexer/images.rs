@@ -1,11 +1,11 @@
-//! The images of a sharing domain while a command works on them: their records, fingerprints and bytes, each opened when
+//! The images of a library while a command works on them: their records, fingerprints and bytes, each opened when
 //! it is needed. Images that the command itself adds are among them, with their files still in `staging/`.
 
 use super::compare::{Others, Side};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::run;
 use crate::index::table::MEND;
-use crate::library::{ImageRecord, Library, mtime_ns};
+use crate::library::{FileRef, ImageRecord, Library, mtime_ns};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -24,10 +24,10 @@ pub(super) struct Images {
 }
 
 impl Images {
-    /// All images of the domain.
-    pub fn of(library: &Library, domain: &str) -> Images {
+    /// All images, of whatever domain: which of them may be read from is for the content indexes to say.
+    pub fn of(library: &Library) -> Images {
         let mut images = Images { library: library.clone(), members: BTreeMap::new() };
-        for record in library.images().iter().filter(|r| r.domain == domain) {
+        for record in library.images() {
             let (record, run, side) = (record.clone(), library.run_path(record), OnceLock::new());
             images.members.insert(record.id.0, Member { record, run, side });
         }
@@ -62,6 +62,16 @@ impl Images {
         let member = self.member(id)?;
         let stamp = run::Stamp { bytes: member.record.run.bytes, crc32c: member.record.run.crc32c };
         run::Reader::open(&member.run, stamp)
+    }
+
+    /// Those of its fingerprints that have the key of the public domain, if it has any.
+    pub fn public_run(&self, id: u32) -> Result<Option<run::Reader>> {
+        let member = self.member(id)?;
+        let open = |run: &FileRef| {
+            let stamp = run::Stamp { bytes: run.bytes, crc32c: run.crc32c };
+            run::Reader::open(&self.library.dir().join(&run.file), stamp)
+        };
+        member.record.public_run.as_ref().map(open).transpose()
     }
 
     /// Refuses images that were written to since they were opened: what was compared must still be what the catalog says.

@@ -2,7 +2,7 @@
 //! read from one that goes are followed up first, and all of it is one change: there is no instant at which a map points
 //! to what is not there.
 
-use super::add::{Added, enter, fingerprint_file, make_read_only};
+use super::add::{Added, Newcomer, enter, fingerprint_file, make_read_only};
 use super::change::Change;
 use super::remap::{Remapped, dependants, remap_one};
 use super::{Work, read_map};
@@ -30,9 +30,10 @@ pub struct Removal {
 /// Whatever stops it leaves the library as it was. Whether overlays or servers need the image is for the caller to ask.
 pub fn remove(writer: &mut Writer, name: &str, publish: bool, work: &Work) -> Result<Removal> {
     let record = writer.library().image(name)?.clone();
-    let mut change = Change::begin(writer, work)?;
-    let behind = dependants(&change, &[record.id.0])?;
-    change.remove(&record, false);
+    let mut change = Change::begin(writer);
+    change.open(&record.domain, work)?;
+    let behind = dependants(&change, &record)?;
+    change.remove(&record, false)?;
     let followed = follow(&mut change, &behind, work)?;
     if publish {
         change.commit(|_| {}, work)?;
@@ -70,16 +71,17 @@ pub fn update(writer: &mut Writer, name: &str, file: &Path, keep: bool, work: &W
     check_name(name)?;
     let old = writer.library().image(name)?.clone();
     let from = probe(file)?;
-    let mut change = Change::begin(writer, work)?;
+    let mut change = Change::begin(writer);
+    change.open(&old.domain, work)?;
     let mut behind = Vec::new();
     if keep {
         keep_generation(&mut change, &old)?;
     } else {
-        behind = dependants(&change, &[old.id.0])?;
-        change.remove(&old, true);
+        behind = dependants(&change, &old)?;
+        change.remove(&old, true)?;
     }
     let id = change.next_id()?;
-    let mut found = fingerprint_file(&mut change, name, id, &from, work)?;
+    let mut found = fingerprint_file(&mut change, &Newcomer { name, id, domain: &old.domain }, &from, work)?;
     found.side.record.generation = old.generation + 1;
     let added = enter(&mut change, found, work)?;
     let followed = follow(&mut change, &behind, work)?;

@@ -47,11 +47,11 @@ pub struct Pair {
     pub blocks_of_b: u64,
 }
 
-/// Counts. Images of different sharing domains have nothing in common, whatever they hold.
-pub fn matrix(library: &Library) -> Result<Matrix> {
-    let mut domains: BTreeMap<(&str, String), Vec<&ImageRecord>> = BTreeMap::new();
-    for record in library.images() {
-        domains.entry((&record.domain, record.fingerprint.to_string())).or_default().push(record);
+/// Counts, in one sharing domain or in each. Images of different sharing domains have nothing in common, whatever they hold.
+pub fn matrix(library: &Library, domain: Option<&str>) -> Result<Matrix> {
+    let mut domains: BTreeMap<&str, Vec<&ImageRecord>> = BTreeMap::new();
+    for record in library.images().iter().filter(|r| domain.is_none_or(|domain| r.domain == domain)) {
+        domains.entry(&record.domain).or_default().push(record);
     }
     let mut out = Matrix::default();
     for images in domains.values() {

@@ -3,6 +3,7 @@
 //! ```text
 //! rows by hash ─ parts ─ candidates ─┬─ pairs ─ by block ─ windows ─ prove ─ arrange ─ entries ─ map
 //!                                    ├─ rows with variants ───────────┴─ corrections ─ run
+//!                                    ├─ (pairs of the public domain: compared and preferred)
 //!                                    └─ what the index knew ─────────────────────────── index
 //! ```
 //!
@@ -11,16 +12,17 @@
 //! are cut at the borders of windows for the policies that look at their length, for every image alike.
 
 use super::candidates::{Candidates, Part, candidates};
+use super::change::Change;
 use super::choose::Choose;
 use super::compare::{Pair, Side, Sides};
 use super::contents::Contents;
 use super::images::Images;
-use super::resolve::{Corrections, Proof, arrange, keep_partial_block, prove};
+use super::resolve::{Corrections, Proof, arrange, borrow, keep_partial_block, prove};
 use super::spool::Spool;
 use super::{Work, target_of};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fingerprint::{Row, run};
-use crate::index;
+use crate::fingerprint::{Hasher, Row, run};
+use crate::index::{self, table::MEND};
 use crate::library::Policy;
 use crate::map::{Entry, EntryBuilder, Map, MapSpec, Totals, build};
 use crate::units::ImageId;
@@ -41,7 +43,9 @@ const ROWS_MIN: u64 = 1 << 12;
 pub(super) struct Placing<'a> {
     pub own: &'a Side,
     pub images: &'a Images,
+    /// Of the image's own domain.
     pub contents: &'a Contents,
+    pub hasher: Hasher,
     pub choose: &'a Choose,
     pub policy: Policy,
     /// See [`Part::is_settled`].
@@ -57,6 +61,22 @@ pub(super) struct Placing<'a> {
 pub(super) trait Sink {
     /// The rows with the variants of their candidates, and what the index knew of their hashes.
     fn part(&mut self, rows: &[Row], known: &[index::Row]) -> Result<()>;
+
+    /// Rows as the public domain hashes them, if it is not the image's own, and what its index knows of their hashes.
+    fn lent(&mut self, rows: &[Row], known: &[index::Row]) -> Result<()>;
+}
+
+/// Sorted rows.
+pub(super) type Rows<'a> = Box<dyn Iterator<Item = Result<Row>> + 'a>;
+
+/// How an image finds what the public domain holds.
+pub(super) enum Lent<'a> {
+    /// Not at all: there is no public domain, or the image is of it.
+    Nothing,
+    /// In this index, by the image's own fingerprints, which have no key.
+    BySameHash(&'a Contents),
+    /// In this index, by fingerprints with the public domain's key.
+    ByOtherHash(&'a Contents, Rows<'a>),
 }
 
 /// Nobody needs it: the image is in the library.
@@ -64,6 +84,10 @@ pub(super) struct NoSink;
 
 impl Sink for NoSink {
     fn part(&mut self, _: &[Row], _: &[index::Row]) -> Result<()> {
+        Ok(())
+    }
+
+    fn lent(&mut self, _: &[Row], _: &[index::Row]) -> Result<()> {
         Ok(())
     }
 }
@@ -82,19 +106,31 @@ pub(super) struct Placed {
 /// Finds, proves and arranges. `rows` are the image's, sorted.
 pub(super) fn place(
     rows: impl Iterator<Item = Result<Row>>,
+    lent: Lent<'_>,
     placing: &Placing<'_>,
     sink: &mut dyn Sink,
 ) -> Result<Placed> {
     let Placing { own, images, contents, choose, is_settled, work, .. } = *placing;
     let rows_per_part = (work.memory.saturating_sub(OTHER_BYTES) / BYTES_PER_ROW).max(ROWS_MIN);
     let mut spool = Spool::new(placing.scratch, rows_per_part);
+    let mut lenders: BTreeSet<u32> = BTreeSet::new();
     let mut parts = Parts { rows: rows.peekable(), limit: rows_per_part };
     while let Some(mut rows) = parts.next()? {
         work.check_stop(&own.record.name)?;
+        if let Lent::BySameHash(public) = &lent {
+            lend(rows.clone(), public, placing, &mut lenders, &mut spool, sink)?;
+        }
         let part = Part { rows: &mut rows, is_settled };
         let Candidates { pairs, known } = candidates(part, own.record.id.0, contents, images, choose)?;
         spool.push(pairs.into_iter())?;
         sink.part(&rows, &known)?;
+    }
+    if let Lent::ByOtherHash(public, rows) = lent {
+        let mut parts = Parts { rows: rows.peekable(), limit: rows_per_part };
+        while let Some(rows) = parts.next()? {
+            work.check_stop(&own.record.name)?;
+            lend(rows, public, placing, &mut lenders, &mut spool, sink)?;
+        }
     }
     let mut placed = Placed::default();
     let (mut used, mut runs): (BTreeSet<u32>, EntryBuilder) = (BTreeSet::new(), EntryBuilder::new());
@@ -103,13 +139,16 @@ pub(super) fn place(
         images,
         contents,
         choose,
+        hasher: placing.hasher,
         is_settled,
         is_proved: placing.is_proved,
         work,
     };
     spool.windows(own.record.blocks, |pairs| {
         work.check_stop(&own.record.name)?;
+        let (pairs, lent) = split_lent(pairs, &lenders);
         prove(pairs, &proof, &mut placed.corrections)?;
+        borrow(pairs, lent, &proof)?;
         keep_partial_block(pairs, &proof.sides);
         arrange(pairs, placing.policy, &proof)?;
         for pair in pairs.iter() {
@@ -125,6 +164,38 @@ pub(super) fn place(
         entry.target = u32::try_from(number).unwrap_or_default();
     }
     Ok(placed)
+}
+
+/// Finds the candidates of rows in the public domain.
+fn lend(
+    mut rows: Vec<Row>,
+    public: &Contents,
+    placing: &Placing<'_>,
+    lenders: &mut BTreeSet<u32>,
+    spool: &mut Spool,
+    sink: &mut dyn Sink,
+) -> Result<()> {
+    let Placing { own, images, choose, .. } = *placing;
+    // Which content of a hash it is was told apart in the image's own domain, if at all.
+    rows.iter_mut().for_each(|row| row.variant = 0);
+    rows.sort_unstable();
+    let part = Part { rows: &mut rows, is_settled: false };
+    let Candidates { mut pairs, known } = candidates(part, own.record.id.0, public, images, choose)?;
+    pairs.retain(|pair| pair.image != own.record.id.0);
+    lenders.extend(pairs.iter().map(|pair| pair.image));
+    spool.push(pairs.into_iter())?;
+    sink.lent(&rows, &known)
+}
+
+/// The pairs of a window that lead into the image's own domain, one a block, and those that lead to the lenders.
+fn split_lent<'p>(pairs: &'p mut [Pair], lenders: &BTreeSet<u32>) -> (&'p mut [Pair], &'p [Pair]) {
+    let is_lent = |p: &Pair| lenders.contains(&p.image);
+    if !lenders.is_empty() {
+        pairs.sort_unstable_by_key(|p| (is_lent(p), p.source));
+    }
+    let at = pairs.partition_point(|p| !is_lent(p));
+    let (own, lent) = pairs.split_at_mut(at);
+    (own, lent)
 }
 
 /// Cuts sorted rows where a hash ends.
@@ -150,14 +221,22 @@ impl<I: Iterator<Item = Result<Row>>> Parts<I> {
 }
 
 /// Writes the map to a new file, once it has passed what every reader asks of it.
-pub(super) fn write_map(path: &Path, policy: Policy, images: &Images, own: &Side, placed: Placed) -> Result<Totals> {
+pub(super) fn write_map(change: &Change<'_>, path: &Path, own: &Side, placed: Placed) -> Result<Totals> {
+    let (images, catalog) = (&change.images, change.transaction.library().catalog());
+    for &id in placed.targets.iter().filter(|id| **id != own.record.id.0) {
+        let (reader, owner) = (&own.record.domain, &images.record(id)?.domain);
+        if !catalog.may_read(reader, owner) {
+            let cause = format!("led from sharing domain {reader} to {owner}, which may not be");
+            return Err(Error::file(ErrorKind::Corrupt, path, cause).mend(MEND));
+        }
+    }
     let target = |&id: &u32| match ImageId(id) {
         id if id == own.record.id => Ok(target_of(&own.record)),
         id => images.record(id.0).map(target_of),
     };
     let spec = MapSpec {
         source: target_of(&own.record),
-        policy: policy.code(),
+        policy: change.policy.code(),
         targets: placed.targets.iter().map(target).collect::<Result<_>>()?,
         entries: placed.entries,
     };

@@ -5,31 +5,47 @@ use super::add::{Added, enter, refingerprint};
 use super::change::Change;
 use super::contents::Contents;
 use crate::error::{Error, ErrorKind, Result};
-use crate::library::Writer;
+use crate::fingerprint::Algorithm;
+use crate::library::domain::{Key, KeyRef};
+use crate::library::{Catalog, Writer};
+use std::collections::BTreeMap;
 
-/// Makes the content index anew, of the fingerprints.
+/// Makes the content indexes anew, of the fingerprints.
 ///
 /// # Errors
 /// `Corrupt` when the fingerprints of an image are damaged: then all is to be made anew.
 pub fn rebuild_index(writer: &mut Writer, work: &Work) -> Result<()> {
-    let transaction = writer.begin();
-    let domain = transaction.library().catalog().domain.clone();
-    let contents = Contents::derived(&transaction, &domain, work)?;
-    Change::with(transaction, contents, &domain).commit(|_| {}, work)
+    let mut change = Change::begin(writer);
+    for domain in domains(&change) {
+        let contents = Contents::derived(&change.transaction, &domain, work)?;
+        change.renew(&domain, contents);
+    }
+    change.commit(|_| {}, work)
 }
 
-/// Makes fingerprints, index and maps anew, of the images alone; names, IDs and policy stay. The images must hold what was
-/// added: one that changed is to be updated or removed first, or else the fingerprints of its old content are lost.
+/// Makes fingerprints, indexes and maps anew, of the images alone; names, IDs and policy stay. The images must hold what was
+/// added: one that changed is to be updated or removed first, or else the fingerprints of its old content are lost. With
+/// `new_keys` the sharing domains get other keys, for when one was lost or somebody else has learnt it.
 ///
 /// # Errors
 /// `Changed` when an image does not have its content digest any more; `NotFound` when one is gone. Nothing has changed then.
-pub fn rebuild(writer: &mut Writer, work: &Work) -> Result<Vec<Added>> {
-    let transaction = writer.begin();
-    let records = transaction.library().images().to_vec();
-    let domain = transaction.library().catalog().domain.clone();
-    let contents = Contents::empty(&transaction, &domain);
-    let mut change = Change::with(transaction, contents, &domain);
+pub fn rebuild(writer: &mut Writer, new_keys: bool, work: &Work) -> Result<Vec<Added>> {
+    let mut change = Change::begin(writer);
+    let mut records = change.transaction.library().images().to_vec();
     records.iter().for_each(|r| change.images.remove(r.id.0));
+    let mut keys: BTreeMap<String, KeyRef> = BTreeMap::new();
+    for domain in domains(&change) {
+        let contents = Contents::empty(&change.transaction, &domain);
+        change.renew(&domain, contents);
+        if new_keys && change.transaction.library().catalog().fingerprint == Algorithm::Blake3 {
+            let (key, reference) = Key::stage(&mut change.transaction, &domain)?;
+            change.rekey(&domain, key.hasher());
+            keys.insert(domain, reference);
+        }
+    }
+    // The public images first: others look for their contents there.
+    let public = change.transaction.library().catalog().public_domain().map(str::to_string);
+    records.sort_by_key(|r| (Some(&r.domain) != public.as_ref(), r.id));
     let mut out = Vec::with_capacity(records.len());
     for record in &records {
         work.check_stop(&record.name)?;
@@ -41,6 +57,18 @@ pub fn rebuild(writer: &mut Writer, work: &Work) -> Result<Vec<Added>> {
         }
         out.push(enter(&mut change, found, work)?);
     }
-    change.commit(|_| {}, work)?;
+    let with_keys = |catalog: &mut Catalog| {
+        for (name, key) in keys {
+            if let Some(domain) = catalog.domains.get_mut(&name) {
+                domain.key = Some(key);
+            }
+        }
+    };
+    change.commit(with_keys, work)?;
+    out.sort_by_key(|added| added.record.id);
     Ok(out)
+}
+
+fn domains(change: &Change<'_>) -> Vec<String> {
+    change.transaction.library().catalog().domains.keys().cloned().collect()
 }

@@ -7,10 +7,11 @@
 use super::change::Change;
 use super::choose::run_length;
 use super::compare::{Others, Pair};
-use super::place::{NoSink, Placing, place, write_map};
+use super::place::{Lent, NoSink, Placing, place, write_map};
 use super::stats::open_run;
 use super::{Work, read_map};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fingerprint::Algorithm;
 use crate::library::{ImageRecord, Policy, Writer, map_file};
 use crate::map::{Map, Totals};
 use crate::units::ImageId;
@@ -46,13 +47,15 @@ pub fn remap_by(
     usage: Option<BTreeMap<u32, u64>>,
     work: &Work,
 ) -> Result<Vec<Remapped>> {
-    let mut change = Change::begin(writer, work)?;
+    let mut change = Change::begin(writer);
     let was_by_use = matches!(change.policy, Policy::MostUsed(_));
     change.policy = policy;
     let records = change.transaction.library().images().to_vec();
+    records.iter().try_for_each(|r| change.open(&r.domain, work))?;
     match (policy, usage) {
         (Policy::LeastFragmented(_), _) => {
-            let length = |r: &ImageRecord| Ok((r.id.0, run_length(r.id.0, &change.contents, &change.images)?));
+            let length =
+                |r: &ImageRecord| Ok((r.id.0, run_length(r.id.0, change.contents(&r.domain)?, &change.images)?));
             change.preference = records.iter().map(length).collect::<Result<_>>()?;
         }
         (_, Some(usage)) => change.preference = usage,
@@ -76,6 +79,7 @@ pub(super) fn remap_one(
     work: &Work,
 ) -> Result<Remapped> {
     work.check_stop(&record.name)?;
+    change.open(&record.domain, work)?;
     let path = change.transaction.stage_over(&map_file(&record.name))?;
     let scratch = change.transaction.scratch(&format!("{}.pairs", record.id));
     let library = change.transaction.library();
@@ -92,7 +96,8 @@ pub(super) fn remap_one(
     let placing = Placing {
         own,
         images: &change.images,
-        contents: &change.contents,
+        contents: change.contents(&record.domain)?,
+        hasher: change.hasher(&record.domain)?,
         choose: &choose,
         policy: change.policy,
         is_settled: true,
@@ -100,9 +105,17 @@ pub(super) fn remap_one(
         scratch: &scratch,
         work,
     };
-    let placed = place(run, &placing, &mut NoSink)?;
+    let lent = match (change.public_contents_for(&record.domain), record.fingerprint) {
+        (None, _) => Lent::Nothing,
+        (Some(contents), Algorithm::Sha1) => Lent::BySameHash(contents),
+        (Some(contents), Algorithm::Blake3) => match change.images.public_run(record.id.0)? {
+            Some(rows) => Lent::ByOtherHash(contents, Box::new(rows)),
+            None => Lent::Nothing,
+        },
+    };
+    let placed = place(run, lent, &placing, &mut NoSink)?;
     let reads_from = placed.targets.iter().map(|&id| ImageId(id)).filter(|id| *id != record.id).collect();
-    let totals = write_map(&path, change.policy, &change.images, own, placed)?;
+    let totals = write_map(change, &path, own, placed)?;
     Ok(Remapped { name: record.name.clone(), totals, reads_from })
 }
 
@@ -133,20 +146,20 @@ impl Proved {
     }
 }
 
-/// The images that read from images which go, or would if runs were arranged in another way; in order of ID. `gone` are
-/// still in the index.
-pub(super) fn dependants(change: &Change<'_>, gone: &[u32]) -> Result<Vec<ImageRecord>> {
+/// The images that read from an image which goes, or, in its own domain, would if runs were arranged in another way; in
+/// order of ID. It is still in the index.
+pub(super) fn dependants(change: &Change<'_>, gone: &ImageRecord) -> Result<Vec<ImageRecord>> {
     let choose = change.choose();
     let mut affected = std::collections::BTreeSet::new();
-    for (_, images, _) in change.contents.sets().live() {
-        if gone.contains(&choose.one(images)) {
+    for (_, images, _) in change.contents(&gone.domain)?.sets().live() {
+        if choose.one(images) == gone.id.0 {
             affected.extend(images.iter().copied());
         }
     }
     let library = change.transaction.library();
     let mut out = Vec::new();
-    for record in library.images().iter().filter(|r| !gone.contains(&r.id.0)) {
-        let reads = || Ok(read_map(library, record)?.targets().any(|(t, _)| gone.contains(&t.image.0)));
+    for record in library.images().iter().filter(|r| r.id != gone.id) {
+        let reads = || Ok(read_map(library, record)?.targets().any(|(t, _)| t.image == gone.id));
         if affected.contains(&record.id.0) || reads()? {
             out.push(record.clone());
         }

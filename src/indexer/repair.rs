@@ -90,7 +90,7 @@ pub fn repair(dir: &Path, name: &str, options: &Options, work: &Work) -> Result<
         check_permission(&side, options)?;
         settle_mtime(&before);
     }
-    let expected = Expected::new(side.record.fingerprint, open_run(&library, &side.record)?)?;
+    let expected = Expected::new(library.hasher(&side.record.domain)?, open_run(&library, &side.record)?)?;
     let (bad, good) = find_bad(&library, &side, &expected, options.block, work)?;
     let cures = find_cures(&library, &side, &expected, &bad)?;
     let blocks: Vec<(u32, Option<Cure>)> =
@@ -245,7 +245,7 @@ fn mend(
 
 /// Reads the mended blocks' chunks, or all if all may be good, from the disk.
 fn check_mended(library: &Library, side: &Side, cures: &Cures, all_cured: bool, work: &Work) -> Result<bool> {
-    let expected = Expected::new(side.record.fingerprint, open_run(library, &side.record)?)?;
+    let expected = Expected::new(library.hasher(&side.record.domain)?, open_run(library, &side.record)?)?;
     let mut chunks = bytes::chunks(side, &expected)?;
     if !all_cured {
         let touched: BTreeSet<u64> = cures.keys().map(|&b| bytes::chunk_of(b)).collect();

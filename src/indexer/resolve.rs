@@ -12,7 +12,7 @@ use super::compare::{Pair, Side, Sides, differing, equal};
 use super::contents::{Content, Contents};
 use super::images::Images;
 use crate::error::{Error, ErrorKind, Result};
-use crate::fingerprint::{BLOCK_BYTES, Hash, hash_block};
+use crate::fingerprint::{BLOCK_BYTES, Hash, Hasher};
 use crate::library::{Policy, Runs};
 use crate::units::BLOCK_SIZE;
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,6 +24,8 @@ pub(super) struct Proof<'a> {
     pub images: &'a Images,
     pub contents: &'a Contents,
     pub choose: &'a Choose,
+    /// What the image's fingerprints, and those of all candidates, were made with.
+    pub hasher: Hasher,
     /// The image's contents were told apart when it was added, so that a block which differs from its candidate is an
     /// error.
     pub is_settled: bool,
@@ -38,18 +40,39 @@ pub(super) type Corrections = BTreeMap<u32, (Hash, u16)>;
 /// Compares every block with its candidate, and finds another for those that differ. `pairs` are ascending by source
 /// block.
 pub(super) fn prove(pairs: &mut [Pair], proof: &Proof<'_>, corrections: &mut Corrections) -> Result<()> {
+    let odd = unequal(pairs, "comparing", proof)?;
+    if odd.is_empty() { Ok(()) } else { settle(&odd, pairs, proof, corrections) }
+}
+
+/// Indices of the pairs that turn out to differ, ascending.
+fn unequal(pairs: &[Pair], what: &str, proof: &Proof<'_>) -> Result<Vec<usize>> {
     let Proof { sides, work, .. } = *proof;
     // A block that is its own candidate needs no comparison.
     let is_own = |p: &Pair| (p.image, p.block) == (sides.own_id(), p.source);
-    let open: Vec<usize> =
-        pairs.iter().enumerate().filter(|(_, p)| !is_own(p) && !(proof.is_proved)(p)).map(|(i, _)| i).collect();
+    let is_open = |p: &Pair| !is_own(p) && !(proof.is_proved)(p);
+    let open: Vec<usize> = pairs.iter().enumerate().filter(|(_, p)| is_open(p)).map(|(i, _)| i).collect();
     let to_compare: Vec<Pair> = open.iter().filter_map(|&i| pairs.get(i).copied()).collect();
-    work.observer.begin(&format!("comparing {}", sides.own.record.name), to_compare.len() as u64 * BLOCK_SIZE);
+    work.observer.begin(&format!("{what} {}", sides.own.record.name), to_compare.len() as u64 * BLOCK_SIZE);
     let differing = differing(&sides, &to_compare, work)?;
     work.observer.end();
-    drop(to_compare);
-    let odd: Vec<usize> = differing.into_iter().filter_map(|d| open.get(d).copied()).collect();
-    if odd.is_empty() { Ok(()) } else { settle(&odd, pairs, proof, corrections) }
+    Ok(differing.into_iter().filter_map(|d| open.get(d).copied()).collect())
+}
+
+/// Blocks that the public domain holds are read there: what all may read is in the page cache once. `lent` says where, by
+/// the fingerprint; both are ascending by source block. A block that differs stays with its own domain.
+pub(super) fn borrow(pairs: &mut [Pair], lent: &[Pair], proof: &Proof<'_>) -> Result<()> {
+    let mut odd = unequal(lent, "comparing", proof)?.into_iter().peekable();
+    for (i, place) in lent.iter().enumerate() {
+        if odd.next_if_eq(&i).is_some() {
+            continue;
+        }
+        if let Ok(at) = pairs.binary_search_by_key(&place.source, |p| p.source)
+            && let Some(pair) = pairs.get_mut(at)
+        {
+            *pair = *place;
+        }
+    }
+    Ok(())
 }
 
 /// Settles the blocks whose candidate turned out to be another content. `odd` is in order of block, so that the lowest
@@ -125,7 +148,7 @@ fn equal_content(block: u32, contents: &[Known], sides: &Sides) -> Result<Option
 fn check_collision(pair: Pair, proof: &Proof<'_>) -> Result<Hash> {
     let hash = |side: &Side, block| -> Result<Hash> {
         let mut buf = [0u8; BLOCK_BYTES];
-        Ok(hash_block(side.record.fingerprint, side.read(block, 1, &mut buf)?))
+        Ok(proof.hasher.hash(side.read(block, 1, &mut buf)?))
     };
     let (own, target) = (proof.sides.own, proof.sides.get(pair.image)?);
     let (hash_here, hash_there) = (hash(own, pair.source)?, hash(target, pair.block)?);
@@ -155,15 +178,10 @@ pub(super) fn keep_partial_block(pairs: &mut [Pair], sides: &Sides) {
 /// is compared like every redirect.
 pub(super) fn arrange(places: &mut [Pair], policy: Policy, proof: &Proof<'_>) -> Result<()> {
     let Some(Runs { bridge: limit, min_run }) = policy.runs() else { return Ok(()) };
-    let Proof { sides, work, .. } = *proof;
-    let found = gaps(places, sides.own_id(), limit);
+    let own = proof.sides.own_id();
+    let found = gaps(places, own, limit);
     let pairs: Vec<Pair> = pairs_of(&found, places).collect();
-    let open: Vec<usize> = pairs.iter().enumerate().filter(|(_, p)| !(proof.is_proved)(p)).map(|(i, _)| i).collect();
-    let to_compare: Vec<Pair> = open.iter().filter_map(|&i| pairs.get(i).copied()).collect();
-    work.observer.begin(&format!("bridging {}", sides.own.record.name), to_compare.len() as u64 * BLOCK_SIZE);
-    let differing = differing(&sides, &to_compare, work)?;
-    work.observer.end();
-    let mut differing = differing.into_iter().filter_map(|d| open.get(d).copied()).peekable();
+    let mut differing = unequal(&pairs, "bridging", proof)?.into_iter().peekable();
     let mut first = 0;
     let same = |gap: &Gap| {
         let end = first + gap.gap.len();
@@ -176,6 +194,6 @@ pub(super) fn arrange(places: &mut [Pair], policy: Policy, proof: &Proof<'_>) ->
     };
     let proved: Vec<Gap> = found.into_iter().filter(same).collect();
     bridge(places, &proved);
-    keep_short_runs(places, sides.own_id(), min_run);
+    keep_short_runs(places, own, min_run);
     Ok(())
 }

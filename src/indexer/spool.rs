@@ -69,8 +69,8 @@ impl Spool {
             None => return Ok(()),
         };
         let mut file = file.into_inner().map_err(|e| failed(e.into_error()))?;
-        // No window has more pairs than blocks.
-        let step = (self.limit / WINDOW).max(1) * WINDOW;
+        // No window has more pairs than two a block: one in the image's own domain, one in the public one.
+        let step = (self.limit / (2 * WINDOW)).max(1) * WINDOW;
         let mut from = 0;
         while from < blocks {
             let mut pairs = read_range(&mut file, from..from + step).map_err(failed)?;

@@ -62,10 +62,11 @@ pub struct ImageStats {
     pub map_bytes: u64,
 }
 
-/// Counts, in one pass over all runs; memory does not grow with them.
-pub fn stats(library: &Library) -> Result<Stats> {
-    let clusters = clusters(library)?;
-    let images = library.images().iter().map(|record| image_stats(library, record)).collect::<Result<_>>()?;
+/// Counts, in one pass over all runs; memory does not grow with them. Of one sharing domain, or the sums of all: what images
+/// of different domains have in common is never looked at.
+pub fn stats(library: &Library, domain: Option<&str>) -> Result<Stats> {
+    let clusters = clusters(library, domain)?;
+    let images = of_domain(library, domain).map(|(_, r)| image_stats(library, r)).collect::<Result<_>>()?;
     Ok(Stats {
         policy: library.catalog().policy.name().to_string(),
         knobs: library.catalog().policy.runs().map(|Runs { bridge, min_run }| Knobs { bridge, min_run }),
@@ -79,13 +80,23 @@ pub fn stats(library: &Library) -> Result<Stats> {
     })
 }
 
-/// The clusters of a library; images are numbered in order of ID, from 0 without gaps.
-pub fn clusters(library: &Library) -> Result<Clusters> {
-    let mut runs = Vec::new();
-    for record in library.images() {
-        runs.push(open_run(library, record)?);
-    }
+/// The images of a domain, or all, with their places in the order of IDs.
+fn of_domain<'a>(library: &'a Library, domain: Option<&'a str>) -> impl Iterator<Item = (u32, &'a ImageRecord)> {
+    (0u32..).zip(library.images()).filter(move |(_, r)| domain.is_none_or(|domain| r.domain == domain))
+}
+
+/// The clusters of a domain, or of all; images are numbered in order of ID, from 0 without gaps.
+pub fn clusters(library: &Library, domain: Option<&str>) -> Result<Clusters> {
     let mut clusters = Clusters::default();
+    for name in library.catalog().domains.keys().filter(|name| domain.is_none_or(|domain| *name == domain)) {
+        let (numbers, records): (Vec<u32>, Vec<&ImageRecord>) = of_domain(library, Some(name)).unzip();
+        count_domain(library, &numbers, &records, &mut clusters)?;
+    }
+    Ok(clusters)
+}
+
+fn count_domain(library: &Library, numbers: &[u32], records: &[&ImageRecord], clusters: &mut Clusters) -> Result<()> {
+    let runs = records.iter().map(|record| open_run(library, record)).collect::<Result<Vec<_>>>()?;
     let mut content = None;
     let (mut holders, mut copies) = (Vec::new(), 0u64);
     for item in merge(runs) {
@@ -100,7 +111,7 @@ pub fn clusters(library: &Library) -> Result<Clusters> {
             copies = 0;
         }
         // The images of a content come in order of its blocks, not of their numbers.
-        let image = u32::try_from(image).unwrap_or(u32::MAX);
+        let image = numbers.get(image).copied().unwrap_or(u32::MAX);
         if let Err(at) = holders.binary_search(&image) {
             holders.insert(at, image);
         }
@@ -109,21 +120,22 @@ pub fn clusters(library: &Library) -> Result<Clusters> {
     if copies > 0 {
         clusters.add(&holders, copies);
     }
-    Ok(clusters)
+    Ok(())
 }
 
 /// The clusters as the content indexes have them: the IDs of the images, ascending, and the contents that exactly these
 /// images hold. Costs no look at any fingerprint, but in a library of an older vmar that was not changed since.
-pub fn indexed_clusters(library: &Library) -> Result<Vec<(Vec<u32>, u64)>> {
+pub fn indexed_clusters(library: &Library, domain: Option<&str>) -> Result<Vec<(Vec<u32>, u64)>> {
     let mut counts: BTreeMap<Vec<u32>, u64> = BTreeMap::new();
     if library.catalog().index.is_empty() {
         // An older vmar kept none, and nothing was changed since.
-        for cluster in clusters(library)?.clusters() {
+        for cluster in clusters(library, domain)?.clusters() {
             let id = |n: &u32| library.images().get(*n as usize).map_or(u32::MAX, |r| r.id.0);
             *counts.entry(cluster.images.iter().map(id).collect()).or_default() += cluster.contents;
         }
     }
-    for index in library.catalog().index.values() {
+    let is_wanted = |name: &str| domain.is_none_or(|domain| name == domain);
+    for (_, index) in library.catalog().index.iter().filter(|(name, _)| is_wanted(name)) {
         for (_, images, contents) in super::contents::read_sets(library, index)?.live() {
             *counts.entry(images.to_vec()).or_default() += contents;
         }
@@ -131,10 +143,13 @@ pub fn indexed_clusters(library: &Library) -> Result<Vec<(Vec<u32>, u64)>> {
     Ok(counts.into_iter().collect())
 }
 
-/// With which images an image has contents in common, and how many distinct ones; the most first. By the content index.
-pub fn shares_of(library: &Library, image: ImageId) -> Result<Vec<(ImageId, u64)>> {
+/// With which images of its sharing domain an image has contents in common, and how many distinct ones; the most first. By the content index.
+pub fn shares_of(library: &Library, record: &ImageRecord) -> Result<Vec<(ImageId, u64)>> {
+    let image = record.id;
     let mut shares: BTreeMap<u32, u64> = BTreeMap::new();
-    for (images, contents) in indexed_clusters(library)?.iter().filter(|(images, _)| images.contains(&image.0)) {
+    for (images, contents) in
+        indexed_clusters(library, Some(&record.domain))?.iter().filter(|(images, _)| images.contains(&image.0))
+    {
         images.iter().filter(|id| **id != image.0).for_each(|id| *shares.entry(*id).or_default() += contents);
     }
     let mut out: Vec<(ImageId, u64)> = shares.into_iter().map(|(id, contents)| (ImageId(id), contents)).collect();

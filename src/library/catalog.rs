@@ -1,6 +1,7 @@
 //! `library.json`: what a library is and which images it has.
 
-use super::name::check_stored_name;
+use super::domain::Domain;
+use super::name::{check_name, check_stored_name};
 use crate::codec::{hex, unhex};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::Algorithm;
@@ -16,8 +17,9 @@ use std::str::FromStr;
 /// What the file says it is.
 const FORMAT: &str = "vmar-library";
 /// The version that this code writes. It reads those below too: version 2 added the policy `bridge`, version 3 the content
-/// indexes, without which an image cannot be added, so an older vmar must not go on with it.
-const VERSION: u32 = 3;
+/// indexes, without which an image cannot be added, so an older vmar must not go on with it; version 4 sharing domains and
+/// their keys.
+const VERSION: u32 = 4;
 
 /// Which copy of a content is read: the policy that chooses the targets of block maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -161,8 +163,11 @@ pub struct Catalog {
     pub policy: Policy,
     /// How blocks are fingerprinted.
     pub fingerprint: Algorithm,
-    /// The sharing domain of images that are added: blocks are only shared inside one.
+    /// The sharing domain of images of which nothing else is said.
     pub domain: String,
+    /// The sharing domains, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub domains: BTreeMap<String, Domain>,
     /// The ID of the next image. IDs are never reused.
     pub next_id: u32,
     /// Numbers the files of content indexes; never reused either.
@@ -214,12 +219,21 @@ pub struct ImageRecord {
     pub fingerprint: Algorithm,
     /// The fingerprints.
     pub run: FileRef,
+    /// Those of its blocks that images of the public domain held when it was added, with that domain's key; if it is of
+    /// another domain, and fingerprints have keys.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub public_run: Option<FileRef>,
     /// The chunks of the content digest; images that an older vmar added have none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chunks: Option<FileRef>,
 }
 
 impl ImageRecord {
+    /// The files of the library that belong to it alone, but for its map and its raw file.
+    pub fn files(&self) -> impl Iterator<Item = &FileRef> {
+        [Some(&self.run), self.public_run.as_ref(), self.chunks.as_ref()].into_iter().flatten()
+    }
+
     /// True if vmar made the raw file (and may remove it with the image).
     pub fn owned(&self) -> bool {
         self.source.is_some()
@@ -304,6 +318,7 @@ impl Catalog {
     pub(super) fn new(policy: Policy, fingerprint: Algorithm) -> std::io::Result<Catalog> {
         let mut uuid = [0u8; 16];
         std::fs::File::open("/dev/urandom")?.read_exact(&mut uuid)?;
+        let domain = "default".to_string();
         Ok(Catalog {
             format: FORMAT.to_string(),
             version: VERSION,
@@ -312,7 +327,8 @@ impl Catalog {
             uuid: hex(&uuid),
             policy,
             fingerprint,
-            domain: "default".to_string(),
+            domains: [(domain.clone(), Domain::default())].into(),
+            domain,
             next_id: 0,
             next_file: 0,
             index: BTreeMap::new(),
@@ -341,13 +357,39 @@ impl Catalog {
             let cause = format!("written in library format {}, this vmar knows up to {VERSION}", header.version);
             return Err(Error::file(ErrorKind::Unsupported, path, cause).mend("use a newer vmar"));
         }
-        let catalog: Catalog = serde_json::from_slice(&text).map_err(|e| corrupt(e.to_string()))?;
-        catalog.check().map_err(corrupt)?;
+        let mut catalog: Catalog = serde_json::from_slice(&text).map_err(|e| corrupt(e.to_string()))?;
         let crc = catalog.checksum().map_err(|e| corrupt(e.to_string()))?;
         if catalog.version >= 3 && crc != catalog.crc32c {
             return Err(corrupt("its checksum is wrong: it is damaged, or was changed by hand".to_string()));
         }
+        if catalog.version < 4 {
+            catalog.domains.insert(catalog.domain.clone(), Domain::default());
+        }
+        catalog.check().map_err(corrupt)?;
         Ok(catalog)
+    }
+
+    /// The sharing domain of that name.
+    pub fn domain(&self, name: &str) -> Result<&Domain> {
+        self.domains.get(name).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("sharing domain {name}"), "there is none of this name")
+                .mend("'vmar library domain list' shows the names, 'vmar library domain add' makes one")
+        })
+    }
+
+    /// The name of the sharing domain that images of all others may be read from, if there is one.
+    pub fn public_domain(&self) -> Option<&str> {
+        self.domains.iter().find(|(_, domain)| domain.public).map(|(name, _)| name.as_str())
+    }
+
+    /// The public domain, as images of this one see it: from inside it is a domain like any other.
+    pub fn public_domain_for(&self, domain: &str) -> Option<&str> {
+        self.public_domain().filter(|public| *public != domain)
+    }
+
+    /// Whether images of the domain `reader` may be read from images of the domain `owner`.
+    pub fn may_read(&self, reader: &str, owner: &str) -> bool {
+        reader == owner || self.public_domain() == Some(owner)
     }
 
     /// Counts the changes.
@@ -388,6 +430,7 @@ impl Catalog {
             return Err(format!("uuid {:?} is not 32 hexadecimal digits", self.uuid));
         }
         self.policy.with_knobs(None, None).map_err(|e| e.to_string())?;
+        self.check_domains()?;
         for (domain, index) in &self.index {
             let files = index.tables.iter().map(|t| (&t.file, t.id)).chain([(&index.sets, index.sets_id)]);
             if !files.into_iter().all(|(file, id)| is_inside(file) && id < self.next_file) {
@@ -406,8 +449,29 @@ impl Catalog {
                 return Err(format!("image {name:?}: ID {} is out of order", record.id));
             }
             lowest_free = record.id.0 + 1;
+            if !self.domains.contains_key(&record.domain) || record.fingerprint != self.fingerprint {
+                return Err(format!("image {name:?}: is of no domain of this library"));
+            }
             if !names.insert(name) {
                 return Err(format!("two images are called {name:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_domains(&self) -> Result<(), String> {
+        if !self.domains.contains_key(&self.domain) || self.domains.values().filter(|d| d.public).count() > 1 {
+            return Err("it needs the default domain, and no more than one public domain".to_string());
+        }
+        for (name, domain) in &self.domains {
+            check_name(name).map_err(|e| e.to_string())?;
+            let key_is_good = match (self.fingerprint, &domain.key) {
+                (Algorithm::Sha1, None) => true,
+                (Algorithm::Blake3, Some(key)) => is_inside(&key.file),
+                _ => false,
+            };
+            if !key_is_good {
+                return Err(format!("domain {name:?}: its key is missing, or is none"));
             }
         }
         Ok(())
@@ -424,7 +488,7 @@ impl ImageRecord {
             return Err(format!("{} blocks, {} non-zero, do not fit the size", self.blocks, self.nonzero_blocks));
         }
         let path_is_good = if self.owned() { is_inside(&self.path) } else { self.path.is_absolute() };
-        let files_are_good = [Some(&self.run), self.chunks.as_ref()].into_iter().flatten().all(|f| is_inside(&f.file));
+        let files_are_good = self.files().all(|f| is_inside(&f.file));
         if !path_is_good || !files_are_good {
             return Err("a path leads out of the library".to_string());
         }

@@ -14,7 +14,7 @@
 //! before can see the new map of an image with the old catalog; it looks again ([`super::Library::consistently`]).
 
 use super::writer::{in_the_way, remove, write_durably};
-use super::{CATALOG, IMAGES, INDEX, MAPS, RUNS, STAGING};
+use super::{CATALOG, IMAGES, INDEX, KEYS, MAPS, RUNS, STAGING};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::file::sync_dir;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -31,7 +31,7 @@ const NEW_CATALOG: &str = "catalog.new";
 /// The version that this code writes and carries out.
 const VERSION: u32 = 2;
 /// Directories that a commit moves files into.
-const PLACES: [&str; 4] = [RUNS, MAPS, IMAGES, INDEX];
+const PLACES: [&str; 5] = [RUNS, MAPS, IMAGES, INDEX, KEYS];
 
 /// What a commit does.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -173,7 +173,12 @@ impl Journal {
 }
 
 fn sync_places(dir: &Path) -> Result<()> {
-    PLACES.iter().chain(&[STAGING]).try_for_each(|place| sync_dir(&dir.join(place)))
+    PLACES
+        .iter()
+        .chain(&[STAGING])
+        .map(|place| dir.join(place))
+        .filter(|place| place.exists())
+        .try_for_each(|p| sync_dir(&p))
 }
 
 /// A plain file in one of the directories of a library.

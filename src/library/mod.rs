@@ -6,6 +6,7 @@
 //! DIR/runs/NAME.ID.parquet     fingerprints of an image, immutable (see `fingerprint::run`)
 //! DIR/runs/NAME.ID.chunks      the chunks of its content digest (see `fingerprint::chunks`)
 //! DIR/maps/NAME.map            the block map of an image (see FORMAT.md)
+//! DIR/keys/DOMAIN.N.key        the key of a sharing domain's fingerprints (see `domain`)
 //! DIR/index/N.table, N.sets    which images hold which contents (see `index`)
 //! DIR/images/NAME.ID.raw       only images that vmar made; raw images stay where they are
 //! DIR/overlays/                which overlays were made on which images
@@ -21,6 +22,7 @@
 //! overlays were made on it.
 
 mod catalog;
+pub mod domain;
 mod journal;
 pub mod lease;
 mod name;
@@ -28,11 +30,13 @@ mod overlays;
 mod writer;
 
 pub use catalog::{Catalog, FileRef, ImageRecord, IndexRef, Policy, Removed, Runs, Source, TableRef};
+pub use domain::Domain;
 pub use lease::{Lease, LeaseInfo, LeaseTarget, Live};
 pub use name::{check_name, kept_name};
 pub use writer::{Transaction, Writer};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::fingerprint::Hasher;
 use crate::units::ImageId;
 use std::fs::{File, Metadata};
 use std::os::unix::fs::MetadataExt;
@@ -51,6 +55,8 @@ const MAPS: &str = "maps";
 const IMAGES: &str = "images";
 /// Content indexes.
 const INDEX: &str = "index";
+/// Keys of sharing domains.
+const KEYS: &str = "keys";
 /// Overlays that were made on images.
 const OVERLAYS: &str = "overlays";
 /// How logs of scans end.
@@ -171,6 +177,18 @@ impl Library {
         self.dir.join(&record.run.file)
     }
 
+    /// What hashes the blocks of the images of a sharing domain.
+    ///
+    /// # Errors
+    /// `NotFound` when the library has no such domain, or its key is gone; `Corrupt` when it is another key; `Io` when this
+    /// process may not read it.
+    pub fn hasher(&self, domain: &str) -> Result<Hasher> {
+        match &self.catalog.domain(domain)?.key {
+            None => Ok(Hasher::Sha1),
+            Some(key) => key.read(&self.dir).map(|key| key.hasher()),
+        }
+    }
+
     /// Opens the image's raw file for reading, if it still is what was fingerprinted.
     ///
     /// # Errors
@@ -288,6 +306,16 @@ pub fn run_file(name: &str, id: ImageId) -> String {
     format!("{RUNS}/{name}.{id}.parquet")
 }
 
+/// Where those of them go that the public domain has, relative to the library.
+pub fn public_run_file(name: &str, id: ImageId) -> String {
+    format!("{RUNS}/{name}.{id}.public.parquet")
+}
+
+/// Where the key of a sharing domain goes, relative to the library.
+pub fn key_file(domain: &str, number: u64) -> String {
+    format!("{KEYS}/{domain}.{number}.key")
+}
+
 /// Where the chunks of an image's digest go, relative to the library.
 pub fn chunks_file(name: &str, id: ImageId) -> String {
     format!("{RUNS}/{name}.{id}.chunks")
@@ -301,6 +329,11 @@ pub fn made_file(name: &str, id: ImageId) -> String {
 /// How the log of the scan of a large image is called in `staging/`, where it stays for a while if the scan does not end.
 pub fn scan_log(name: &str) -> String {
     format!("{name}{SCAN_LOG}")
+}
+
+/// The same for the hashes with the public domain's key. (No image's name has such an `@`.)
+pub fn public_scan_log(name: &str) -> String {
+    scan_log(&format!("{name}@public"))
 }
 
 /// Where a file of a content index goes, relative to the library.

@@ -43,6 +43,7 @@ pub(super) fn record(name: &str, id: u32, raw: &Path) -> ImageRecord {
         nonzero_blocks: 1,
         fingerprint: Algorithm::Sha1,
         run: FileRef { file: run_file(name, ImageId(id)).into(), bytes: 1, crc32c: 0 },
+        public_run: None,
         chunks: None,
     }
 }

@@ -5,15 +5,18 @@
 //! later leaves a commit that the next writer ends.
 
 use super::catalog::{Catalog, ImageRecord, Policy};
+use super::domain::Key;
 use super::journal::{self, Journal, Move};
 use super::lease::{LEASES, this_host};
-use super::{CATALOG, IMAGES, INDEX, LOCK, Library, MAPS, OVERLAYS, RUNS, SCAN_LOG, STAGING, map_file};
+use super::{CATALOG, IMAGES, INDEX, KEYS, LOCK, Library, MAPS, OVERLAYS, RUNS, SCAN_LOG, STAGING, key_file, map_file};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::Algorithm;
 use crate::io::file::sync_dir;
 use rustix::fs::{FlockOperation, flock};
+use std::cell::Cell;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind as IoKind, Read, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -58,7 +61,8 @@ impl Writer {
 
     /// Starts a change.
     pub fn begin(&mut self) -> Transaction<'_> {
-        Transaction { writer: self, journal: Journal::default() }
+        let next_file = Cell::new(self.library.catalog.next_file);
+        Transaction { writer: self, journal: Journal::default(), next_file }
     }
 
     /// Changes the catalog alone.
@@ -77,6 +81,7 @@ impl Writer {
 pub struct Transaction<'w> {
     writer: &'w mut Writer,
     journal: Journal,
+    next_file: Cell<u64>,
 }
 
 impl Transaction<'_> {
@@ -105,10 +110,7 @@ impl Transaction<'_> {
     /// # Errors
     /// `NotFound` when the catalog knows no such file: nothing else is ever replaced.
     pub fn stage_over(&mut self, to: &str) -> Result<PathBuf> {
-        let is_ours = |r: &ImageRecord| {
-            let files = [Some(&r.run), r.chunks.as_ref()].into_iter().flatten().map(|f| f.file.as_path());
-            map_file(&r.name) == to || files.into_iter().any(|f| f == Path::new(to))
-        };
+        let is_ours = |r: &ImageRecord| map_file(&r.name) == to || r.files().any(|f| f.file == Path::new(to));
         if !self.library().images().iter().any(is_ours) {
             return Err(Error::new(ErrorKind::NotFound, to, "is not a file of this library"));
         }
@@ -119,6 +121,13 @@ impl Transaction<'_> {
             self.journal.replace.push(file);
         }
         Ok(path)
+    }
+
+    /// A number that no file of the library has yet.
+    pub fn number(&self) -> u64 {
+        let number = self.next_file.get();
+        self.next_file.set(number + 1);
+        number
     }
 
     /// A file that is of use until the change ends, and goes with it.
@@ -143,6 +152,7 @@ impl Transaction<'_> {
     /// goes on.
     pub fn commit(mut self, edit: impl FnOnce(&mut Catalog)) -> Result<()> {
         let mut catalog = self.library().catalog.clone();
+        catalog.next_file = self.next_file.get();
         edit(&mut catalog);
         catalog.changed();
         catalog.check().map_err(|e| Error::file(ErrorKind::Corrupt, &self.library().dir, e))?;
@@ -153,6 +163,7 @@ impl Transaction<'_> {
         // The scans of images that are in the library now have served.
         for record in &catalog.images {
             remove(&self.staging().join(super::scan_log(&record.name)))?;
+            remove(&self.staging().join(super::public_scan_log(&record.name)))?;
         }
         Ok(())
     }
@@ -179,7 +190,20 @@ pub(super) fn init(dir: &Path, policy: Policy, fingerprint: Algorithm) -> Result
     let _lock = take_lock(dir)?;
     check_empty(dir)?;
     make_directories(dir)?;
-    let catalog = Catalog::new(policy, fingerprint).map_err(|e| Error::io("/dev/urandom", "read", e))?;
+    let mut catalog = Catalog::new(policy, fingerprint).map_err(|e| Error::io("/dev/urandom", "read", e))?;
+    if fingerprint == Algorithm::Blake3 {
+        let number = catalog.next_file;
+        catalog.next_file += 1;
+        for (name, domain) in &mut catalog.domains {
+            let (key, file) = (Key::new()?, key_file(name, number));
+            let path = dir.join(&file);
+            // What an interrupted 'init' left.
+            remove(&path)?;
+            key.write(&path)?;
+            domain.key = Some(key.reference(&file));
+        }
+        sync_dir(&dir.join(KEYS))?;
+    }
     save(dir, &catalog)
 }
 
@@ -193,7 +217,7 @@ fn check_empty(dir: &Path) -> Result<()> {
                 Error::file(ErrorKind::Exists, dir, "is a vmar library already").mend("use it, or name another")
             );
         }
-        if ![LOCK, RUNS, MAPS, IMAGES, INDEX, STAGING, LEASES, OVERLAYS, "lost+found"]
+        if ![LOCK, RUNS, MAPS, IMAGES, INDEX, KEYS, STAGING, LEASES, OVERLAYS, "lost+found"]
             .iter()
             .any(|known| name == *known)
         {
@@ -234,9 +258,10 @@ fn held(dir: &Path, file: &mut File) -> Error {
 }
 
 fn make_directories(dir: &Path) -> Result<()> {
-    for place in [RUNS, MAPS, IMAGES, INDEX, STAGING] {
+    for place in [RUNS, MAPS, IMAGES, INDEX, KEYS, STAGING] {
         let path = dir.join(place);
-        match fs::create_dir(&path) {
+        let mode = if place == KEYS { 0o700 } else { 0o777 };
+        match fs::DirBuilder::new().mode(mode).create(&path) {
             Err(e) if e.kind() != IoKind::AlreadyExists => return Err(Error::io(&path, "make the directory", e)),
             _ => {}
         }

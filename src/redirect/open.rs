@@ -158,14 +158,14 @@ fn open_record(library: &Library, record: &ImageRecord, held: Option<&Base>) -> 
     }
     let open = |target| match held.and_then(|base| base.held(target)) {
         Some(open) => Ok(open),
-        None => open_target(library, &path, target).map(Arc::new),
+        None => open_target(library, record, &path, target).map(Arc::new),
     };
     let targets = map.targets().map(|(target, _)| open(target)).collect::<Result<_>>()?;
     Ok(Base::mapped(map, targets, held.map_or(ahead::WINDOW, |base| base.readahead)))
 }
 
 /// Opens one target of a map and makes sure that it is the image that the map means.
-fn open_target(library: &Library, map: &Path, target: Target) -> Result<Open> {
+fn open_target(library: &Library, reader: &ImageRecord, map: &Path, target: Target) -> Result<Open> {
     let record = library.image_by_id(target.image).map_err(|e| {
         Error::file(ErrorKind::Changed, map, format!("points to an image that is gone: {e}"))
             .mend("make the maps anew with 'vmar library remap', or restore the library from a copy")
@@ -174,6 +174,10 @@ fn open_target(library: &Library, map: &Path, target: Target) -> Result<Open> {
         let cause = format!("was made for another generation of image {}", record.name);
         return Err(Error::file(ErrorKind::Changed, map, cause)
             .mend("make the maps anew with 'vmar library remap', or restore the library from a copy"));
+    }
+    if !library.catalog().may_read(&reader.domain, &record.domain) {
+        let cause = format!("leads from sharing domain {} to image {} of {}", reader.domain, record.name, record.domain);
+        return Err(Error::file(ErrorKind::Corrupt, map, cause).mend("make the maps anew with 'vmar library remap'"));
     }
     let path = library.image_path(record);
     let file = library.open_image(record)?;

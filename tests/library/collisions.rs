@@ -4,7 +4,7 @@ use super::oracle;
 use super::support::{Place, content, image_of, work};
 use std::collections::HashSet;
 use std::os::unix::fs::FileExt;
-use vmar::fingerprint::{Algorithm, hash_block, run};
+use vmar::fingerprint::{Hasher, run};
 use vmar::indexer::read_map;
 use vmar::indexer::verify::verify;
 
@@ -14,7 +14,7 @@ const S2: u32 = 2;
 #[test]
 fn the_pair_is_a_pair() {
     assert_ne!(content(S1), content(S2));
-    let sha1 = |k| hash_block(Algorithm::Sha1, &content(k));
+    let sha1 = |k| Hasher::Sha1.hash(&content(k));
     assert_eq!(sha1(S1), sha1(S2));
     assert_ne!(sha1(1), sha1(3));
     // The first 4,096 bytes of the published files, whose hash is this, have the same property for the same reason.

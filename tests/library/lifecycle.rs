@@ -209,10 +209,10 @@ fn maps_that_followed_are_those_that_are_made_anew() {
         let followed = maps(&scene.place);
         scene.place.ok(&["library", "remap"]);
         assert_eq!(maps(&scene.place), followed, "step {step}");
-        let index = vmar::indexer::stats::indexed_clusters(&scene.place.library()).unwrap();
+        let index = vmar::indexer::stats::indexed_clusters(&scene.place.library(), None).unwrap();
         scene.place.ok(&["library", "rebuild"]);
         assert_eq!(maps(&scene.place), followed, "step {step}");
-        assert_eq!(vmar::indexer::stats::indexed_clusters(&scene.place.library()).unwrap(), index);
+        assert_eq!(vmar::indexer::stats::indexed_clusters(&scene.place.library(), None).unwrap(), index);
         scene.place.ok(&["image", "verify"]);
     }
 }
@@ -441,7 +441,7 @@ fn little_memory_makes_no_difference() {
         other.ok(&["image", "add", "--memory", "4K", &b]);
     }
     assert!(maps(&other) == want);
-    let index = |place: &Place| vmar::indexer::stats::indexed_clusters(&place.library()).unwrap();
+    let index = |place: &Place| vmar::indexer::stats::indexed_clusters(&place.library(), None).unwrap();
     assert_eq!(index(&other), index(&place));
     other.ok(&["image", "verify"]);
     other.assert_no_leftovers();

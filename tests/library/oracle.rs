@@ -20,7 +20,7 @@ pub fn check(place: &Place, images: &[(&str, Vec<u8>)]) {
     }
 
     let ids: Vec<u32> = library.images().iter().map(|r| r.id.0).collect();
-    let found = stats::stats(&library).unwrap();
+    let found = stats::stats(&library, None).unwrap();
     let nonzero: usize = holders.values().map(Vec::len).sum();
     let sets: BTreeSet<BTreeSet<usize>> = holders.values().map(|h| h.iter().copied().collect()).collect();
     assert_eq!(found.policy, "paper");
@@ -75,6 +75,6 @@ fn check_index(library: &Library, ids: &[u32], holders: &HashMap<&[u8], Vec<usiz
         let set: BTreeSet<u32> = images.iter().map(|&i| ids[i]).collect();
         *want.entry(set.into_iter().collect()).or_default() += 1;
     }
-    let got: BTreeMap<Vec<u32>, u64> = stats::indexed_clusters(library).unwrap().into_iter().collect();
+    let got: BTreeMap<Vec<u32>, u64> = stats::indexed_clusters(library, None).unwrap().into_iter().collect();
     assert_eq!(got, want);
 }

@@ -3,7 +3,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::digest::{self, CHUNK_BYTES, CHUNK_SIZE};
-use crate::fingerprint::{Algorithm, BLOCK_BYTES, Hash, Row, extents::data_extents, hash_block};
+use crate::fingerprint::{BLOCK_BYTES, Hash, Hasher, Row, extents::data_extents};
 use crate::indexer::Work;
 use crate::indexer::compare::Side;
 use crate::io::pace::Pace;
@@ -24,17 +24,17 @@ pub(in crate::indexer) fn chunk_of(block: u32) -> u64 {
 
 /// What the blocks of an image must be. Memory: 24 bytes a non-zero block.
 pub(in crate::indexer) struct Expected {
-    algorithm: Algorithm,
+    hasher: Hasher,
     /// In order of block, each once: no row, no data.
     blocks: Vec<(u32, Hash)>,
 }
 
 impl Expected {
     /// Of the rows of a run.
-    pub fn new(algorithm: Algorithm, run: impl Iterator<Item = Result<Row>>) -> Result<Expected> {
+    pub fn new(hasher: Hasher, run: impl Iterator<Item = Result<Row>>) -> Result<Expected> {
         let mut blocks = run.map(|row| row.map(|r| (r.block, r.hash))).collect::<Result<Vec<_>>>()?;
         blocks.sort_unstable();
-        Ok(Expected { algorithm, blocks })
+        Ok(Expected { hasher, blocks })
     }
 
     /// The blocks that have data, ascending.
@@ -52,7 +52,7 @@ impl Expected {
     pub fn is_right(&self, block: u32, bytes: &[u8]) -> bool {
         match self.hash_of(block) {
             None => is_zero(bytes),
-            Some(hash) => !is_zero(bytes) && hash_block(self.algorithm, bytes) == *hash,
+            Some(hash) => !is_zero(bytes) && self.hasher.hash(bytes) == *hash,
         }
     }
 
@@ -174,7 +174,7 @@ fn check_chunk(expected: &Expected, chunk: u64, bytes: &[u8]) -> Checked {
         all_zero &= zero;
         let right = match rows.next_if(|row| row.0 == number) {
             None => zero,
-            Some((_, hash)) => !zero && hash_block(expected.algorithm, block) == *hash,
+            Some((_, hash)) => !zero && expected.hasher.hash(block) == *hash,
         };
         if !right {
             bad.push(number);
@@ -204,8 +204,8 @@ mod tests {
             };
             let before = bytes_of(&blocks);
             let rows = (0u32..).zip(before.chunks(4096)).filter(|(_, b)| !is_zero(b))
-                .map(|(block, b)| Ok(Row { hash: hash_block(Algorithm::Sha1, b), variant: 0, block }));
-            let expected = Expected::new(Algorithm::Sha1, rows).unwrap();
+                .map(|(block, b)| Ok(Row { hash: Hasher::Sha1.hash(b), variant: 0, block }));
+            let expected = Expected::new(Hasher::Sha1, rows).unwrap();
             let mut now = blocks.clone();
             for (at, value) in changes {
                 if let Some(b) = now.get_mut(at) {
@@ -226,12 +226,12 @@ mod tests {
 
     #[test]
     fn a_run_that_names_more_blocks_than_there_are_is_found_out() {
-        let row = |block| Ok(Row { hash: hash_block(Algorithm::Sha1, &[1; 4096]), variant: 0, block });
+        let row = |block| Ok(Row { hash: Hasher::Sha1.hash(&[1; 4096]), variant: 0, block });
         for rows in [vec![0, 5], vec![0, 0]] {
-            let expected = Expected::new(Algorithm::Sha1, rows.iter().map(|&b| row(b))).unwrap();
+            let expected = Expected::new(Hasher::Sha1, rows.iter().map(|&b| row(b))).unwrap();
             assert!(!check_chunk(&expected, 0, &[1; 4096]).bad.is_empty(), "{rows:?}");
         }
-        let expected = Expected::new(Algorithm::Sha1, [0].into_iter().map(row)).unwrap();
+        let expected = Expected::new(Hasher::Sha1, [0].into_iter().map(row)).unwrap();
         assert!(check_chunk(&expected, 0, &[1; 4096]).bad.is_empty());
     }
 }

@@ -110,7 +110,7 @@ fn look(
     let record = &side.record;
     let pace = options.rate.map(Pace::new);
     let run = open_run(library, record)?;
-    let expected = Expected::new(record.fingerprint, run)?;
+    let expected = Expected::new(library.hasher(&record.domain)?, run)?;
     let all = bytes::chunks(side, &expected)?;
     let chosen = options.sample.map(|sample| choose(&all, sample));
     let looked_at = chosen.as_ref().unwrap_or(&all);
