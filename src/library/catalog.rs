@@ -359,13 +359,13 @@ impl Catalog {
         }
         let mut catalog: Catalog = serde_json::from_slice(&text).map_err(|e| corrupt(e.to_string()))?;
         let crc = catalog.checksum().map_err(|e| corrupt(e.to_string()))?;
-        if catalog.version >= 3 && crc != catalog.crc32c {
-            return Err(corrupt("its checksum is wrong: it is damaged, or was changed by hand".to_string()));
-        }
         if catalog.version < 4 {
             catalog.domains.insert(catalog.domain.clone(), Domain::default());
         }
         catalog.check().map_err(corrupt)?;
+        if catalog.version >= 3 && crc != catalog.crc32c {
+            return Err(corrupt("its checksum is wrong: it is damaged, or was changed by hand".to_string()));
+        }
         Ok(catalog)
     }
 

@@ -92,10 +92,10 @@ fn a_newer_library_is_refused_by_name() {
     let (_dir, library, _) = with_one_image();
     let path = library.dir().join(CATALOG);
     let text = fs::read_to_string(&path).unwrap();
-    fs::write(&path, text.replace("\"version\": 3", "\"version\": 4, \"news\": true")).unwrap();
+    fs::write(&path, text.replace("\"version\": 4", "\"version\": 5, \"news\": true")).unwrap();
     let err = Library::open(library.dir()).unwrap_err();
     assert_eq!(err.kind(), ErrorKind::Unsupported);
-    assert!(err.to_string().contains("library format 4"), "{err}");
+    assert!(err.to_string().contains("library format 5"), "{err}");
 }
 
 #[test]
@@ -138,7 +138,7 @@ fn an_older_catalog_is_read_and_written_anew() {
     let path = library.dir().join(CATALOG);
     let mut old: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     let fields = old.as_object_mut().unwrap();
-    for field in ["crc32c", "sequence", "next_file", "index", "removed", "preference"] {
+    for field in ["crc32c", "sequence", "next_file", "index", "removed", "preference", "domains"] {
         fields.remove(field).unwrap();
     }
     fields.insert("version".into(), 1.into());
@@ -146,8 +146,24 @@ fn an_older_catalog_is_read_and_written_anew() {
     assert_eq!(Library::open(library.dir()).unwrap().images(), [record]);
     Writer::open(library.dir()).unwrap().update(|c| c.policy = Policy::BRIDGE).unwrap();
     let text = fs::read_to_string(&path).unwrap();
-    assert!(text.contains("\"version\": 3"), "{text}");
+    assert!(text.contains("\"version\": 4"), "{text}");
     Library::open(library.dir()).unwrap();
+}
+
+/// As vmar wrote it before there were domains; its checksum is of that version's fields.
+#[test]
+fn a_catalog_of_version_3_is_read_with_its_checksum() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = r#"{ "format": "vmar-library", "version": 3, "crc32c": 4004369352, "sequence": 0,
+        "uuid": "371a88b10383af0ee8df5195bb004a2d", "policy": { "bridge": { "bridge": 8, "min_run": 8 } },
+        "fingerprint": "sha1", "domain": "default", "next_id": 0, "next_file": 0, "index": {}, "preference": {},
+        "removed": [], "images": [] }"#;
+    let path = dir.path().join(CATALOG);
+    fs::write(&path, text).unwrap();
+    let library = Library::open(dir.path()).unwrap();
+    assert_eq!(library.catalog().domains, [("default".to_string(), Domain::default())].into());
+    fs::write(&path, text.replace("\"next_id\": 0", "\"next_id\": 1")).unwrap();
+    assert!(Library::open(dir.path()).unwrap_err().to_string().contains("checksum"));
 }
 
 #[test]

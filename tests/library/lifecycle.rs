@@ -169,7 +169,7 @@ fn strings(texts: &[&str]) -> Vec<String> {
 }
 
 /// What a plain QEMU does to the overlay.
-fn write(overlay: &Path, at: u64, len: u64, value: u8) {
+pub fn write(overlay: &Path, at: u64, len: u64, value: u8) {
     let command = format!("write -P {value} {at} {len}");
     let output = Command::new("qemu-io").args(["-f", "qcow2", "-c", &command]).arg(overlay).output();
     let output = output.expect("qemu-io is missing: apt install qemu-utils");

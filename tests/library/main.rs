@@ -11,6 +11,7 @@ mod brute_force;
 mod changed;
 mod collisions;
 mod crash;
+mod domains;
 mod estimate;
 mod family;
 mod full_disk;

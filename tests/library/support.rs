@@ -32,8 +32,12 @@ impl Place {
     }
 
     pub fn with(policy: Policy) -> Place {
+        Place::with_fingerprint(policy, Algorithm::Sha1)
+    }
+
+    pub fn with_fingerprint(policy: Policy, algorithm: Algorithm) -> Place {
         let place = Place { dir: tempfile::tempdir().unwrap() };
-        Library::init(place.lib(), policy, Algorithm::Sha1).unwrap();
+        Library::init(place.lib(), policy, algorithm).unwrap();
         place
     }
 
@@ -100,7 +104,7 @@ impl Place {
     /// catalog all but the count of its changes.)
     pub fn snapshot(&self) -> Vec<(PathBuf, Vec<u8>)> {
         let mut out = Vec::new();
-        for sub in ["", "runs", "maps", "index", "images", "staging"] {
+        for sub in ["", "runs", "maps", "index", "images", "keys", "staging"] {
             for entry in fs::read_dir(self.lib().join(sub)).unwrap() {
                 let path = entry.unwrap().path();
                 if path.is_file() && path.file_name().unwrap() != "lock" {
@@ -121,9 +125,8 @@ impl Place {
         let library = self.library();
         let mut want: Vec<PathBuf> = vec!["library.json".into()];
         for record in library.images() {
-            want.push(record.run.file.clone());
+            want.extend(record.files().map(|f| f.file.clone()));
             want.push(format!("maps/{}.map", record.name).into());
-            want.extend(record.chunks.as_ref().map(|c| c.file.clone()));
             if record.owned() {
                 want.push(record.path.clone());
             }
@@ -134,6 +137,7 @@ impl Place {
             want.push(index.sets.clone());
             want.extend(index.tables.iter().map(|t| t.file.clone()));
         }
+        want.extend(library.catalog().domains.values().filter_map(|d| d.key.as_ref()).map(|key| key.file.clone()));
         want.sort();
         let have: Vec<PathBuf> = self.snapshot().into_iter().map(|(path, _)| path).collect();
         assert_eq!(have, want);
