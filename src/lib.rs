@@ -10,7 +10,7 @@
 //!        offline                                  at run time
 //!  web.raw  db.raw                     QEMU (guest)            QEMU (guest)
 //!     │       │                           │ virtqueues             │
-//!  fingerprint  4 KiB, SHA-1           daemon   vhost-user         │
+//!  fingerprint  4 KiB, SHA-1/BLAKE3    daemon   vhost-user         │
 //!     │       │                           │                        │
 //!  indexer   join, compare bytes       device   virtio-blk      device
 //!     │       │                         │    │                   │    │

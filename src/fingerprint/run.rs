@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! message vmar_fingerprints {
-//!   required fixed_len_byte_array(20) hash;     SHA-1 of the block's bytes
+//!   required fixed_len_byte_array(20) hash;     SHA-1, or keyed BLAKE3 (its first 20 bytes), of the block's bytes
 //!   required int32 variant;                     which content of this hash: 0 unless contents collide
 //!   required int32 block (INTEGER(32, false));  where in the image, in blocks of 4,096 bytes
 //! }
@@ -11,6 +11,10 @@
 //! One row a non-zero block, sorted by (hash, variant, block) and declared so, compressed with zstd. The key-value
 //! metadata name the image: `vmar.format` (1), `vmar.library`, `vmar.domain`, `vmar.image`, `vmar.image_id`,
 //! `vmar.generation`, `vmar.size`, `vmar.digest`, `vmar.algorithm`.
+//!
+//! `vmar.domain` is the sharing domain whose key, if any, the hashes were made with: `NAME.ID.public.parquet` has those blocks
+//! of an image that the public domain held when it was added, hashed with the public domain's key (all variants are 0: which
+//! content of its hash a block has is compared each time).
 //!
 //! Two rows with the same hash and variant, in whatever images of one sharing domain, are the same content, byte for
 //! byte. What two images share is therefore

@@ -336,7 +336,8 @@ pub(super) fn described(
         public_run: None,
         chunks: None,
     };
-    let side = Side { file, path: place.raw, record };
+    // Whoever scanned it keeps it in the page cache until it is compared.
+    let side = Side { file, path: place.raw, record, cold: None };
     // The catalog will be durable, so what it describes must be: a power cut could leave a file that was just copied with
     // its size and time, but with holes for data.
     side.file.sync_all().map_err(|e| Error::io(&side.path, "make it durable", e))?;

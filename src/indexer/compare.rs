@@ -3,6 +3,7 @@
 use super::Work;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::BLOCK_BYTES;
+use crate::io::cold::Cold;
 use crate::library::ImageRecord;
 use crate::units::BLOCK_SIZE;
 use std::fs::File;
@@ -25,6 +26,8 @@ pub(super) struct Side {
     pub path: PathBuf,
     /// What the library knows of it.
     pub record: ImageRecord,
+    /// The same file, for reads that leave the page cache as it was; `None` if somebody else sees to that.
+    pub cold: Option<Cold>,
 }
 
 /// The images that blocks are compared in.
@@ -72,12 +75,20 @@ impl Pair {
 }
 
 impl Side {
+    /// Fills `buf` with what is at `offset`, a multiple of a block.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        match &self.cold {
+            Some(cold) => cold.read_small(buf, offset),
+            None => self.file.read_exact_at(buf, offset),
+        }
+    }
+
     /// Reads blocks `first..first + count` into `buf`, as far as the image goes, and returns them.
     pub fn read<'b>(&self, first: u32, count: usize, buf: &'b mut [u8]) -> Result<&'b [u8]> {
         let start = u64::from(first) * BLOCK_SIZE;
         let len = self.record.size.saturating_sub(start).min(count as u64 * BLOCK_SIZE);
         let bytes = usize::try_from(len).ok().and_then(|n| buf.get_mut(..n)).unwrap_or(&mut []);
-        self.file.read_exact_at(bytes, start).map_err(|e| match e.kind() {
+        self.read_at(bytes, start).map_err(|e| match e.kind() {
             io::ErrorKind::UnexpectedEof => {
                 let cause = format!("image {} became shorter while it was read", self.record.name);
                 Error::file(ErrorKind::Changed, &self.path, cause).mend("put the original back")

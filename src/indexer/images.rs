@@ -1,11 +1,13 @@
 //! The images of a library while a command works on them: their records, fingerprints and bytes, each opened when
 //! it is needed. Images that the command itself adds are among them, with their files still in `staging/`.
 
+use super::add::open_cold;
 use super::compare::{Others, Side};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::run;
 use crate::index::table::MEND;
 use crate::library::{FileRef, ImageRecord, Library, mtime_ns};
+use crate::units::BLOCK_SIZE;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -88,7 +90,9 @@ impl Others for Images {
         }
         let file = self.library.open_image(&member.record)?;
         let path = self.library.image_path(&member.record);
-        Ok(member.side.get_or_init(|| Side { file, path, record: member.record.clone() }))
+        // Blocks that many share are read more than once.
+        let cold = open_cold(&file, &path, member.record.size)?.keep_for_now(member.record.nonzero_blocks * BLOCK_SIZE);
+        Ok(member.side.get_or_init(|| Side { file, path, record: member.record.clone(), cold: Some(cold) }))
     }
 }
 

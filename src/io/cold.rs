@@ -96,6 +96,16 @@ impl Cold {
         Ok(room.get(..to_usize(len)).unwrap_or_default())
     }
 
+    /// Fills `buf` with what is at `offset`, through the cache: for reads that are too small to pass it by. What was not there before is dropped again, or kept for now.
+    ///
+    /// # Errors
+    /// As for [`Cold::read`].
+    pub fn read_small(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let page = offset - offset % ALIGN;
+        let absent = self.absent(page, offset - page + buf.len() as u64);
+        self.read_through(offset, buf.len(), buf, absent)
+    }
+
     /// Reads through the cache and drops what was not there before.
     fn read_through(&self, offset: u64, len: usize, buf: &mut [u8], absent: Option<Vec<(u64, u64)>>) -> io::Result<()> {
         let outcome = self.file.read_exact_at(buf.get_mut(..len).unwrap_or_default(), offset);
@@ -231,6 +241,22 @@ mod tests {
         assert_eq!(look.absent(0, size).unwrap(), [(64 * 4096, 36 * 4096)], "the next read finds it");
         drop(kept);
         assert_eq!(look.absent(0, size).unwrap(), before);
+    }
+
+    #[test]
+    fn small_reads_leave_the_cache_as_it_was_too() {
+        let (file, bytes) = file();
+        let size = bytes.len() as u64;
+        let cold = cold(&file, bytes.len(), true);
+        let before = cold.absent(0, size).unwrap();
+        for (at, len) in [(0, 4096), (8 * 4096, 4 * 4096), (30 * 4096 + 512, 1024), (size - 600, 600)] {
+            let mut buf = vec![0; len as usize];
+            cold.read_small(&mut buf, at).unwrap();
+            assert_eq!(buf, &bytes[at as usize..(at + len) as usize]);
+        }
+        assert_eq!(cold.absent(0, size).unwrap(), before);
+        let err = cold.read_small(&mut [0; 4096], size - 100).unwrap_err();
+        assert_eq!(err.kind(), io::ErrorKind::UnexpectedEof);
     }
 
     #[test]

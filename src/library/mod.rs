@@ -4,6 +4,7 @@
 //! DIR/library.json             the catalog: one record an image (see `catalog`)
 //! DIR/lock                     held (flock) by the one writer; holds its host and pid
 //! DIR/runs/NAME.ID.parquet     fingerprints of an image, immutable (see `fingerprint::run`)
+//! DIR/runs/NAME.ID.public.parquet   those of them that the public domain has (see `domain`)
 //! DIR/runs/NAME.ID.chunks      the chunks of its content digest (see `fingerprint::chunks`)
 //! DIR/maps/NAME.map            the block map of an image (see FORMAT.md)
 //! DIR/keys/DOMAIN.N.key        the key of a sharing domain's fingerprints (see `domain`)

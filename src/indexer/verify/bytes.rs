@@ -10,7 +10,6 @@ use crate::io::pace::Pace;
 use crate::units::{BLOCK_SIZE, is_zero};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
@@ -153,7 +152,7 @@ fn read<'b>(side: &Side, extents: &[Range<u64>], chunk: u64, buf: &'b mut [u8]) 
     for part in overlaps(extents, chunk) {
         let inside = crate::units::to_usize(part.start - start)..crate::units::to_usize(part.end - start);
         let target = bytes.get_mut(inside).unwrap_or_default();
-        side.file.read_exact_at(target, part.start).map_err(|e| match e.kind() {
+        side.read_at(target, part.start).map_err(|e| match e.kind() {
             io::ErrorKind::UnexpectedEof => {
                 Error::file(ErrorKind::Changed, &side.path, "became shorter while it was read")
             }

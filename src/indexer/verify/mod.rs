@@ -3,6 +3,7 @@
 pub(super) mod bytes;
 mod progress;
 
+use super::add::open_cold;
 use super::compare::{Others, Pair, Side, Sides, differing};
 use super::stats::open_run;
 use super::{Work, read_map, target_of};
@@ -153,7 +154,10 @@ fn check_mtime(dir: &Path, side: &Side, meta: &Metadata, whole: bool) -> Result<
 /// Opens an image whatever its modification time says: its bytes are going to be looked at.
 pub(super) fn open(library: &Library, record: &ImageRecord) -> Result<Side> {
     let path = library.image_path(record);
-    Ok(Side { file: library.open_any(record)?, path, record: record.clone() })
+    let file = library.open_any(record)?;
+    // Its bytes are read twice: to be hashed, and to be compared.
+    let cold = open_cold(&file, &path, record.size)?.keep_for_now(record.nonzero_blocks * BLOCK_SIZE);
+    Ok(Side { file, path, record: record.clone(), cold: Some(cold) })
 }
 
 /// A random choice of chunks, ascending; the same for the same seed.
