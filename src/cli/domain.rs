@@ -3,6 +3,7 @@
 use super::Common;
 use super::output::{Table, print_json};
 use crate::error::Result;
+use crate::fingerprint::Algorithm;
 use crate::library::{Library, Writer, domain};
 use serde::Serialize;
 
@@ -49,7 +50,17 @@ pub fn run(common: &Common, verb: Verb) -> Result<()> {
     let dir = common.library()?;
     match verb {
         Verb::Add { name, public } => domain::add(&mut Writer::open(dir)?, &name, public),
-        Verb::Publish { name } => domain::publish(&mut Writer::open(dir)?, &name),
+        Verb::Publish { name } => {
+            let mut writer = Writer::open(dir)?;
+            domain::publish(&mut writer, &name)?;
+            // With keys, what the images have in common with it is not known before they are read again.
+            let verb = match writer.library().catalog().fingerprint {
+                Algorithm::Sha1 => "remap",
+                Algorithm::Blake3 => "rebuild",
+            };
+            println!("images that are in other domains already read from it after 'vmar library {verb}'");
+            Ok(())
+        }
         Verb::Remove { name } => domain::remove(&mut Writer::open(dir)?, &name),
         Verb::List => list(common, &Library::open(dir)?),
     }

@@ -391,7 +391,7 @@ fn keys_that_are_not_there() {
     let good = fs::read(&a).unwrap();
     let spoil: [(&dyn Fn(), &str); 3] = [
         (&|| fs::write(&a, "no key\n").unwrap(), "is no key: a key is 64 hexadecimal digits"),
-        (&|| drop(fs::copy(&b, &a).unwrap()), "is another key than the one that the fingerprints were made with"),
+        (&|| assert!(fs::copy(&b, &a).is_ok()), "is another key than the one that the fingerprints were made with"),
         (&|| fs::remove_file(&a).unwrap(), "read the key of the domain"),
     ];
     for (spoil, want) in spoil {
