@@ -3,7 +3,7 @@
 use super::Common;
 use super::image::{image_line, print_added, stop_on_signals};
 use super::output::{Progress, Table, percent, print_json};
-use super::overlay::StateDir;
+use super::overlay::{StateDir, images_below};
 use super::tell::tell_and_warn;
 use crate::error::{Error, ErrorKind, Result};
 use crate::indexer::capture::{Capture, capture};
@@ -188,8 +188,7 @@ pub fn run_capture(common: &Common, args: &CaptureArgs) -> Result<()> {
 /// The image below an overlay, and the sharing domain that a capture of it comes into.
 fn base_of(library: &Library, file: &Path, overlay: &Overlay, domain: Option<&str>) -> Result<(ImageRecord, String)> {
     let catalog = library.catalog();
-    let digest = overlay.base().digest;
-    let all: Vec<&ImageRecord> = library.images().iter().filter(|r| r.digest == digest).collect();
+    let all = images_below(library, overlay);
     let Some(first) = all.first() else {
         let cause = "was made for an image that this library does not have";
         return Err(Error::file(ErrorKind::Changed, file, cause).mend("name the library of its image"));
@@ -220,7 +219,7 @@ fn known_overlays(library: &Library, record: &ImageRecord) -> Result<Vec<PathBuf
     if library.images().iter().any(|r| r.id != record.id && is_as_good(r)) {
         return Ok(Vec::new());
     }
-    library.overlays_on(&record.digest, is_of)
+    library.overlays_on(record, is_of)
 }
 
 fn refuse_overlays(record: &ImageRecord, overlays: &[PathBuf]) -> Result<()> {

@@ -6,7 +6,7 @@ use super::output::{Progress, print_json};
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::indexer::Observer;
-use crate::library::Library;
+use crate::library::{ImageRecord, Library};
 use crate::overlay::{
     self, BaseIdentity, CreateOptions, Info, OpenOptions, Overlay, RelayoutOptions, SessionInfo, Work,
 };
@@ -180,7 +180,7 @@ fn commit(common: &Common, file: &Path, to: &Path, args: &OpenArgs) -> Result<()
     let mut base = overlay.backing().to_path_buf();
     if common.library.is_some() {
         let library = Library::open(common.library()?)?;
-        let found = library.images().iter().find(|r| r.digest == overlay.base().digest);
+        let found = images_below(&library, &overlay).first().copied();
         let record = found.ok_or_else(|| {
             let cause = "was made for an image that this library does not have";
             Error::file(ErrorKind::Changed, file, cause).mend("name the library of its image, or none")
@@ -191,6 +191,13 @@ fn commit(common: &Common, file: &Path, to: &Path, args: &OpenArgs) -> Result<()
     long_work(|work| overlay::commit(&overlay, &base, to, work))?;
     println!("{}: a disk of {}", to.display(), human_bytes(overlay.size()));
     Ok(())
+}
+
+/// The images that the overlay may have been made on: the one whose file it names, or else all that have its base's content.
+pub(super) fn images_below<'l>(library: &'l Library, overlay: &Overlay) -> Vec<&'l ImageRecord> {
+    let all: Vec<&ImageRecord> = library.images().iter().filter(|r| r.digest == overlay.base().digest).collect();
+    let named = all.iter().find(|r| library.image_path(r) == overlay.backing()).copied();
+    named.map_or(all, |named| vec![named])
 }
 
 fn create(
@@ -219,7 +226,7 @@ fn create(
             size
         }
     };
-    if let Err(e) = library.note_overlay(&record.digest, file) {
+    if let Err(e) = library.note_overlay(record, file) {
         log::info!("the library does not know of this overlay: {e}");
     }
     println!("{}: a disk of {} on image {image}", file.display(), human_bytes(size));

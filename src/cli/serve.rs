@@ -222,7 +222,7 @@ fn open_drive(common: &Common, args: &Args) -> Result<(Drive, Option<Arc<Home>>)
     let name = Library::open(dir)?.image_with(name, made_on.as_ref()).map(|r| r.name.clone())?;
     let Opened { mut base, library, record, home } = Home::open(dir, &name, args.control.as_deref())?;
     if let Some(file) = &args.overlay
-        && let Err(e) = library.note_overlay(&record.digest, file)
+        && let Err(e) = library.note_overlay(&record, file)
     {
         log::info!("the library does not know of this overlay: {e}");
     }

@@ -110,8 +110,11 @@ fn tell_one(library: &Library, name: &str, info: &LeaseInfo, control: &Path) -> 
     }
     // Opened for this server alone: it takes locks on what it gets.
     let mut files = vec![file];
+    let reader = library.image(name)?;
     for target in &targets {
-        files.push(library.open_image(library.image_by_id(target.image)?)?);
+        let record = library.image_by_id(target.image)?;
+        library.check_may_read(reader, record, &path)?;
+        files.push(library.open_image(record)?);
     }
     let named = |(at, t): (usize, &Target)| json!({"image": t.image.0, "generation": t.generation, "fd": at + 1});
     let named: Vec<Value> = targets.iter().enumerate().map(named).collect();

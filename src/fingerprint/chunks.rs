@@ -5,7 +5,8 @@
 //! "vmar-chk"  version u32  0 u32  then for each chunk that is not all zero, ascending: index u64, hash [32]
 //! ```
 //!
-//! Little-endian. The catalog holds size and CRC-32C of the file. See [`super::digest`].
+//! Little-endian. Behind the first 16 bytes all is veiled with the key of the image's sharing domain, if it has one
+//! ([`super::Hasher::veil`], the name being that of the file). The catalog holds size and CRC-32C of the file. See [`super::digest`].
 
 use crate::codec::Cursor;
 
@@ -27,6 +28,11 @@ pub fn encode(chunks: &[Chunk]) -> Vec<u8> {
         out.extend(hash);
     }
     out
+}
+
+/// What of the bytes of a file says something of the image.
+pub fn secret(bytes: &mut [u8]) -> &mut [u8] {
+    bytes.get_mut(16..).unwrap_or_default()
 }
 
 /// The chunks in the bytes of a file.

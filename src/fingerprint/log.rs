@@ -20,6 +20,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -173,7 +174,8 @@ impl Iterator for Rows {
 
 fn options() -> std::fs::OpenOptions {
     let mut options = File::options();
-    options.read(true).write(true).create(true).truncate(false);
+    // Hashes say what an image holds.
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
     options
 }
 

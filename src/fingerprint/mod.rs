@@ -91,6 +91,20 @@ impl Hasher {
     }
 }
 
+impl Hasher {
+    /// Makes bytes that are stored unreadable without the key, or readable again; does nothing without a key. No two contents
+    /// may ever be stored under one `name` and key.
+    pub fn veil(&self, name: &str, bytes: &mut [u8]) {
+        let Hasher::Blake3(key) = self else { return };
+        let mut stream = blake3::Hasher::new_keyed(key).update(b"vmar veil 1\n").update(name.as_bytes()).finalize_xof();
+        let mut pad = [0; 4096];
+        for part in bytes.chunks_mut(pad.len()) {
+            stream.fill(&mut pad);
+            part.iter_mut().zip(&pad).for_each(|(byte, pad)| *byte ^= pad);
+        }
+    }
+}
+
 /// Never with the key.
 impl fmt::Debug for Hasher {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -130,5 +144,23 @@ mod tests {
         assert_eq!(hex(Hasher::Blake3(key).hash(b"")), "92b2b75604ed3c761f9d6f62392c8a9227ad0ea3");
         assert_ne!(Hasher::Blake3(key).hash(b"abc"), Hasher::Blake3([0; 32]).hash(b"abc"));
         assert!(!format!("{:?}", Hasher::Blake3(key)).contains("119"), "a key is not to be printed");
+    }
+
+    #[test]
+    fn what_is_veiled_is_readable_with_key_and_name() {
+        let plain: Vec<u8> = (0..9000u32).map(|i| i as u8).collect();
+        let veiled = |hasher: Hasher, name: &str, bytes: &[u8]| {
+            let mut bytes = bytes.to_vec();
+            hasher.veil(name, &mut bytes);
+            bytes
+        };
+        let (a, b) = (Hasher::Blake3([1; 32]), Hasher::Blake3([2; 32]));
+        let secret = veiled(a, "x", &plain);
+        assert_eq!(veiled(a, "x", &secret), plain);
+        assert_eq!(veiled(Hasher::Sha1, "x", &plain), plain);
+        for (hasher, name) in [(b, "x"), (a, "y"), (Hasher::Sha1, "x")] {
+            let other = veiled(hasher, name, &plain);
+            assert!(secret.windows(8).zip(other.windows(8)).all(|(a, b)| a != b));
+        }
     }
 }

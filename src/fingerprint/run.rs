@@ -10,7 +10,7 @@
 //!
 //! One row a non-zero block, sorted by (hash, variant, block) and declared so, compressed with zstd. The key-value
 //! metadata name the image: `vmar.format` (1), `vmar.library`, `vmar.domain`, `vmar.image`, `vmar.image_id`,
-//! `vmar.generation`, `vmar.size`, `vmar.digest`, `vmar.algorithm`.
+//! `vmar.generation`, `vmar.size`, `vmar.algorithm`, and, unless hashes have keys, `vmar.digest`.
 //!
 //! `vmar.domain` is the sharing domain whose key, if any, the hashes were made with: `NAME.ID.public.parquet` has those blocks
 //! of an image that the public domain held when it was added, hashed with the public domain's key (all variants are 0: which
@@ -70,8 +70,8 @@ pub struct Meta<'a> {
     pub generation: u64,
     /// Bytes of the image.
     pub size: u64,
-    /// Content digest of the image.
-    pub digest: [u8; 32],
+    /// Content digest of the image; left out where it would tell something to who has not the key of the domain.
+    pub digest: Option<[u8; 32]>,
     /// How the blocks were hashed.
     pub algorithm: Algorithm,
 }
@@ -162,6 +162,17 @@ fn write_group(
 fn properties(meta: &Meta) -> Result<WriterProperties, ParquetError> {
     let pair = |key: &str, value: String| KeyValue::new(format!("vmar.{key}"), value);
     let sorted_by = |column_idx| SortingColumn { column_idx, descending: false, nulls_first: false };
+    let mut pairs = vec![
+        pair("format", VERSION.to_string()),
+        pair("library", meta.library.to_string()),
+        pair("domain", meta.domain.to_string()),
+        pair("image", meta.image.to_string()),
+        pair("image_id", meta.image_id.to_string()),
+        pair("generation", meta.generation.to_string()),
+        pair("size", meta.size.to_string()),
+        pair("algorithm", meta.algorithm.to_string()),
+    ];
+    pairs.extend(meta.digest.map(|digest| pair("digest", hex(&digest))));
     Ok(WriterProperties::builder()
         .set_created_by(concat!("vmar ", env!("CARGO_PKG_VERSION")).to_string())
         .set_compression(Compression::ZSTD(ZstdLevel::try_new(1)?))
@@ -171,17 +182,7 @@ fn properties(meta: &Meta) -> Result<WriterProperties, ParquetError> {
         .set_statistics_enabled(EnabledStatistics::Page)
         .set_max_row_group_row_count(Some(ROWS_PER_GROUP))
         .set_sorting_columns(Some((0..3).map(sorted_by).collect()))
-        .set_key_value_metadata(Some(vec![
-            pair("format", VERSION.to_string()),
-            pair("library", meta.library.to_string()),
-            pair("domain", meta.domain.to_string()),
-            pair("image", meta.image.to_string()),
-            pair("image_id", meta.image_id.to_string()),
-            pair("generation", meta.generation.to_string()),
-            pair("size", meta.size.to_string()),
-            pair("digest", hex(&meta.digest)),
-            pair("algorithm", meta.algorithm.to_string()),
-        ]))
+        .set_key_value_metadata(Some(pairs))
         .build())
 }
 
@@ -387,7 +388,7 @@ mod tests {
             image_id: 3,
             generation: 1,
             size: 4096,
-            digest: [9; 32],
+            digest: Some([9; 32]),
             algorithm: Algorithm::Sha1,
         }
     }

@@ -10,14 +10,14 @@ use super::remap::Proved;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::chunks::{self, Chunk};
 use crate::fingerprint::log::ScanLog;
-use crate::fingerprint::{Hasher, Row, run, scan};
+use crate::fingerprint::{Algorithm, Hasher, Row, run, scan};
 use crate::image::{Conversion, Format, Probe, convert, probe, virtual_size};
 use crate::index;
 use crate::index::{Table, TableWriter};
 use crate::io::cold::Cold;
 use crate::library::{
     FileRef, ImageRecord, Library, Source, Transaction, Writer, check_name, chunks_file, made_file, map_file, mtime_ns,
-    public_run_file, public_scan_log, run_file, scan_log, settle_mtime,
+    public_run_file, run_file, scan_log, settle_mtime,
 };
 use crate::map::Totals;
 use crate::units::{BLOCK_SIZE, ImageId, blocks_in};
@@ -89,6 +89,10 @@ fn add_all(
     work: &Work,
 ) -> Result<Vec<Added>> {
     let catalog = writer.library().catalog();
+    if domain.is_none() && catalog.public_domain() == Some(&catalog.domain) && catalog.domains.len() > 1 {
+        let cause = format!("would be added to domain {}, which all may read", catalog.domain);
+        return Err(Error::new(ErrorKind::Usage, "the image", cause).mend("say whose it is: --domain NAME"));
+    }
     let domain = domain.unwrap_or(&catalog.domain).to_string();
     catalog.domain(&domain)?;
     let probes = check(writer.library(), images)?;
@@ -142,14 +146,17 @@ impl Rows {
     fn sorted(self, work: &Work) -> Box<dyn Iterator<Item = Result<Row>>> {
         match self {
             Rows::Memory(rows) => Box::new(rows.into_iter().map(Ok)),
-            Rows::Log(log) => Box::new(log.rows(rows_in(work.memory / 4), work.threads)),
+            Rows::Log(log) => Box::new(log.rows(rows_in(work.memory), work.threads)),
         }
     }
 }
 
-/// Rows that fit.
-fn rows_in(bytes: u64) -> u64 {
-    (bytes / size_of::<Row>() as u64).max(1)
+/// The name of a log that is removed as soon as it is open.
+const UNSEEN: &str = "public@rows";
+
+/// Rows that may be in memory, twice: with the key of the image's domain, and with the public one.
+fn rows_in(memory: u64) -> u64 {
+    (memory / 8 / size_of::<Row>() as u64).max(1)
 }
 
 /// What a log of a scan belongs to: the file as it is, and how it is hashed.
@@ -214,6 +221,7 @@ fn bring_in(
 ) -> Result<(PathBuf, Option<String>)> {
     let name = new.name;
     if from.format == Format::Raw {
+        check_owner(change.library(), new.domain, &from.path)?;
         return Ok((from.path.clone(), None));
     }
     let goal = made_file(name, new.id);
@@ -233,6 +241,18 @@ fn bring_in(
     Ok((staged, Some(goal)))
 }
 
+/// Refuses a raw file that is an image of a stranger: they would share the page cache of all of it.
+fn check_owner(library: &Library, domain: &str, path: &Path) -> Result<()> {
+    let identity = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
+    let own = identity(path).map_err(|e| Error::io(path, "look at it", e))?;
+    let is_strange = |r: &&ImageRecord| !r.owned() && !library.catalog().may_read(domain, &r.domain);
+    match library.images().iter().filter(is_strange).find(|r| identity(&r.path).is_ok_and(|found| found == own)) {
+        None => Ok(()),
+        Some(_) => Err(Error::file(ErrorKind::Usage, path, "is used in place by an image of another sharing domain")
+            .mend("give a copy of the file")),
+    }
+}
+
 /// Scans the raw file and makes the record of the image, but for the stamps of its files.
 fn fingerprint(change: &Change<'_>, new: &Newcomer<'_>, place: RawFile, work: &Work) -> Result<Fingerprints> {
     let raw = place.raw.clone();
@@ -245,9 +265,9 @@ fn fingerprint(change: &Change<'_>, new: &Newcomer<'_>, place: RawFile, work: &W
     let reading =
         Reading { change, name: new.name, file: &file, meta: &meta, cold: &cold, path: &raw, data_bytes, work };
     let began = Instant::now();
-    let (scanned, rows) = reading.scan(change.hasher(new.domain)?, &scan_log(new.name))?;
+    let (scanned, rows) = reading.scan(change.hasher(new.domain)?, Some(&scan_log(new.name)))?;
     let public_rows = match public_hasher(change, new.domain)? {
-        Some(hasher) => Some(reading.scan(hasher, &public_scan_log(new.name))?.1),
+        Some(hasher) => Some(reading.scan(hasher, None)?.1),
         None => None,
     };
     let hash_time = began.elapsed();
@@ -285,12 +305,20 @@ struct Reading<'a> {
 }
 
 impl Reading<'_> {
-    /// Reads and hashes. The rows of a large image go to the log of this name, as they come.
-    fn scan(&self, hasher: Hasher, log: &str) -> Result<(scan::Scan, Rows)> {
+    /// Reads and hashes. The rows of a large image go to a log as they come: that of this name, or one that nobody else ever
+    /// sees. (The public key makes images of all domains comparable, so nothing that was hashed with it is left behind.)
+    fn scan(&self, hasher: Hasher, log: Option<&str>) -> Result<(scan::Scan, Rows)> {
         let Reading { data_bytes, work, .. } = *self;
-        let is_large = data_bytes >= WORTH_A_LOG || data_bytes / BLOCK_SIZE > rows_in(work.memory / 4);
-        let log = self.change.transaction.scratch(log);
-        let log = is_large.then(|| ScanLog::open(&log, &identity(self.meta, hasher))).transpose()?;
+        let is_large = data_bytes >= WORTH_A_LOG || data_bytes / BLOCK_SIZE > rows_in(work.memory);
+        let path = self.change.transaction.scratch(log.unwrap_or(UNSEEN));
+        let open = || {
+            let opened = ScanLog::open(&path, &identity(self.meta, hasher))?;
+            if log.is_none() {
+                fs::remove_file(&path).map_err(|e| Error::io(&path, "remove it", e))?;
+            }
+            Ok(opened)
+        };
+        let log = is_large.then(open).transpose()?;
         work.observer.begin(&format!("hashing {}", self.name), data_bytes);
         let job = scan::Job {
             file: self.file,
@@ -336,8 +364,8 @@ pub(super) fn described(
         public_run: None,
         chunks: None,
     };
-    // Whoever scanned it keeps it in the page cache until it is compared.
-    let side = Side { file, path: place.raw, record, cold: None };
+    let cold = open_cold(&file, &place.raw, record.size)?;
+    let side = Side { file, path: place.raw, record, cold: Some(cold) };
     // The catalog will be durable, so what it describes must be: a power cut could leave a file that was just copied with
     // its size and time, but with holes for data.
     side.file.sync_all().map_err(|e| Error::io(&side.path, "make it durable", e))?;
@@ -362,7 +390,7 @@ pub(super) fn enter(change: &mut Change<'_>, found: Fingerprints, work: &Work) -
         own: &side,
         images: &change.images,
         contents: change.contents(&domain)?,
-        hasher: change.hasher(&domain)?,
+        hasher: &|| change.hasher(&domain),
         choose: &choose,
         policy: change.policy,
         is_settled: false,
@@ -391,6 +419,7 @@ pub(super) fn enter(change: &mut Change<'_>, found: Fingerprints, work: &Work) -
         fs::rename(&right, &run_path).map_err(|e| Error::io(&run_path, "replace it", e))?;
     }
     side.record.run = file_ref(&side.record.run.file, stamp);
+    side.record.public_run = None;
     if let Some((file, run)) = public_run {
         side.record.public_run = Some(file_ref(Path::new(&file), run.finish()?));
     }
@@ -432,8 +461,11 @@ impl Files {
         let run_path = change.stage_new_or_over(&record.run.file.display().to_string())?;
         let public = change.public_domain_for(&record.domain).map(str::to_string).filter(|_| is_public_too);
         let mut public_run = None;
+        let had = record.public_run.as_ref().map(|run| run.file.display().to_string());
+        if let (None, Some(had)) = (&public, &had) {
+            change.transaction.remove(Path::new(had));
+        }
         if let Some(domain) = public {
-            let had = record.public_run.as_ref().map(|run| run.file.display().to_string());
             let file = had.unwrap_or_else(|| public_run_file(&record.name, record.id));
             let path = change.stage_new_or_over(&file)?;
             let meta = run::Meta { domain: &domain, ..meta(change.transaction.library(), record) };
@@ -495,7 +527,9 @@ fn write_chunks(change: &mut Change<'_>, record: &ImageRecord, all: &[Chunk]) ->
     let known = record.chunks.as_ref().map(|c| c.file.display().to_string());
     let file = known.unwrap_or_else(|| chunks_file(&record.name, record.id));
     let path = change.stage_new_or_over(&file)?;
-    let bytes = chunks::encode(all);
+    let mut bytes = chunks::encode(all);
+    let hasher = change.hasher(&record.domain)?;
+    hasher.veil(&file, chunks::secret(&mut bytes));
     fs::write(&path, &bytes).map_err(|e| Error::io(&path, "write", e))?;
     Ok(FileRef { file: file.into(), bytes: bytes.len() as u64, crc32c: crc32c::crc32c(&bytes) })
 }
@@ -509,7 +543,8 @@ fn meta<'a>(library: &'a Library, record: &'a ImageRecord) -> run::Meta<'a> {
         image_id: record.id.0,
         generation: record.generation,
         size: record.size,
-        digest: record.digest,
+        // Two domains that hold the same image would have the same.
+        digest: (record.fingerprint == Algorithm::Sha1).then_some(record.digest),
         algorithm: record.fingerprint,
     }
 }

@@ -96,7 +96,12 @@ fn fingerprint(
     let file = open_regular(&place.raw)?;
     let touched = touched_chunks(base.size, size, changed);
     let of_base = read_chunks(library, base)?;
-    let bytes = touched.len() as u64 * CHUNK_SIZE;
+    let of_base = of_base.filter(|_| change.hasher(new.domain).ok() == change.hasher(&base.domain).ok());
+    let bytes = match &of_base {
+        Some(_) => touched.len() as u64 * CHUNK_SIZE,
+        // Added by a vmar that kept no chunks, or with another key: all is read.
+        None => scan::data_bytes(&file, &place.raw, size)?,
+    };
     work.observer.begin(&format!("hashing {name}"), bytes);
     let cold = open_cold(&file, &place.raw, size)?.keep_for_now(bytes);
     let scan_with = |hasher| -> Result<(scan::Scan, bool)> {
@@ -117,7 +122,6 @@ fn fingerprint(
                 merge_rows(rows, &touched, &mut scanned, work)?;
                 Ok((scanned, true))
             }
-            // The base was added by a vmar that kept no chunks, or its fingerprints have another key.
             _ => Ok((scan::scan(&job)?, false)),
         }
     };
@@ -189,11 +193,12 @@ pub(super) fn read_chunks(library: &Library, record: &ImageRecord) -> Result<Opt
     let Some(file) = &record.chunks else { return Ok(None) };
     let path: PathBuf = library.dir().join(&file.file);
     let mend = "make everything anew with 'vmar library rebuild'";
-    let bytes = fs::read(&path).map_err(|e| Error::io(&path, "read it", e).mend(mend))?;
+    let mut bytes = fs::read(&path).map_err(|e| Error::io(&path, "read it", e).mend(mend))?;
     let corrupt = |cause: String| Error::file(ErrorKind::Corrupt, &path, cause).mend(mend);
     if bytes.len() as u64 != file.bytes || crc32c::crc32c(&bytes) != file.crc32c {
         return Err(corrupt("its checksum is wrong".to_string()));
     }
+    library.hasher(&record.domain)?.veil(&file.file.display().to_string(), chunks::secret(&mut bytes));
     chunks::decode(&bytes).map(Some).map_err(corrupt)
 }
 

@@ -11,6 +11,7 @@ use crate::units::BLOCK_SIZE;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// An image.
 struct Member {
@@ -22,13 +23,15 @@ struct Member {
 /// The images, by ID.
 pub(super) struct Images {
     library: Library,
+    /// Bytes that stay in the page cache until the command is done.
+    kept: AtomicU64,
     members: BTreeMap<u32, Member>,
 }
 
 impl Images {
     /// All images, of whatever domain: which of them may be read from is for the content indexes to say.
     pub fn of(library: &Library) -> Images {
-        let mut images = Images { library: library.clone(), members: BTreeMap::new() };
+        let mut images = Images { library: library.clone(), kept: AtomicU64::new(0), members: BTreeMap::new() };
         for record in library.images() {
             let (record, run, side) = (record.clone(), library.run_path(record), OnceLock::new());
             images.members.insert(record.id.0, Member { record, run, side });
@@ -37,8 +40,11 @@ impl Images {
     }
 
     /// One more, which is open already.
-    pub fn insert(&mut self, side: Side, run: PathBuf) {
+    pub fn insert(&mut self, mut side: Side, run: PathBuf) {
         let record = side.record.clone();
+        let data = record.nonzero_blocks * BLOCK_SIZE;
+        let kept = self.kept.fetch_add(data, Ordering::Relaxed);
+        side.cold = side.cold.map(|cold| cold.keep_for_now(kept + data));
         self.members.insert(record.id.0, Member { record, run, side: OnceLock::from(side) });
     }
 
@@ -91,7 +97,9 @@ impl Others for Images {
         let file = self.library.open_image(&member.record)?;
         let path = self.library.image_path(&member.record);
         // Blocks that many share are read more than once.
-        let cold = open_cold(&file, &path, member.record.size)?.keep_for_now(member.record.nonzero_blocks * BLOCK_SIZE);
+        let data = member.record.nonzero_blocks * BLOCK_SIZE;
+        let kept = self.kept.fetch_add(data, Ordering::Relaxed);
+        let cold = open_cold(&file, &path, member.record.size)?.keep_for_now(kept + data);
         Ok(member.side.get_or_init(|| Side { file, path, record: member.record.clone(), cold: Some(cold) }))
     }
 }

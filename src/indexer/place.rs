@@ -17,7 +17,7 @@ use super::choose::Choose;
 use super::compare::{Pair, Side, Sides};
 use super::contents::Contents;
 use super::images::Images;
-use super::resolve::{Corrections, Proof, arrange, borrow, keep_partial_block, prove};
+use super::resolve::{Corrections, Proof, Settled, arrange, borrow, keep_partial_block, prove};
 use super::spool::Spool;
 use super::{Work, target_of};
 use crate::error::{Error, ErrorKind, Result};
@@ -31,8 +31,9 @@ use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
-/// Bytes that the rows of a part cost until it is done: the rows, their hashes, what the index knows, the candidates.
-const BYTES_PER_ROW: u64 = 120;
+/// Bytes that the rows of a part cost until it is done: the rows (twice, with a public domain), their hashes, what the index
+/// knows, the candidates.
+const BYTES_PER_ROW: u64 = 148;
 /// Bytes that are not the parts': buffers of readers and writers.
 const OTHER_BYTES: u64 = 256 << 20;
 /// Rows of the smallest part that makes sense.
@@ -45,7 +46,8 @@ pub(super) struct Placing<'a> {
     pub images: &'a Images,
     /// Of the image's own domain.
     pub contents: &'a Contents,
-    pub hasher: Hasher,
+    /// Asked for only if something is wrong: the key may be gone.
+    pub hasher: &'a dyn Fn() -> Result<Hasher>,
     pub choose: &'a Choose,
     pub policy: Policy,
     /// See [`Part::is_settled`].
@@ -125,6 +127,7 @@ pub(super) fn place(
         spool.push(pairs.into_iter())?;
         sink.part(&rows, &known)?;
     }
+    drop(parts);
     if let Lent::ByOtherHash(public, rows) = lent {
         let mut parts = Parts { rows: rows.peekable(), limit: rows_per_part };
         while let Some(rows) = parts.next()? {
@@ -134,6 +137,7 @@ pub(super) fn place(
     }
     let mut placed = Placed::default();
     let (mut used, mut runs): (BTreeSet<u32>, EntryBuilder) = (BTreeSet::new(), EntryBuilder::new());
+    let mut settled = Settled::default();
     let proof = Proof {
         sides: Sides { own, images },
         images,
@@ -147,7 +151,7 @@ pub(super) fn place(
     spool.windows(own.record.blocks, |pairs| {
         work.check_stop(&own.record.name)?;
         let (pairs, lent) = split_lent(pairs, &lenders);
-        prove(pairs, &proof, &mut placed.corrections)?;
+        prove(pairs, &proof, &mut settled)?;
         borrow(pairs, lent, &proof)?;
         keep_partial_block(pairs, &proof.sides);
         arrange(pairs, placing.policy, &proof)?;
@@ -157,6 +161,7 @@ pub(super) fn place(
         }
         Ok(())
     })?;
+    placed.corrections = settled.corrections;
     placed.targets = used.into_iter().collect();
     placed.entries = runs.finish();
     for entry in &mut placed.entries {

@@ -30,6 +30,10 @@ pub fn rebuild_index(writer: &mut Writer, work: &Work) -> Result<()> {
 /// # Errors
 /// `Changed` when an image does not have its content digest any more; `NotFound` when one is gone. Nothing has changed then.
 pub fn rebuild(writer: &mut Writer, new_keys: bool, work: &Work) -> Result<Vec<Added>> {
+    if new_keys && writer.library().catalog().fingerprint == Algorithm::Sha1 {
+        return Err(Error::new(ErrorKind::Usage, "--new-keys", "the fingerprints of this library have no keys")
+            .mend("leave it out, or make a library with '--fingerprint blake3'"));
+    }
     let mut change = Change::begin(writer);
     let mut records = change.transaction.library().images().to_vec();
     records.iter().for_each(|r| change.images.remove(r.id.0));
@@ -37,7 +41,7 @@ pub fn rebuild(writer: &mut Writer, new_keys: bool, work: &Work) -> Result<Vec<A
     for domain in domains(&change) {
         let contents = Contents::empty(&change.transaction, &domain);
         change.renew(&domain, contents);
-        if new_keys && change.transaction.library().catalog().fingerprint == Algorithm::Blake3 {
+        if new_keys {
             let (key, reference) = Key::stage(&mut change.transaction, &domain)?;
             change.rekey(&domain, key.hasher());
             keys.insert(domain, reference);

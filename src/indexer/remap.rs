@@ -97,7 +97,7 @@ pub(super) fn remap_one(
         own,
         images: &change.images,
         contents: change.contents(&record.domain)?,
-        hasher: change.hasher(&record.domain)?,
+        hasher: &|| change.hasher(&record.domain),
         choose: &choose,
         policy: change.policy,
         is_settled: true,

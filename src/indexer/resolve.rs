@@ -25,7 +25,7 @@ pub(super) struct Proof<'a> {
     pub contents: &'a Contents,
     pub choose: &'a Choose,
     /// What the image's fingerprints, and those of all candidates, were made with.
-    pub hasher: Hasher,
+    pub hasher: &'a dyn Fn() -> Result<Hasher>,
     /// The image's contents were told apart when it was added, so that a block which differs from its candidate is an
     /// error.
     pub is_settled: bool,
@@ -37,11 +37,19 @@ pub(super) struct Proof<'a> {
 /// A block that turned out to have another content of its hash than its candidate: its variants by block.
 pub(super) type Corrections = BTreeMap<u32, (Hash, u16)>;
 
+/// What is found out of an image, from its first window to its last.
+#[derive(Default)]
+pub(super) struct Settled {
+    pub corrections: Corrections,
+    /// Contents of the image that no other image holds, and that share their hash with one.
+    new: BTreeMap<Hash, Vec<Known>>,
+}
+
 /// Compares every block with its candidate, and finds another for those that differ. `pairs` are ascending by source
 /// block.
-pub(super) fn prove(pairs: &mut [Pair], proof: &Proof<'_>, corrections: &mut Corrections) -> Result<()> {
+pub(super) fn prove(pairs: &mut [Pair], proof: &Proof<'_>, settled: &mut Settled) -> Result<()> {
     let odd = unequal(pairs, "comparing", proof)?;
-    if odd.is_empty() { Ok(()) } else { settle(&odd, pairs, proof, corrections) }
+    if odd.is_empty() { Ok(()) } else { settle(&odd, pairs, proof, settled) }
 }
 
 /// Indices of the pairs that turn out to differ, ascending.
@@ -64,6 +72,14 @@ pub(super) fn borrow(pairs: &mut [Pair], lent: &[Pair], proof: &Proof<'_>) -> Re
     let mut odd = unequal(lent, "comparing", proof)?.into_iter().peekable();
     for (i, place) in lent.iter().enumerate() {
         if odd.next_if_eq(&i).is_some() {
+            log::warn!(
+                "block {} of image {} has the fingerprint of block {} of image {}, and other bytes: one of them changed, or \
+                 the fingerprints collide; it is not shared",
+                place.source,
+                proof.sides.own.record.name,
+                place.block,
+                place.image,
+            );
             continue;
         }
         if let Ok(at) = pairs.binary_search_by_key(&place.source, |p| p.source)
@@ -77,7 +93,7 @@ pub(super) fn borrow(pairs: &mut [Pair], lent: &[Pair], proof: &Proof<'_>) -> Re
 
 /// Settles the blocks whose candidate turned out to be another content. `odd` is in order of block, so that the lowest
 /// block of a new content becomes its canonical copy.
-fn settle(odd: &[usize], pairs: &mut [Pair], proof: &Proof<'_>, corrections: &mut Corrections) -> Result<()> {
+fn settle(odd: &[usize], pairs: &mut [Pair], proof: &Proof<'_>, settled: &mut Settled) -> Result<()> {
     let sides = &proof.sides;
     let hash_of = |&i: &usize| check_collision(pairs[i], proof).map(|hash| (i, hash));
     let odd: Vec<(usize, Hash)> = odd.iter().map(hash_of).collect::<Result<_>>()?;
@@ -91,7 +107,6 @@ fn settle(odd: &[usize], pairs: &mut [Pair], proof: &Proof<'_>, corrections: &mu
     }
     let hashes: Vec<Hash> = odd.iter().map(|(_, hash)| *hash).collect::<BTreeSet<_>>().into_iter().collect();
     let found = proof.contents.lookup(&hashes)?;
-    let mut new: BTreeMap<Hash, Vec<Known>> = BTreeMap::new();
     for (i, hash) in odd {
         let key = hashes.binary_search(&hash).unwrap_or_default();
         let (tried, others) = match found.of(key) {
@@ -99,7 +114,7 @@ fn settle(odd: &[usize], pairs: &mut [Pair], proof: &Proof<'_>, corrections: &mu
             [] => (0, &[][..]),
         };
         let mut known: Vec<Known> = others.iter().map(|c| known_of(proof, hash, *c)).collect::<Result<_>>()?;
-        let found_here = new.entry(hash).or_default();
+        let found_here = settled.new.entry(hash).or_default();
         known.extend(found_here.iter().copied());
         let chosen = match equal_content(pairs[i].source, &known, sides)? {
             Some(known) => known,
@@ -115,7 +130,7 @@ fn settle(odd: &[usize], pairs: &mut [Pair], proof: &Proof<'_>, corrections: &mu
             }
         };
         (pairs[i].image, pairs[i].block) = (chosen.image, chosen.block);
-        corrections.insert(pairs[i].source, (hash, chosen.variant));
+        settled.corrections.insert(pairs[i].source, (hash, chosen.variant));
     }
     Ok(())
 }
@@ -146,9 +161,10 @@ fn equal_content(block: u32, contents: &[Known], sides: &Sides) -> Result<Option
 
 /// Two blocks that differ must be a collision of the hash, which is returned. If they have different ones, an image changed.
 fn check_collision(pair: Pair, proof: &Proof<'_>) -> Result<Hash> {
+    let hasher = (proof.hasher)()?;
     let hash = |side: &Side, block| -> Result<Hash> {
         let mut buf = [0u8; BLOCK_BYTES];
-        Ok(proof.hasher.hash(side.read(block, 1, &mut buf)?))
+        Ok(hasher.hash(side.read(block, 1, &mut buf)?))
     };
     let (own, target) = (proof.sides.own, proof.sides.get(pair.image)?);
     let (hash_here, hash_there) = (hash(own, pair.source)?, hash(target, pair.block)?);

@@ -127,15 +127,17 @@ fn count_domain(library: &Library, numbers: &[u32], records: &[&ImageRecord], cl
 /// images hold. Costs no look at any fingerprint, but in a library of an older vmar that was not changed since.
 pub fn indexed_clusters(library: &Library, domain: Option<&str>) -> Result<Vec<(Vec<u32>, u64)>> {
     let mut counts: BTreeMap<Vec<u32>, u64> = BTreeMap::new();
-    if library.catalog().index.is_empty() {
+    let indexed = &library.catalog().index;
+    let domains = library.catalog().domains.keys().filter(|name| domain.is_none_or(|domain| *name == domain));
+    for name in domains.filter(|name| !indexed.contains_key(*name)) {
         // An older vmar kept none, and nothing was changed since.
-        for cluster in clusters(library, domain)?.clusters() {
+        for cluster in clusters(library, Some(name))?.clusters() {
             let id = |n: &u32| library.images().get(*n as usize).map_or(u32::MAX, |r| r.id.0);
             *counts.entry(cluster.images.iter().map(id).collect()).or_default() += cluster.contents;
         }
     }
     let is_wanted = |name: &str| domain.is_none_or(|domain| name == domain);
-    for (_, index) in library.catalog().index.iter().filter(|(name, _)| is_wanted(name)) {
+    for (_, index) in indexed.iter().filter(|(name, _)| is_wanted(name)) {
         for (_, images, contents) in super::contents::read_sets(library, index)?.live() {
             *counts.entry(images.to_vec()).or_default() += contents;
         }

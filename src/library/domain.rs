@@ -12,8 +12,8 @@
 //!
 //! With `fingerprint = blake3` each domain has a key of its own, in a file that its owner alone may read. Fingerprints, the
 //! content index and whatever is copied of them say nothing to who does not have the key: neither what an image holds, nor
-//! what two images of different domains have in common. (Sizes and content digests of whole images are in the catalog, and
-//! the catalog is the operator's.) With SHA-1 the domains are kept apart as well, but who can read the runs can compare.
+//! what two images of different domains have in common. (Sizes and content digests of whole images are in the catalog and in
+//! block maps, which are the operator's.) With SHA-1 the domains are kept apart as well, but who can read the runs can compare.
 //!
 //! A key is needed to add, verify or repair images, and not to serve them.
 
@@ -194,8 +194,16 @@ pub fn remove(writer: &mut Writer, name: &str) -> Result<()> {
     if let Some(key) = &domain.key {
         transaction.remove(&key.file);
     }
+    if domain.public {
+        // What was found in it says nothing any more.
+        let images = transaction.library().images().to_vec();
+        images.iter().filter_map(|r| r.public_run.as_ref()).for_each(|run| transaction.remove(&run.file));
+    }
     transaction.commit(|catalog| {
         catalog.domains.remove(name);
         catalog.index.remove(name);
+        if domain.public {
+            catalog.images.iter_mut().for_each(|r| r.public_run = None);
+        }
     })
 }

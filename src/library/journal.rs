@@ -28,8 +28,8 @@ use std::path::Path;
 const JOURNAL: &str = "commit.json";
 /// The catalog that will be, in `staging/`.
 const NEW_CATALOG: &str = "catalog.new";
-/// The version that this code writes and carries out.
-const VERSION: u32 = 2;
+/// The version that this code writes. It carries out version 2 as well, in which there were no keys.
+const VERSION: u32 = 3;
 /// Directories that a commit moves files into.
 const PLACES: [&str; 5] = [RUNS, MAPS, IMAGES, INDEX, KEYS];
 
@@ -107,7 +107,7 @@ impl Journal {
                 .mend("remove it if the files in the library are as you want them")
         };
         let version = serde_json::from_slice::<Header>(&text).map_err(|e| corrupt(e.to_string()))?.version;
-        if version != VERSION {
+        if !(2..=VERSION).contains(&version) {
             let cause = format!("journal format {version}; this vmar knows format {VERSION}");
             return Err(Error::file(ErrorKind::Unsupported, &path, cause)
                 .mend("use the vmar that wrote it for any command that changes the library"));

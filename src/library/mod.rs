@@ -190,6 +190,15 @@ impl Library {
         }
     }
 
+    /// Refuses a map that leads into an image of a stranger, whatever made it.
+    pub fn check_may_read(&self, reader: &ImageRecord, owner: &ImageRecord, map: &Path) -> Result<()> {
+        if self.catalog.may_read(&reader.domain, &owner.domain) {
+            return Ok(());
+        }
+        let cause = format!("leads from sharing domain {} to image {} of {}", reader.domain, owner.name, owner.domain);
+        Err(Error::file(ErrorKind::Corrupt, map, cause).mend("make the maps anew with 'vmar library remap'"))
+    }
+
     /// Opens the image's raw file for reading, if it still is what was fingerprinted.
     ///
     /// # Errors
@@ -330,11 +339,6 @@ pub fn made_file(name: &str, id: ImageId) -> String {
 /// How the log of the scan of a large image is called in `staging/`, where it stays for a while if the scan does not end.
 pub fn scan_log(name: &str) -> String {
     format!("{name}{SCAN_LOG}")
-}
-
-/// The same for the hashes with the public domain's key. (No image's name has such an `@`.)
-pub fn public_scan_log(name: &str) -> String {
-    scan_log(&format!("{name}@public"))
 }
 
 /// Where a file of a content index goes, relative to the library.

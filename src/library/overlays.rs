@@ -4,7 +4,7 @@
 //! A note is a hint. An overlay that was moved is not known under its new path until it is served from there; one that is
 //! gone is forgotten when somebody looks.
 
-use super::{Library, OVERLAYS};
+use super::{ImageRecord, Library, OVERLAYS};
 use crate::codec::{hex, unhex};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -20,6 +20,9 @@ struct Note {
     version: u32,
     /// Content digest of its base, hexadecimal.
     digest: String,
+    /// Sharing domain of its base: images of several can have the same content. Older notes have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    domain: Option<String>,
     /// Absolute path.
     path: PathBuf,
 }
@@ -29,10 +32,10 @@ impl Library {
     ///
     /// # Errors
     /// When it cannot be written: the library may be somebody else's, or read-only. Callers go on.
-    pub fn note_overlay(&self, digest: &[u8; 32], overlay: &Path) -> Result<()> {
+    pub fn note_overlay(&self, base: &ImageRecord, overlay: &Path) -> Result<()> {
         let dir = self.dir().join(OVERLAYS);
         let path = std::path::absolute(overlay).map_err(|e| Error::io(overlay, "find it", e))?;
-        let note = Note { version: VERSION, digest: hex(digest), path };
+        let note = Note { version: VERSION, digest: hex(&base.digest), domain: Some(base.domain.clone()), path };
         let goal = dir.join(note_name(&note.path));
         let text = serde_json::to_vec(&note).map_err(|e| Error::io(&goal, "write", e.into()))?;
         if fs::read(&goal).is_ok_and(|old| old == text) {
@@ -47,9 +50,9 @@ impl Library {
         write().map_err(|e| Error::io(&goal, "write", e))
     }
 
-    /// The overlays that are known on an image with this content and are still there. `is_of` looks into one: true unless it
+    /// The overlays that are known on an image with this content, in its sharing domain, and are still there. `is_of` looks into one: true unless it
     /// is certainly another image's by now.
-    pub fn overlays_on(&self, digest: &[u8; 32], is_of: impl Fn(&Path) -> bool) -> Result<Vec<PathBuf>> {
+    pub fn overlays_on(&self, base: &ImageRecord, is_of: impl Fn(&Path) -> bool) -> Result<Vec<PathBuf>> {
         let dir = self.dir().join(OVERLAYS);
         let entries = match fs::read_dir(&dir) {
             Ok(entries) => entries,
@@ -62,7 +65,8 @@ impl Library {
             let Some(note) = fs::read(&path).ok().and_then(|text| serde_json::from_slice::<Note>(&text).ok()) else {
                 continue;
             };
-            if unhex::<32>(&note.digest) == Some(*digest) && note.path.exists() && is_of(&note.path) {
+            let is_noted = unhex(&note.digest) == Some(base.digest) && note.domain.is_none_or(|d| d == base.domain);
+            if is_noted && note.path.exists() && is_of(&note.path) {
                 out.push(note.path);
             }
         }
@@ -88,14 +92,18 @@ mod tests {
         let (a, b) = (dir.path().join("a.qcow2"), dir.path().join("b.qcow2"));
         fs::write(&a, "").unwrap();
         fs::write(&b, "").unwrap();
-        library.note_overlay(&record.digest, &b).unwrap();
-        library.note_overlay(&record.digest, &a).unwrap();
-        library.note_overlay(&record.digest, &a).unwrap();
-        assert_eq!(library.overlays_on(&record.digest, |_| true).unwrap(), [a.clone(), b.clone()]);
-        assert_eq!(library.overlays_on(&[9; 32], |_| true).unwrap(), Vec::<PathBuf>::new());
-        assert_eq!(library.overlays_on(&record.digest, |p| p != a).unwrap(), std::slice::from_ref(&b));
+        library.note_overlay(&record, &b).unwrap();
+        library.note_overlay(&record, &a).unwrap();
+        library.note_overlay(&record, &a).unwrap();
+        assert_eq!(library.overlays_on(&record, |_| true).unwrap(), [a.clone(), b.clone()]);
+        let other = ImageRecord { digest: [9; 32], ..record.clone() };
+        let stranger = ImageRecord { domain: "other".to_string(), ..record.clone() };
+        for nobody in [other, stranger] {
+            assert_eq!(library.overlays_on(&nobody, |_| true).unwrap(), Vec::<PathBuf>::new());
+        }
+        assert_eq!(library.overlays_on(&record, |p| p != a).unwrap(), std::slice::from_ref(&b));
         fs::remove_file(&a).unwrap();
         fs::write(library.dir().join(OVERLAYS).join("x.json"), "half").unwrap();
-        assert_eq!(library.overlays_on(&record.digest, |_| true).unwrap(), [b]);
+        assert_eq!(library.overlays_on(&record, |_| true).unwrap(), [b]);
     }
 }

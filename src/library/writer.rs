@@ -163,7 +163,6 @@ impl Transaction<'_> {
         // The scans of images that are in the library now have served.
         for record in &catalog.images {
             remove(&self.staging().join(super::scan_log(&record.name)))?;
-            remove(&self.staging().join(super::public_scan_log(&record.name)))?;
         }
         Ok(())
     }

@@ -175,11 +175,7 @@ fn open_target(library: &Library, reader: &ImageRecord, map: &Path, target: Targ
         return Err(Error::file(ErrorKind::Changed, map, cause)
             .mend("make the maps anew with 'vmar library remap', or restore the library from a copy"));
     }
-    if !library.catalog().may_read(&reader.domain, &record.domain) {
-        let cause =
-            format!("leads from sharing domain {} to image {} of {}", reader.domain, record.name, record.domain);
-        return Err(Error::file(ErrorKind::Corrupt, map, cause).mend("make the maps anew with 'vmar library remap'"));
-    }
+    library.check_may_read(reader, record, map)?;
     let path = library.image_path(record);
     let file = library.open_image(record)?;
     prepare(file, path, target)

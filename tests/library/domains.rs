@@ -252,7 +252,11 @@ fn same_everywhere(algorithm: Algorithm) -> Place {
     let tenant = place.raw("tenant.raw", &image_of(&[secret, common].concat(), None), |_| false);
     place.ok(&["image", "add", &named("golden", &public), "--domain", PUBLIC]);
     place.ok(&["image", "add", &named("alpha", &tenant), "--domain", "tenant-a"]);
-    place.ok(&["image", "add", &named("beta", &tenant), "--domain", "tenant-b"]);
+    let refused = place.fails(2, &["image", "add", &named("beta", &tenant), "--domain", "tenant-b"]);
+    assert!(refused.contains("is used in place by an image of another sharing domain"), "{refused}");
+    fs::copy(&tenant, place.path("tenant-b.raw")).unwrap();
+    place.ok(&["image", "add", &named("beta", &place.path("tenant-b.raw")), "--domain", "tenant-b"]);
+    fs::copy(&tenant, place.path("more.raw")).unwrap();
     place
 }
 
@@ -273,6 +277,21 @@ fn fingerprints_of_two_domains_have_nothing_in_common() {
     for found in &found[1..] {
         assert_eq!(found.as_ref().unwrap().iter().copied().collect::<BTreeSet<_>>(), runs[0]);
     }
+    // Nor does anything else in these files tell what is in an image.
+    let tenant = fs::read(place.path("tenant.raw")).unwrap();
+    let chunk = vmar::fingerprint::digest::chunk(&tenant);
+    let image = library.image("alpha").unwrap().digest;
+    assert_eq!(image, vmar::fingerprint::digest::image(tenant.len() as u64, &[(0, chunk)]));
+    for entry in fs::read_dir(place.lib().join("runs")).unwrap() {
+        let path = entry.unwrap().path();
+        let bytes = fs::read(&path).unwrap();
+        let text = String::from_utf8_lossy(&bytes);
+        for secret in [chunk, image] {
+            let hex: String = secret.iter().map(|b| format!("{b:02x}")).collect();
+            let found = bytes.windows(32).any(|w| w == secret) || text.contains(&hex);
+            assert!(!found, "{}", path.display());
+        }
+    }
     for entry in fs::read_dir(place.lib().join("keys")).unwrap() {
         assert_eq!(entry.unwrap().metadata().unwrap().permissions().mode() & 0o777, 0o600);
     }
@@ -288,7 +307,9 @@ fn fingerprints_of_two_domains_have_nothing_in_common() {
 fn nothing_that_is_said_of_an_image_names_a_stranger() {
     for algorithm in [Algorithm::Sha1, Algorithm::Blake3] {
         let place = same_everywhere(algorithm);
-        let more = named("more", &place.path("tenant.raw"));
+        let more = named("more", &place.path("more.raw"));
+        let overlay = place.path("beta.qcow2").display().to_string();
+        place.ok(&["overlay", "create", &overlay, "--image", "beta"]);
         for block in 0..30 {
             let said = place.ok(&["map", "explain", "alpha", "--block", &block.to_string(), "--json"]);
             assert!(!said.contains("beta"), "{said}");
@@ -298,6 +319,8 @@ fn nothing_that_is_said_of_an_image_names_a_stranger() {
             &["image", "show", "alpha"],
             &["image", "add", &more, "--domain", "tenant-a", "--dry-run"],
             &["image", "add", &more, "--domain", "tenant-a", "--dry-run", "--json"],
+            &["image", "remove", "alpha", "--dry-run"],
+            &["image", "remove", "alpha", "--dry-run", "--json"],
             &["stats", "--domain", "tenant-a", "--json"],
             &["stats", "--domain", "tenant-a", "--matrix", "--json"],
             &["stats", "--domain", "tenant-a", "--clusters", "--json"],
@@ -305,6 +328,7 @@ fn nothing_that_is_said_of_an_image_names_a_stranger() {
             let said = place.ok(args);
             assert!(!said.contains("beta"), "{args:?}: {said}");
         }
+        assert!(place.ok(&["image", "remove", "beta", "--dry-run"]).contains("beta.qcow2"));
         let said = place.ok(&["image", "add", &more, "--domain", "tenant-a", "--dry-run", "--json"]);
         let line: serde_json::Value = serde_json::from_str(&said).unwrap();
         let shares: Vec<(&str, u64)> = line[0]["shares"]
@@ -342,7 +366,7 @@ fn a_bad_block_is_mended_within_the_domain() {
 #[test]
 fn what_is_refused() {
     let place = same_everywhere(Algorithm::Blake3);
-    let more = named("more", &place.path("tenant.raw"));
+    let more = named("more", &place.path("more.raw"));
     for (args, want) in [
         (&["image", "add", &more, "--domain", "tenant-c"][..], "library domain list"),
         (&["library", "domain", "add", "tenant-a"], "there is one of this name"),
@@ -373,9 +397,18 @@ fn what_is_refused() {
         place.fails(2, &args)
     };
     assert!(capture(&golden, &[]).contains("say whose the capture is: --domain NAME"));
-    // alpha and beta have the same bytes: whose overlay it is cannot be told by them.
-    assert!(capture(&alpha, &[]).contains("say whose the capture is: --domain NAME"));
-    assert!(capture(&alpha, &["--domain", PUBLIC]).contains("give --domain tenant-"));
+    // alpha and beta have the same bytes: whose overlay it is, its backing file tells.
+    for domain in [PUBLIC, "tenant-b"] {
+        assert!(capture(&alpha, &["--domain", domain]).contains("give --domain tenant-a"));
+    }
+    let (here, away) = (place.path("tenant.raw"), place.path("away.raw"));
+    fs::rename(&here, &away).unwrap();
+    assert!(
+        place.fails(1, &["image", "capture", "new", "--overlay", &alpha, "--state-dir", &state]).contains("vanished")
+    );
+    fs::rename(&away, &here).unwrap();
+    place.ok(&["image", "capture", "newer", "--overlay", &alpha, "--state-dir", &state]);
+    assert_eq!(place.library().image("newer").unwrap().domain, "tenant-a");
     place.ok(&["image", "capture", "new", "--overlay", &golden, "--state-dir", &state, "--domain", "tenant-b"]);
     assert_eq!(place.library().image("new").unwrap().domain, "tenant-b");
     place.ok(&["image", "verify"]);
@@ -396,13 +429,14 @@ fn keys_that_are_not_there() {
     ];
     for (spoil, want) in spoil {
         spoil();
-        let more = named("more", &place.path("tenant.raw"));
+        let more = named("more", &place.path("more.raw"));
         for args in [&["image", "verify", "alpha"][..], &["image", "add", &more, "--domain", "tenant-a"]] {
             let line = place.fails(1, args);
             assert!(line.contains(want) && line.contains("library rebuild --new-keys"), "{line}");
         }
         place.ok(&["image", "verify", "beta"]);
         place.ok(&["stats"]);
+        place.ok(&["library", "remap"]);
         vmar::redirect::Base::open(&place.library(), "alpha").unwrap();
         fs::write(&a, &good).unwrap();
         place.ok(&["image", "verify"]);
@@ -449,10 +483,13 @@ fn a_domain_is_published() {
         let place = Place::with_fingerprint(Policy::Paper, algorithm);
         let file = place.raw("f.raw", &image_of(&[20, 21, 22], None), |_| false);
         place.ok(&["library", "domain", "add", "tenant"]);
-        place.ok(&["image", "add", &named("early", &file), "--domain", "tenant"]);
+        let early = place.raw("e.raw", &fs::read(&file).unwrap(), |_| false);
+        place.ok(&["image", "add", &named("early", &early), "--domain", "tenant"]);
         place.ok(&["image", "add", &named("golden", &file)]);
         place.ok(&["library", "domain", "publish", "default"]);
-        place.ok(&["image", "add", &named("late", &file), "--domain", "tenant"]);
+        let late = named("late", &file);
+        assert!(place.fails(2, &["image", "add", &late]).contains("say whose it is: --domain NAME"));
+        place.ok(&["image", "add", &late, "--domain", "tenant"]);
         let reads = |name: &str| {
             let shown: serde_json::Value = serde_json::from_str(&place.ok(&["image", "show", name, "--json"])).unwrap();
             shown["reads_from"][0]["name"].as_str().unwrap().to_string()
@@ -471,7 +508,7 @@ fn a_domain_is_published() {
 #[test]
 fn kills_leave_keys_that_belong_to_the_fingerprints() {
     let place = same_everywhere(Algorithm::Blake3);
-    let more = named("more", &place.path("tenant.raw"));
+    let more = named("more", &place.path("more.raw"));
     let began = Instant::now();
     place.ok(&["library", "rebuild", "--new-keys"]);
     let usual = began.elapsed() * 5 / 4;
@@ -499,4 +536,66 @@ fn kills_leave_keys_that_belong_to_the_fingerprints() {
         }
     }
     assert!((2..16).contains(&changed), "{changed} times there were new keys");
+}
+
+/// Nothing that was hashed with the public key is left behind, and nothing that others may read.
+#[test]
+fn what_a_dry_run_leaves_in_staging() {
+    let place = same_everywhere(Algorithm::Blake3);
+    let contents: Vec<u32> = (0..20_000).map(|i| 10 + i % 9000).collect();
+    let large = named("large", &place.raw("large.raw", &image_of(&contents, None), |_| false));
+    place.ok(&["image", "add", &large, "--domain", "tenant-a", "--dry-run", "--memory", "1M"]);
+    let left: Vec<PathBuf> =
+        fs::read_dir(place.lib().join("staging")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(left, [place.lib().join("staging/large.scan")]);
+    assert_eq!(fs::metadata(&left[0]).unwrap().permissions().mode() & 0o777, 0o600);
+    place.ok(&["image", "add", &large, "--domain", "tenant-a", "--memory", "1M"]);
+    place.ok(&["image", "verify", "large"]);
+    place.assert_no_leftovers();
+}
+
+/// A captured image of several chunks, of which one was written, has the fingerprints that one look at all of it gives.
+#[test]
+fn a_capture_has_the_fingerprints_of_its_bytes() {
+    for (base_domain, domain) in [("tenant-a", "tenant-a"), (PUBLIC, PUBLIC), (PUBLIC, "tenant-b")] {
+        let place = same_everywhere(Algorithm::Blake3);
+        let contents: Vec<u32> = (20..1220).collect();
+        let base = place.raw("base.raw", &image_of(&contents, None), |_| false);
+        place.ok(&["image", "add", &named("base", &base), "--domain", base_domain]);
+        let (file, state) = (place.path("vm.qcow2"), place.path("state").display().to_string());
+        let overlay = file.display().to_string();
+        place.ok(&["overlay", "create", &overlay, "--image", "base"]);
+        write(&file, 300 * 4096 + 512, 9 * 4096, 7);
+        place.ok(&["image", "capture", "new", "--overlay", &overlay, "--state-dir", &state, "--domain", domain]);
+        let rows = || {
+            let library = place.library();
+            let record = library.image("new").unwrap();
+            (hashes(&library, &record.run), record.public_run.as_ref().map(|file| hashes(&library, file)))
+        };
+        let captured = rows();
+        assert_eq!(captured.0.len(), 1200);
+        assert_eq!(captured.1.is_some(), domain != PUBLIC);
+        place.ok(&["image", "verify"]);
+        place.ok(&["library", "rebuild"]);
+        assert_eq!(rows(), captured, "{base_domain} {domain}");
+    }
+}
+
+/// With the public domain goes what was found in it.
+#[test]
+fn the_public_domain_goes() {
+    let place = same_everywhere(Algorithm::Blake3);
+    place.ok(&["image", "remove", "golden"]);
+    place.ok(&["image", "verify"]);
+    place.ok(&["library", "domain", "remove", PUBLIC]);
+    place.assert_no_leftovers();
+    assert!(place.library().images().iter().all(|r| r.public_run.is_none()));
+    place.ok(&["library", "domain", "publish", "tenant-b"]);
+    place.ok(&["library", "rebuild", "--new-keys"]);
+    assert!(place.library().image("alpha").unwrap().public_run.is_some());
+    place.ok(&["library", "rebuild", "--new-keys"]);
+    place.assert_no_leftovers();
+    place.ok(&["image", "verify"]);
+    let sha1 = Place::new();
+    assert!(sha1.fails(2, &["library", "rebuild", "--new-keys"]).contains("have no keys"));
 }

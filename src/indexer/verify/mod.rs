@@ -153,10 +153,15 @@ fn check_mtime(dir: &Path, side: &Side, meta: &Metadata, whole: bool) -> Result<
 
 /// Opens an image whatever its modification time says: its bytes are going to be looked at.
 pub(super) fn open(library: &Library, record: &ImageRecord) -> Result<Side> {
+    open_besides(library, record, 0)
+}
+
+/// The same while so many bytes of others stay in the page cache.
+fn open_besides(library: &Library, record: &ImageRecord, kept: u64) -> Result<Side> {
     let path = library.image_path(record);
     let file = library.open_any(record)?;
     // Its bytes are read twice: to be hashed, and to be compared.
-    let cold = open_cold(&file, &path, record.size)?.keep_for_now(record.nonzero_blocks * BLOCK_SIZE);
+    let cold = open_cold(&file, &path, record.size)?.keep_for_now(kept + record.nonzero_blocks * BLOCK_SIZE);
     Ok(Side { file, path, record: record.clone(), cold: Some(cold) })
 }
 
@@ -357,13 +362,19 @@ impl Others for Targets {
 
 fn open_targets(library: &Library, own: &Side, map: &Map<Vec<u8>>) -> Result<Targets> {
     let mut out = BTreeMap::new();
+    let mut kept = own.record.nonzero_blocks * BLOCK_SIZE;
     for (target, _) in map.targets().filter(|(target, _)| target.image != own.record.id) {
         let record = library.image_by_id(target.image)?;
         if target_of(record) != target {
             let cause = format!("it points to another generation of image {} than the library has", record.name);
             return Err(bad_map(library, &own.record, &cause));
         }
-        out.insert(target.image.0, open(library, record)?);
+        if !library.catalog().may_read(&own.record.domain, &record.domain) {
+            let cause = format!("it leads to image {} of sharing domain {}", record.name, record.domain);
+            return Err(bad_map(library, &own.record, &cause));
+        }
+        out.insert(target.image.0, open_besides(library, record, kept)?);
+        kept += record.nonzero_blocks * BLOCK_SIZE;
     }
     Ok(Targets(out))
 }

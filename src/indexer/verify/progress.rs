@@ -23,7 +23,7 @@ use rustix::fs::{FlockOperation, flock};
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
 use std::io::{Read, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -78,6 +78,7 @@ impl Progress {
             .read(true)
             .append(true)
             .create(true)
+            .mode(0o600)
             .open(&path)
             .map_err(|e| unwritable(Error::io(&path, "open it", e)))?;
         flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
