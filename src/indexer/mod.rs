@@ -11,6 +11,7 @@
 //!
 //! - [`add`] puts images into a library, all or none,
 //! - [`remap`] makes the maps anew, with another policy,
+//! - [`offline`] makes a map of canonical addresses that somebody else found, an SQL engine for one,
 //! - [`verify`] reads everything again and compares,
 //! - [`stats`] counts what is shared.
 
@@ -18,6 +19,7 @@ pub mod add;
 mod arrange;
 mod compare;
 mod join;
+pub mod offline;
 pub mod remap;
 mod resolve;
 pub mod stats;

@@ -14,5 +14,6 @@ mod crash;
 mod family;
 mod full_disk;
 mod import;
+mod offline;
 mod oracle;
 mod support;

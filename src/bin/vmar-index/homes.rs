@@ -1,0 +1,279 @@
+//! From the engine's rows to block maps: `vmar-index run`.
+//!
+//! The rows come in order of (image, block). They are collected image by image, and go to a file of canonical addresses
+//! on the way, by which the policy looks up what the blocks of other images hold. Memory is that of one image.
+
+use super::session::Engine;
+use super::sql::HOMES;
+use super::{engine_error, tables};
+use datafusion::arrow::array::{Array, Int64Array, RecordBatch};
+use datafusion::common::DataFusionError;
+use futures::StreamExt;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+use vmar::indexer::offline::{Address, Canonical, Offline};
+use vmar::library::{ImageRecord, Library, Policy};
+use vmar::map::Totals;
+use vmar::units::{ImageId, human_bytes, to_usize};
+use vmar::{Error, ErrorKind, Result};
+
+/// How often a job is given to a cluster before it counts as failed. The cluster itself repeats what a lost executor did,
+/// but not the sending of a result that was lost with it.
+const ATTEMPTS: u32 = 3;
+/// Bytes of an address in the file.
+const ADDRESS_BYTES: u64 = 8;
+/// Addresses that are written to the file at a time.
+const BUFFER: usize = 1 << 16;
+
+/// Writes `OUT/NAME.map` for all images of the library: all of them, or none.
+pub async fn run(library: &Library, engine: &Engine, policy: Policy, out: &Path) -> Result<()> {
+    let began = Instant::now();
+    let mut out = Out::open(out, library)?;
+    for images in tables::domains(library) {
+        let mut attempt = 1;
+        while let Err(err) = map_domain(library, engine, policy, &images, &mut out).await {
+            // What this process found wrong stays wrong; what became of a cluster is another matter the next time.
+            if engine.cluster.is_none() || err.kind() != ErrorKind::Io || attempt == ATTEMPTS {
+                return Err(err);
+            }
+            eprintln!("{err}: once more ({attempt} of {} times)", ATTEMPTS - 1);
+            attempt += 1;
+        }
+    }
+    out.publish()?;
+    let rows: u64 = library.images().iter().map(|r| r.nonzero_blocks).sum();
+    let seconds = began.elapsed().as_secs_f64();
+    println!("policy {policy}: {} maps of {rows} blocks in {seconds:.1} s", library.images().len());
+    Ok(())
+}
+
+/// One statement, and a map for each of these images.
+async fn map_domain(
+    library: &Library,
+    engine: &Engine,
+    policy: Policy,
+    images: &[&ImageRecord],
+    out: &mut Out,
+) -> Result<()> {
+    let ctx = engine.session().await?;
+    tables::register(&ctx, library, images).await?;
+    let failed = |e: DataFusionError| engine_error(engine.name(), e);
+    let frame = ctx.sql(HOMES).await.map_err(failed)?;
+    let mut rows = frame.execute_stream().await.map_err(failed)?;
+    let mut maker = Maker { library, policy, images, next: 0, open: None, homes: Homes::new(library, &out.dir)?, out };
+    while let Some(batch) = rows.next().await {
+        maker.take(&batch.map_err(failed)?)?;
+    }
+    maker.finish()
+}
+
+/// Makes the maps of a domain, one after the other.
+struct Maker<'a> {
+    library: &'a Library,
+    policy: Policy,
+    /// In order of ID, which the rows follow.
+    images: &'a [&'a ImageRecord],
+    /// The first image that has no map and no row yet.
+    next: usize,
+    /// The image whose rows come.
+    open: Option<(ImageId, Offline<'a>)>,
+    homes: Homes,
+    out: &'a mut Out,
+}
+
+impl Maker<'_> {
+    /// A batch of (image, block, home image, home block).
+    fn take(&mut self, batch: &RecordBatch) -> Result<()> {
+        let columns: Option<Vec<&Int64Array>> = batch
+            .columns()
+            .iter()
+            .map(|c| c.as_any().downcast_ref().filter(|c: &&Int64Array| !c.is_nullable()))
+            .collect();
+        let Some([image, block, home_image, home_block]) = columns.as_deref() else {
+            return Err(wrong("its columns are not four of numbers".to_string()));
+        };
+        for i in 0..batch.num_rows() {
+            let address = address(image.value(i), block.value(i))?;
+            let home = self::address(home_image.value(i), home_block.value(i))?;
+            self.row(address, home)?;
+        }
+        Ok(())
+    }
+
+    fn row(&mut self, address: Address, home: Address) -> Result<()> {
+        while self.open.as_ref().is_none_or(|(id, _)| *id != address.image) {
+            self.close()?;
+            self.open_next(address)?;
+        }
+        let Some((_, map)) = &mut self.open else { return Ok(()) };
+        map.push(address.block, home)?;
+        self.homes.push(address, home)
+    }
+
+    /// Opens the next image, which need not be the one of that address: an image may be all zeros.
+    fn open_next(&mut self, wanted: Address) -> Result<()> {
+        let Some(record) = self.images.get(self.next) else {
+            return Err(wrong(format!("it has blocks of image {}, too late or of no image", wanted.image)));
+        };
+        let position = self.library.images().partition_point(|r| r.id <= record.id);
+        let images = self.library.images().get(..position).unwrap_or(&[]);
+        self.open = Offline::new(images).map(|map| (record.id, map));
+        self.next += 1;
+        Ok(())
+    }
+
+    /// Makes the map of the image that is open.
+    fn close(&mut self) -> Result<()> {
+        let Some((id, map)) = self.open.take() else { return Ok(()) };
+        self.homes.flush()?;
+        let (bytes, totals) = map.finish(self.policy, &mut self.homes)?;
+        self.out.write(&self.library.image_by_id(id)?.name, &bytes, totals)
+    }
+
+    fn finish(mut self) -> Result<()> {
+        self.close()?;
+        while let Some(record) = self.images.get(self.next) {
+            self.open_next(Address { image: record.id, block: 0 })?;
+            self.close()?;
+        }
+        Ok(())
+    }
+}
+
+fn address(image: i64, block: i64) -> Result<Address> {
+    match (u32::try_from(image), u32::try_from(block)) {
+        (Ok(image), Ok(block)) => Ok(Address { image: ImageId(image), block }),
+        _ => Err(wrong(format!("there is no block {block} of image {image}"))),
+    }
+}
+
+fn wrong(cause: String) -> Error {
+    Error::new(ErrorKind::Corrupt, "canonical addresses", format!("the answer of the engine is wrong: {cause}"))
+        .mend("run it again; 'vmar library remap' needs no engine")
+}
+
+/// The canonical addresses of the images so far, in a file without a name: 8 bytes a block, images one after the other.
+/// Stored inverted, so that a hole is no address.
+struct Homes {
+    file: File,
+    path: PathBuf,
+    /// ID, first block in the file and blocks of each image, in order of ID.
+    places: Vec<(ImageId, u64, u64)>,
+    /// Not yet in the file: where they begin, and what they are.
+    buffer_at: u64,
+    buffer: Vec<u8>,
+}
+
+impl Homes {
+    fn new(library: &Library, dir: &Path) -> Result<Homes> {
+        let path = dir.join(".homes");
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path);
+        let file = file.map_err(|e| Error::io(&path, "create it", e))?;
+        // Nobody else needs it, and after a kill it is gone.
+        fs::remove_file(&path).map_err(|e| Error::io(&path, "remove", e))?;
+        let mut end = 0;
+        let place = |record: &ImageRecord| {
+            let first = end;
+            end += record.blocks;
+            (record.id, first, record.blocks)
+        };
+        let places = library.images().iter().map(place).collect();
+        Ok(Homes { file, path, places, buffer_at: 0, buffer: Vec::new() })
+    }
+
+    /// First block in the file and blocks of an image.
+    fn place(&self, image: ImageId) -> (u64, u64) {
+        let found = self.places.binary_search_by_key(&image, |p| p.0).ok().and_then(|i| self.places.get(i));
+        found.map_or((0, 0), |&(_, first, blocks)| (first, blocks))
+    }
+
+    /// Takes down one address. The block has passed [`Offline::push`], so it is one of its image.
+    fn push(&mut self, address: Address, home: Address) -> Result<()> {
+        let at = (self.place(address.image).0 + u64::from(address.block)) * ADDRESS_BYTES;
+        if self.buffer_at + self.buffer.len() as u64 != at || self.buffer.len() >= BUFFER {
+            self.flush()?;
+            self.buffer_at = at;
+        }
+        let packed = u64::from(home.image.0) << 32 | u64::from(home.block);
+        self.buffer.extend_from_slice(&(!packed).to_le_bytes());
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        let written = self.file.write_all_at(&self.buffer, self.buffer_at);
+        self.buffer.clear();
+        written.map_err(|e| Error::io(&self.path, "write", e))
+    }
+}
+
+impl Canonical for Homes {
+    fn of(&mut self, image: ImageId, first: u32, count: u32) -> Result<Vec<Option<Address>>> {
+        let (start, blocks) = self.place(image);
+        let there = blocks.saturating_sub(first.into()).min(count.into());
+        let mut bytes = vec![0u8; to_usize(there * ADDRESS_BYTES)];
+        let mut filled = 0;
+        // A file that ends early ends in zeros: nothing was ever written behind its end.
+        while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            let at = (start + u64::from(first)) * ADDRESS_BYTES + filled as u64;
+            match self.file.read_at(rest, at) {
+                Ok(0) => break,
+                Ok(n) => filled += n,
+                Err(e) => return Err(Error::io(&self.path, "read", e)),
+            }
+        }
+        let (words, _) = bytes.as_chunks::<8>();
+        let unpack = |word: &[u8; 8]| {
+            let packed = !u64::from_le_bytes(*word);
+            let half = |n: u64| u32::try_from(n & u64::from(u32::MAX)).unwrap_or(u32::MAX);
+            (packed != u64::MAX).then(|| Address { image: ImageId(half(packed >> 32)), block: half(packed) })
+        };
+        let mut out: Vec<Option<Address>> = words.iter().map(unpack).collect();
+        out.resize(to_usize(count.into()), None);
+        Ok(out)
+    }
+}
+
+/// The directory of the maps. They get their names when all of them are there.
+struct Out {
+    dir: PathBuf,
+    lines: Vec<(String, String)>,
+}
+
+impl Out {
+    fn open(dir: &Path, library: &Library) -> Result<Out> {
+        fs::create_dir_all(dir).map_err(|e| Error::io(dir, "create it", e))?;
+        let real = |path: &Path| path.canonicalize().map_err(|e| Error::io(path, "look at it", e));
+        if real(dir)?.starts_with(real(library.dir())?) {
+            return Err(Error::file(ErrorKind::Usage, dir, "is inside the library, whose writers would not know")
+                .mend("name a directory elsewhere"));
+        }
+        Ok(Out { dir: dir.to_path_buf(), lines: Vec::new() })
+    }
+
+    fn staged(&self, name: &str) -> PathBuf {
+        self.dir.join(format!(".{name}.map.new"))
+    }
+
+    fn write(&mut self, name: &str, bytes: &[u8], totals: Totals) -> Result<()> {
+        let path = self.staged(name);
+        fs::write(&path, bytes).map_err(|e| Error::io(&path, "write", e))?;
+        let Totals { nonzero_blocks, redirected_blocks, entries, map_bytes, .. } = totals;
+        let size = human_bytes(map_bytes);
+        let line = format!("{redirected_blocks} of {nonzero_blocks} blocks redirected; {entries} entries, map {size}");
+        // A second attempt makes some of them again.
+        self.lines.retain(|(other, _)| other != name);
+        self.lines.push((name.to_string(), line));
+        Ok(())
+    }
+
+    fn publish(self) -> Result<()> {
+        for (name, line) in &self.lines {
+            let (from, to) = (self.staged(name), self.dir.join(format!("{name}.map")));
+            fs::rename(&from, &to).map_err(|e| Error::io(&to, "move it in place", e))?;
+            println!("{name}: {line}");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,159 @@
+#!/usr/bin/env bash
+# A cluster on loopback, with an executor killed in the middle of a job: README.md beside this file.
+#
+#   tests/long/ballista.sh [--library LIB] [--blocks N] [--binaries DIR] [--workdir DIR]
+set -euo pipefail
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+
+library='' blocks=2500000 binaries=$repo/target/release workdir=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --library) library=$2 ;;
+    --blocks) blocks=$2 ;;
+    --binaries) binaries=$2 ;;
+    --workdir) workdir=$2 ;;
+    *) sed -n '2,4s/^# \?//p' "$0" >&2; exit 2 ;;
+  esac
+  shift 2
+done
+images=8 port=${VMAR_INDEX_PORT:-50250}
+die() { echo "ballista.sh: $*" >&2; exit 1; }
+for name in vmar vmar-index; do
+  [ -x "$binaries/$name" ] ||
+    die "$binaries/$name is not there; build it with 'cargo build --release --features cluster' or name another --binaries"
+done
+[ -n "$workdir" ] || workdir=$(mktemp -d)
+mkdir -p "$workdir"
+url=df://127.0.0.1:$port
+scheduler='' executors=()
+
+# Ends every process that this script started, and no other.
+stop_cluster() {
+  for pid in "${executors[@]}" $scheduler; do
+    kill -9 "$pid" 2>/dev/null || true
+    wait "$pid" 2>/dev/null || true
+  done
+  scheduler='' executors=()
+}
+trap stop_cluster EXIT
+
+start_cluster() {
+  local n at
+  RUST_LOG=warn,ballista_scheduler=info "$binaries/vmar-index" scheduler --bind "127.0.0.1:$port" --executor-timeout 6 \
+    >"$workdir/scheduler.log" 2>&1 &
+  scheduler=$!
+  until (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do
+    kill -0 "$scheduler" 2>/dev/null || die "the scheduler did not start: $(tail -1 "$workdir/scheduler.log")"
+    sleep 0.1
+  done
+  for n in 0 1; do
+    at=$((port + 10 + 2 * n))
+    rm -rf "$workdir/executor$n" && mkdir "$workdir/executor$n"
+    RUST_LOG=warn,ballista_executor=info "$binaries/vmar-index" executor --scheduler "127.0.0.1:$port" \
+      --bind "127.0.0.1:$at" --work-dir "$workdir/executor$n" --memory 1G --tasks 1 --heartbeat 1 \
+      >"$workdir/executor$n.log" 2>&1 &
+    executors+=($!)
+    until grep -q 'registration succeed' "$workdir/executor$n.log"; do
+      kill -0 "${executors[$n]}" 2>/dev/null || die "executor $n did not start: $(tail -1 "$workdir/executor$n.log")"
+      sleep 0.1
+    done
+  done
+}
+
+begun() { grep -c 'Execute task' "$1" || true; }
+done_() { grep -c 'Finished task' "$1" || true; }
+
+# Highest resident set of a process so far, in MiB.
+peak() { awk '/VmHWM/ { print int($2 / 1024) }' "/proc/$1/status" 2>/dev/null || true; }
+
+# Runs vmar-index with these arguments; says how long it took, and how much memory this and the executors had at most.
+measure() {
+  local what=$1 began mine=0 theirs='' now pid
+  shift
+  began=$(date +%s%N)
+  "$binaries/vmar-index" "$@" >"$workdir/run.log" 2>&1 &
+  pid=$!
+  while kill -0 "$pid" 2>/dev/null; do
+    now=$(peak "$pid") && mine=${now:-$mine}
+    sleep 0.1
+  done
+  wait "$pid" || die "$what failed: $(tail -1 "$workdir/run.log")"
+  for pid in "${executors[@]}"; do theirs="$theirs $(peak "$pid")"; done
+  printf '%-34s %6.1f s, %5s MiB%s\n' "$what" "$(bc <<<"scale=3; ($(date +%s%N) - $began) / 1000000000")" "$mine" \
+    "${theirs:+, executors$theirs MiB}"
+}
+
+same_maps() {
+  local map count=0
+  for map in "$1"/*.map; do
+    cmp "$map" "$2/${map##*/}"
+    count=$((count + 1))
+  done
+  [ "$count" -gt 0 ] && [ "$count" -eq "$(find "$2" -name '*.map' | wc -l)" ] || die "$1 and $2 differ in number"
+  echo "  $count maps are byte for byte the same"
+}
+
+# The job again, and an executor killed while it works on a stage, after it has finished so many tasks of the job.
+killed() {
+  local after=$1 out=$2 log=$workdir/executor1.log pid running finished
+  shift 2
+  stop_cluster
+  start_cluster
+  began=$(date +%s%N)
+  "$binaries/vmar-index" "$@" --out "$out" >"$workdir/run.log" 2>&1 &
+  pid=$!
+  while finished=$(done_ "$log") running=$(($(begun "$log") - finished)); [ "$finished" -lt "$after" ] || [ "$running" -le 0 ]; do
+    kill -0 "$pid" 2>/dev/null || die "the job ended before there was anything to kill: take more --blocks"
+    sleep 0.02
+  done
+  kill -9 "${executors[1]}"
+  wait "${executors[1]}" 2>/dev/null || true
+  kill -0 "$pid" || die "the job had ended"
+  # The logs of the dead say whether it died at work.
+  finished=$(done_ "$log") running=$(($(begun "$log") - finished))
+  [ "$running" -gt 0 ] || die "executor 1 was idle when it died; run it again"
+  echo "killed -9 after $(bc <<<"scale=1; ($(date +%s%N) - $began) / 1000000000") s: $finished tasks done, in the middle of: $(
+    grep 'Execute task' "$log" | tail -1 | sed 's/.*task/task/')"
+  wait "$pid" || die "the job failed: $(tail -1 "$workdir/run.log")"
+  echo "  finished after $(bc <<<"scale=1; ($(date +%s%N) - $began) / 1000000000") s; $(
+    grep -c 'once more' "$workdir/run.log" || true) repeated by the client"
+  grep -q 'ExecutorLost\|heartbeat timed out\|executor lost' "$workdir/scheduler.log" || die "the scheduler did not notice"
+}
+
+echo "==> images whose bytes vmar can compare: vmar library remap, embedded, cluster"
+real=$workdir/real
+if [ -n "$library" ]; then
+  cp -a "$library" "$real"
+else
+  "$binaries/vmar-index" synthesize --raw --images 4 --blocks 25000 --out "$workdir/raw"
+  "$binaries/vmar" library init "$real"
+  "$binaries/vmar" --library "$real" image add "a=$workdir/raw/0.raw" "b=$workdir/raw/1.raw" "c=$workdir/raw/2.raw" \
+    "d=$workdir/raw/3.raw" >"$workdir/add.log" 2>&1 || die "image add: $(tail -1 "$workdir/add.log")"
+fi
+start_cluster
+for policy in paper bridge; do
+  "$binaries/vmar" --library "$real" library remap --policy $policy >/dev/null 2>&1
+  measure "$policy, embedded" run --library "$real" --policy $policy --out "$workdir/real-embedded-$policy"
+  same_maps "$real/maps" "$workdir/real-embedded-$policy"
+  measure "$policy, cluster" run --library "$real" --policy $policy --out "$workdir/real-cluster-$policy" --cluster "$url"
+  same_maps "$real/maps" "$workdir/real-cluster-$policy"
+done
+killed 1 "$workdir/real-killed" run --library "$real" --policy bridge --cluster "$url" --partitions 64
+same_maps "$real/maps" "$workdir/real-killed"
+
+echo "==> $images runs of $blocks blocks: embedded, cluster, cluster with an executor killed"
+large=$workdir/large
+"$binaries/vmar-index" synthesize --images $images --blocks "$blocks" --out "$large"
+stop_cluster
+measure "embedded" run --library "$large" --out "$workdir/embedded"
+measure "embedded, 256 MiB" run --library "$large" --out "$workdir/small" --memory 256M --spill "$workdir"
+same_maps "$workdir/embedded" "$workdir/small"
+start_cluster
+measure "cluster" run --library "$large" --out "$workdir/cluster" --cluster "$url"
+same_maps "$workdir/embedded" "$workdir/cluster"
+total=$(begun "$workdir/executor1.log")
+for after in 1 $((total / 2)) $((total - 1)); do
+  killed "$after" "$workdir/killed$after" run --library "$large" --cluster "$url"
+  same_maps "$workdir/embedded" "$workdir/killed$after"
+done
+echo "passed"
