@@ -152,7 +152,7 @@ start_cluster
 measure "cluster" run --library "$large" --out "$workdir/cluster" --cluster "$url"
 same_maps "$workdir/embedded" "$workdir/cluster"
 total=$(begun "$workdir/executor1.log")
-for after in 1 $((total / 2)) $((total - 1)); do
+for after in 1 $((total / 2)) $((total * 3 / 4)); do
   killed "$after" "$workdir/killed$after" run --library "$large" --cluster "$url"
   same_maps "$workdir/embedded" "$workdir/killed$after"
 done

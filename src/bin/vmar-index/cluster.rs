@@ -9,6 +9,7 @@ use ballista_executor::executor_process::{ExecutorProcessConfig, start_executor_
 use ballista_scheduler::cluster::BallistaCluster;
 use ballista_scheduler::config::SchedulerConfig;
 use ballista_scheduler::scheduler_process::start_server;
+use datafusion::prelude::SessionConfig;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -107,7 +108,7 @@ impl Executor {
             config.vcores = tasks.into();
         }
         let spill = self.work_dir.clone();
-        config.override_runtime_producer = Some(Arc::new(move |_| runtime(&spill, None)));
+        config.override_runtime_producer = Some(Arc::new(move |_: &SessionConfig| runtime(&spill, None)));
         let subject = format!("executor {}", self.bind);
         start_executor_process(Arc::new(config)).await.map_err(|e| engine_error(&subject, e))
     }
