@@ -108,7 +108,7 @@ fn a_wrong_answer_is_refused() {
         let err = map_of(&library, 1, &bad, Policy::BRIDGE).unwrap_err();
         assert!(err.kind() == ErrorKind::Corrupt && err.to_string().contains(why), "{err}");
     };
-    refused("9 canonical addresses for 10", &|rows| drop(rows.remove(4)));
+    refused("9 canonical addresses for 10", &|rows| rows.truncate(9));
     refused("twice", &|rows| rows.insert(4, rows[4]));
     refused("out of order", &|rows| rows.swap(1, 2));
     refused("cannot have", &|rows| rows[3].1.image = ImageId(2));
