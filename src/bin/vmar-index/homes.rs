@@ -27,8 +27,8 @@ const ADDRESS_BYTES: u64 = 8;
 /// Addresses that are written to the file at a time.
 const BUFFER: usize = 1 << 16;
 
-/// Writes `OUT/NAME.map` for all images of the library: all of them, or none.
-pub async fn run(library: &Library, engine: &Engine, policy: Policy, out: &Path) -> Result<()> {
+/// Writes `OUT/NAME.map` for all images of the library: all of them, or none. Returns what there is to say of them.
+pub async fn run(library: &Library, engine: &Engine, policy: Policy, out: &Path) -> Result<String> {
     let began = Instant::now();
     let mut out = Out::open(out, library)?;
     for images in tables::domains(library) {
@@ -42,11 +42,11 @@ pub async fn run(library: &Library, engine: &Engine, policy: Policy, out: &Path)
             attempt += 1;
         }
     }
-    out.publish()?;
+    let mut lines = out.publish()?;
     let rows: u64 = library.images().iter().map(|r| r.nonzero_blocks).sum();
     let seconds = began.elapsed().as_secs_f64();
-    println!("policy {policy}: {} maps of {rows} blocks in {seconds:.1} s", library.images().len());
-    Ok(())
+    lines.push(format!("policy {policy}: {} maps of {rows} blocks in {seconds:.1} s", library.images().len()));
+    Ok(lines.join("\n"))
 }
 
 /// One statement, and a map for each of these images.
@@ -268,12 +268,11 @@ impl Out {
         Ok(())
     }
 
-    fn publish(self) -> Result<()> {
-        for (name, line) in &self.lines {
+    fn publish(self) -> Result<Vec<String>> {
+        for (name, _) in &self.lines {
             let (from, to) = (self.staged(name), self.dir.join(format!("{name}.map")));
             fs::rename(&from, &to).map_err(|e| Error::io(&to, "move it in place", e))?;
-            println!("{name}: {line}");
         }
-        Ok(())
+        Ok(self.lines.iter().map(|(name, line)| format!("{name}: {line}")).collect())
     }
 }

@@ -21,6 +21,7 @@ mod tables;
 mod tests;
 
 use clap::{Parser, Subcommand};
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use vmar::cli::overlay::parse_size;
@@ -29,7 +30,7 @@ use vmar::{Error, ErrorKind, Result};
 
 /// Block maps of large libraries, by SQL over their fingerprint runs.
 #[derive(Debug, Parser)]
-#[command(name = "vmar-index", version, about, max_term_width = 100)]
+#[command(name = "vmar-index", version, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -83,8 +84,7 @@ struct Source {
 }
 
 fn main() -> ExitCode {
-    // SAFETY: called once, first thing in main, before any thread exists. A closed `| head` ends the process quietly.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    // SIGPIPE stays ignored, other than in `vmar`: a peer that hangs up must not end an executor. See `say`.
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
     match dispatch(Cli::parse().verb) {
         Ok(()) => ExitCode::SUCCESS,
@@ -103,7 +103,7 @@ fn dispatch(verb: Verb) -> Result<()> {
         Verb::Run { source, policy, bridge, min_run, out } => {
             let library = Library::open(&source.library)?;
             let policy = policy.unwrap_or(library.catalog().policy).with_knobs(bridge, min_run)?;
-            runtime.block_on(homes::run(&library, &source.engine, policy, &out))
+            say(runtime.block_on(homes::run(&library, &source.engine, policy, &out))?)
         }
         Verb::Query { source, explain, statement } => {
             runtime.block_on(sql::query(&Library::open(&source.library)?, &source.engine, &statement, explain))
@@ -111,6 +111,16 @@ fn dispatch(verb: Verb) -> Result<()> {
         Verb::Scheduler(args) => runtime.block_on(args.run()),
         Verb::Executor(args) => runtime.block_on(args.run()),
         Verb::Synthesize(args) => args.run(),
+    }
+}
+
+/// Prints lines. A reader that has seen enough (`| head`) is no error.
+fn say(text: impl std::fmt::Display) -> Result<()> {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::io("standard output", "write", e).mend("send it elsewhere"))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The statements, as `docs/index-sql.md` has them, and `vmar-index query`.
 
 use super::session::Engine;
-use super::{engine_error, tables};
+use super::{engine_error, say, tables};
 use vmar::Result;
 use vmar::library::Library;
 
@@ -28,9 +28,9 @@ pub async fn query(library: &Library, engine: &Engine, statement: &str, explain:
         let answer = async {
             let frame = ctx.sql(text).await?;
             let frame = if explain { frame.explain(false, false)? } else { frame };
-            frame.show().await
+            frame.to_string().await
         };
-        answer.await.map_err(|e| engine_error(engine.name(), e))?;
+        say(answer.await.map_err(|e| engine_error(engine.name(), e))?)?;
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 use super::session::Engine;
 use super::synthesize::Family;
 use super::{homes, sql, synthesize, tables};
-use datafusion::arrow::array::{Array, AsArray, Int64Array, RecordBatch};
+use datafusion::arrow::array::{AsArray, Int64Array, RecordBatch};
 use datafusion::arrow::datatypes::Int64Type;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
