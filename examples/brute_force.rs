@@ -18,14 +18,17 @@ const BLOCK: usize = 4096;
 /// Content of a block: its hash, which stands for its bytes.
 type Content = [u8; 32];
 
-struct Image {
-    name: String,
+/// An image, block by block.
+pub struct Image {
+    /// Its name.
+    pub name: String,
     size: u64,
     /// `None` for a block that is all zero.
     blocks: Vec<Option<Content>>,
 }
 
-fn read(name: &str, path: &Path) -> std::io::Result<Image> {
+/// Reads an image.
+pub fn read(name: &str, path: &Path) -> std::io::Result<Image> {
     let mut file = File::open(path)?;
     let size = file.metadata()?.len();
     let mut blocks = Vec::new();
@@ -42,7 +45,7 @@ fn read(name: &str, path: &Path) -> std::io::Result<Image> {
 
 /// Where block `b` of image `i` is read from: the lowest block of the lowest image that holds its content.
 fn target(
-    images: &[Image],
+    images: &[&Image],
     canonical: &HashMap<Content, (usize, usize)>,
     i: usize,
     b: usize,
@@ -56,7 +59,11 @@ fn target(
 /// The figures of the images, in the order of their IDs, as `vmar stats --json` prints them.
 pub fn count(files: &[(String, PathBuf)]) -> std::io::Result<serde_json::Value> {
     let images = files.iter().map(|(name, path)| read(name, path)).collect::<std::io::Result<Vec<Image>>>()?;
+    Ok(figures(&images.iter().collect::<Vec<_>>()))
+}
 
+/// The same of images that were read; IDs count from 0.
+pub fn figures(images: &[&Image]) -> serde_json::Value {
     let mut canonical: HashMap<Content, (usize, usize)> = HashMap::new();
     let mut holders: HashMap<Content, Vec<usize>> = HashMap::new();
     for (i, image) in images.iter().enumerate() {
@@ -82,7 +89,7 @@ pub fn count(files: &[(String, PathBuf)]) -> std::io::Result<serde_json::Value> 
 
     let per_image: Vec<serde_json::Value> = (0..images.len())
         .map(|i| {
-            let targets: Vec<_> = (0..images[i].blocks.len()).map(|b| target(&images, &canonical, i, b)).collect();
+            let targets: Vec<_> = (0..images[i].blocks.len()).map(|b| target(images, &canonical, i, b)).collect();
             let starts_entry = |b: usize| match (targets[b], b.checked_sub(1).and_then(|before| targets[before])) {
                 (None, _) => false,
                 (Some(_), None) => true,
@@ -98,7 +105,7 @@ pub fn count(files: &[(String, PathBuf)]) -> std::io::Result<serde_json::Value> 
             })
         })
         .collect();
-    Ok(serde_json::json!({
+    serde_json::json!({
         "policy": "paper",
         "nonzero_blocks": nonzero,
         "unique_blocks": holders.len(),
@@ -107,7 +114,7 @@ pub fn count(files: &[(String, PathBuf)]) -> std::io::Result<serde_json::Value> 
         "shared_ge2_images": share(&|h| distinct(h).len() >= 2),
         "shared_gt3_images": share(&|h| distinct(h).len() > 3),
         "images": per_image,
-    }))
+    })
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

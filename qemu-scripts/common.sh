@@ -155,6 +155,7 @@ vm_boot=kernel                                   # kernel: QEMU loads it; disk: 
 vm_memory=512                                    # MiB
 vm_append=                                       # more for the kernel command line
 vm_record=1                                      # empty: vmar serve records no trace
+vm_devices=()                                    # more for QEMU's command line
 vm_dirs=()                                       # what vm_stop_all stops
 
 # A folder that no other script run uses. Sockets are named by full path, which the kernel limits to 107 characters.
@@ -227,7 +228,8 @@ vm_start() {
     # Both modes get the same machine, also the shared memory that only vhost-user needs.
     qemu-system-x86_64 -name "vmar-$name" -nodefaults -display none -no-reboot \
         -machine q35,memory-backend=ram0 -object "memory-backend-memfd,id=ram0,size=${vm_memory}M,share=on" \
-        -m "${vm_memory}M" -smp 1 -accel "$accel" "${disk[@]}" "${kernel[@]}" -device virtio-rng-pci \
+        -m "${vm_memory}M" -smp 1 -accel "$accel" "${disk[@]}" "${kernel[@]}" "${vm_devices[@]}" \
+        -device virtio-rng-pci \
         -serial "file:$dir/serial.log" >"$dir/qemu.log" 2>&1 </dev/null 9>&- &
     echo $! >"$dir/qemu.pid"
 }
@@ -235,7 +237,9 @@ vm_start() {
 # vm_state DIR: booting | up SECONDS | failed WHY
 vm_state() {
     local dir=$1 line
-    line=$(grep -aE '^VMAR-(BOOT-OK|BOOT-FAIL|DATA-FAIL) ' "$dir/serial.log" 2>/dev/null | head -n 1 | tr -d '\r' || true)
+    # With its seconds to the last digit: a line may be there in part.
+    line=$(grep -aE '^VMAR-(BOOT-OK [^ ]+ [0-9]+\.[0-9][0-9]|BOOT-FAIL |DATA-FAIL )' "$dir/serial.log" 2>/dev/null |
+        head -n 1 | tr -d '\r' || true)
     case $line in
         "VMAR-BOOT-OK "*) echo "up ${line##* }" ;;
         VMAR-*) echo "failed the guest says: $line" ;;

@@ -163,6 +163,7 @@ while [ "$up" -lt "$count" ]; do
         vm=$(basename "${folder[i]}")
         if [ -z "${boot_ms[i]:-}" ] && grep -qxF "${folder[i]}/serial.log" <<<"$spoke"; then
             state=$(vm_state "${folder[i]}")
+            [ "$state" != booting ] || continue
             [ "${state%% *}" = up ] || die "$vm: ${state#failed } (logs: ${folder[i]})"
             boot_ms[i]=$(($(now_ms) - began[i]))
             guest_s[i]=${state#up }

@@ -102,6 +102,7 @@ pub mod io;
 pub mod cluster;
 pub mod fingerprint;
 pub mod image;
+pub mod index;
 pub mod library;
 
 pub mod map;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const FLOORS: &[&[&str]] = &[
     &["units", "error", "codec"],
     &["io"],
-    &["fingerprint", "cluster", "image", "library"],
+    &["fingerprint", "cluster", "image", "index", "library"],
     &["map"],
     &["indexer", "overlay", "redirect"],
     &["device"],
@@ -18,7 +18,7 @@ const FLOORS: &[&[&str]] = &[
 ];
 
 /// Siblings that may be used on floor 2: the catalog names fingerprint algorithms and image formats.
-const SIBLINGS: &[(&str, &str)] = &[("library", "fingerprint"), ("library", "image")];
+const SIBLINGS: &[(&str, &str)] = &[("library", "fingerprint"), ("library", "image"), ("index", "fingerprint")];
 
 /// Crates that belong to one module alone.
 const CRATES: &[(&str, &[&str])] = &[

@@ -2,10 +2,12 @@
 
 use super::Common;
 use super::output::{Table, print_json};
+use crate::daemon::passing;
 use crate::error::{Error, ErrorKind, Result};
 use clap::Subcommand;
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -33,6 +35,8 @@ enum Verb {
     Drain,
     /// Go on after 'drain'
     Resume,
+    /// Go on with the block map that the library has now; the guest notices nothing
+    Reload,
     /// Make the disk larger and tell the guest
     Resize {
         /// Bytes; K, M, G and T are powers of 1024
@@ -48,6 +52,7 @@ pub fn run(common: &Common, args: Args) -> Result<()> {
         Verb::Statistics => ("statistics", Value::Null),
         Verb::Drain => ("drain", Value::Null),
         Verb::Resume => ("resume", Value::Null),
+        Verb::Reload => ("reload", Value::Null),
         Verb::Resize { size } => ("resize", json!({"size": size})),
     };
     let answer = ask(&args.socket, &json!({"execute": command, "arguments": arguments}))?;
@@ -61,6 +66,10 @@ pub fn run(common: &Common, args: Args) -> Result<()> {
             print_statistics(&answer);
             Ok(())
         }
+        Verb::Reload => {
+            println!("{}", reloaded(&answer));
+            Ok(())
+        }
         Verb::Resize { .. } if answer.get("told") == Some(&Value::Bool(false)) => {
             println!("the disk is larger; nobody could be told: a guest sees it when it starts next");
             Ok(())
@@ -71,9 +80,21 @@ pub fn run(common: &Common, args: Args) -> Result<()> {
 
 fn ask(path: &Path, request: &Value) -> Result<Value> {
     let failed = |e| Error::io(path, "ask the server", e);
-    let mut stream = UnixStream::connect(path).map_err(failed)?;
+    let stream = UnixStream::connect(path).map_err(failed)?;
     stream.set_read_timeout(Some(ANSWER_TIME)).map_err(failed)?;
-    stream.write_all(format!("{request}\n").as_bytes()).map_err(failed)?;
+    ask_by(&stream, path, request, &[])
+}
+
+/// Asks over a connection to the server whose control socket is at `path`; passes descriptors along.
+pub(super) fn ask_by(stream: &UnixStream, path: &Path, request: &Value, fds: &[BorrowedFd<'_>]) -> Result<Value> {
+    let failed = |e: io::Error| match e.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            Error::file(ErrorKind::Busy, path, "the server does not answer")
+                .mend("see whether its disk or its process hangs")
+        }
+        _ => Error::io(path, "ask the server", e),
+    };
+    passing::send(stream, format!("{request}\n").as_bytes(), fds).map_err(failed)?;
     let mut line = String::new();
     BufReader::new(stream).read_line(&mut line).map_err(failed)?;
     let answer: Value = serde_json::from_str(&line).map_err(|e| failed(e.into()))?;
@@ -84,10 +105,25 @@ fn ask(path: &Path, request: &Value) -> Result<Value> {
     }
 }
 
+/// What a human wants to know of the answer to 'reload'.
+pub(super) fn reloaded(answer: &Value) -> String {
+    let map = |which: &str| {
+        let map = &answer[which];
+        let images = map["targets"].as_array().map_or(0, Vec::len);
+        format!("{} entries into {images} image{}", map["entries"], if images == 1 { "" } else { "s" })
+    };
+    let rest = if answer["closed"] == Value::Bool(true) { "" } else { "; requests in flight still use the old one" };
+    format!("map with {}, before {}{rest}", map("new"), map("old"))
+}
+
 fn text(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
         Value::Null => "-".into(),
+        Value::Object(map) if map.contains_key("entries") => {
+            let images = map.get("targets").and_then(Value::as_array).map_or(0, Vec::len);
+            format!("{} entries into {images} images", text(&value["entries"]))
+        }
         Value::Array(rings) => {
             let ring = |r: &Value| {
                 let running = if r["running"] == Value::Bool(true) { "running" } else { "stopped" };

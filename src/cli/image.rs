@@ -1,11 +1,11 @@
 //! `vmar image`: adds images and looks at them.
 
-use super::Common;
 use super::output::{Progress, Table, percent, print_json, rate};
+use super::{Common, lifecycle};
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
-use crate::indexer::add::{Added, NewImage, add};
-use crate::indexer::verify::{Verified, verify};
+use crate::indexer::add::{Added, NewImage, add, preview};
+use crate::indexer::stats::shares_of;
 use crate::indexer::{Work, read_map};
 use crate::library::{ImageRecord, Library, Writer};
 use crate::units::human_bytes;
@@ -23,6 +23,25 @@ pub enum Verb {
         /// What to call an image, and its file: raw (used in place) or qcow2/VMDK (converted into the library)
         #[arg(required = true, value_name = "NAME=FILE", value_parser = parse_new_image)]
         images: Vec<NewImage>,
+        /// Only say what they would share, and with which images
+        #[arg(long)]
+        dry_run: bool,
+        /// Memory for what grows with an image; more of it goes through scratch files in the library
+        #[arg(long, value_name = "N[K|M|G|T]", value_parser = super::overlay::parse_size, default_value = "1G")]
+        memory: u64,
+    },
+    /// Remove an image; maps of images that read from it follow
+    Remove(lifecycle::RemoveArgs),
+    /// Give an image another content; maps of images that read from the old one follow
+    Update(lifecycle::UpdateArgs),
+    /// Make an image of a VM's overlay and the image below it
+    Capture(lifecycle::CaptureArgs),
+    /// Give an image another name
+    Rename {
+        /// The image
+        name: String,
+        /// Its new name
+        new_name: String,
     },
     /// List the images
     List,
@@ -32,19 +51,23 @@ pub enum Verb {
         name: String,
     },
     /// Read images again: their bytes and every redirect, against the fingerprints
-    Verify {
-        /// The image; all if none is named
-        name: Option<String>,
-    },
+    Verify(super::verify::Args),
+    /// Mend blocks that are not what was added any more, from other images that hold the same
+    Repair(super::repair::Args),
 }
 
 /// Runs the verb.
 pub fn run(common: &Common, verb: Verb) -> Result<()> {
     match verb {
-        Verb::Add { images } => run_add(common, &images),
+        Verb::Add { images, dry_run, memory } => run_add(common, &images, dry_run, memory),
+        Verb::Remove(args) => lifecycle::run_remove(common, &args),
+        Verb::Update(args) => lifecycle::run_update(common, &args),
+        Verb::Capture(args) => lifecycle::run_capture(common, &args),
+        Verb::Rename { name, new_name } => lifecycle::run_rename(common, &name, &new_name),
         Verb::List => run_list(common),
         Verb::Show { name } => run_show(common, &name),
-        Verb::Verify { name } => run_verify(common, name),
+        Verb::Verify(args) => super::verify::run(common, args),
+        Verb::Repair(args) => super::repair::run(common, args),
     }
 }
 
@@ -72,23 +95,80 @@ pub(super) fn stop_on_signals() -> Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
-fn run_add(common: &Common, images: &[NewImage]) -> Result<()> {
+fn run_add(common: &Common, images: &[NewImage], dry_run: bool, memory: u64) -> Result<()> {
     let stop = stop_on_signals()?;
     let progress = Progress::new();
     let mut writer = Writer::open(common.library()?)?;
-    let added = add(&mut writer, images, &Work::on_all_cores(&stop, &progress))?;
+    let work = Work { memory, ..Work::on_all_cores(&stop, &progress) };
+    let added = if dry_run { preview(&mut writer, images, &work)? } else { add(&mut writer, images, &work)? };
     drop(progress);
+    added.iter().for_each(|a| super::estimate::warn_misaligned(&writer.library().image_path(&a.record)));
     if common.json {
-        let lines: Vec<ImageLine> = added.iter().map(|a| image_line(writer.library(), &a.record)).collect();
-        return print_json(&lines);
+        let names = Names::of(writer.library(), &added);
+        let line = |a: &Added| AddedLine {
+            image: image_line(writer.library(), &a.record),
+            dry_run,
+            data_bytes: a.data_bytes,
+            hash_seconds: a.hash_time.as_secs_f64(),
+            map_seconds: a.map_time.as_secs_f64(),
+            shares: names.shares(a),
+        };
+        return print_json(&added.iter().map(line).collect::<Vec<_>>());
     }
     for outcome in &added {
         print_added(outcome);
     }
+    if dry_run {
+        print_shares(writer.library(), &added);
+    }
     Ok(())
 }
 
-fn print_added(added: &Added) {
+/// What `add` prints of an image.
+#[derive(Debug, Serialize)]
+struct AddedLine {
+    #[serde(flatten)]
+    image: ImageLine,
+    dry_run: bool,
+    data_bytes: u64,
+    hash_seconds: f64,
+    map_seconds: f64,
+    shares: Vec<Reads>,
+}
+
+/// Names of images by ID, those that are being added among them.
+struct Names(std::collections::BTreeMap<crate::units::ImageId, String>);
+
+impl Names {
+    fn of(library: &Library, added: &[Added]) -> Names {
+        let records = library.images().iter().chain(added.iter().map(|a| &a.record));
+        Names(records.map(|r| (r.id, r.name.clone())).collect())
+    }
+
+    /// How many of an image's blocks the others hold too, the most first.
+    fn shares(&self, added: &Added) -> Vec<Reads> {
+        let name = |id| self.0.get(&id).cloned().unwrap_or_default();
+        let mut lines: Vec<Reads> =
+            added.shares.iter().map(|&(id, blocks)| Reads { name: name(id), id: id.0, blocks }).collect();
+        lines.sort_by_key(|r| std::cmp::Reverse(r.blocks));
+        lines
+    }
+}
+
+fn print_shares(library: &Library, added: &[Added]) {
+    println!("nothing was changed");
+    let names = Names::of(library, added);
+    let mut table = Table::new(&["image", "would share with", "blocks", ""], 2);
+    for outcome in added {
+        for shared in names.shares(outcome) {
+            let share = percent(shared.blocks, outcome.totals.nonzero_blocks);
+            table.row(vec![outcome.record.name.clone(), shared.name, shared.blocks.to_string(), share]);
+        }
+    }
+    table.print();
+}
+
+pub(super) fn print_added(added: &Added) {
     let (record, totals) = (&added.record, &added.totals);
     println!(
         "{}: image {}, {} ({} non-zero); {} read from {} other image{}; {} entries, map {}; hashed {} at {}, map in {:.1} s",
@@ -112,7 +192,7 @@ fn print_added(added: &Added) {
 
 /// An image as `list` and `show` print it.
 #[derive(Debug, Serialize)]
-struct ImageLine {
+pub(super) struct ImageLine {
     name: String,
     id: u32,
     generation: u64,
@@ -125,9 +205,11 @@ struct ImageLine {
     digest: String,
     domain: String,
     fingerprint: String,
+    /// `ok`, `changed` or `missing`, as far as a look at the file tells.
+    state: &'static str,
 }
 
-fn image_line(library: &Library, record: &ImageRecord) -> ImageLine {
+pub(super) fn image_line(library: &Library, record: &ImageRecord) -> ImageLine {
     ImageLine {
         name: record.name.clone(),
         id: record.id.0,
@@ -141,6 +223,7 @@ fn image_line(library: &Library, record: &ImageRecord) -> ImageLine {
         digest: hex(&record.digest),
         domain: record.domain.clone(),
         fingerprint: record.fingerprint.to_string(),
+        state: library.state(record).name(),
     }
 }
 
@@ -150,11 +233,12 @@ fn run_list(common: &Common) -> Result<()> {
     if common.json {
         return print_json(&lines);
     }
-    let mut table = Table::new(&["name", "format", "file", "id", "size", "non-zero"], 3);
+    let mut table = Table::new(&["name", "format", "state", "file", "id", "size", "non-zero"], 4);
     for line in lines {
         table.row(vec![
             line.name,
             line.format,
+            line.state.to_string(),
             line.path.display().to_string(),
             line.id.to_string(),
             human_bytes(line.size),
@@ -175,6 +259,15 @@ struct Shown {
     redirected_blocks: u64,
     self_redirected_blocks: u64,
     reads_from: Vec<Reads>,
+    shares: Vec<Shares>,
+}
+
+/// How many distinct contents an image has in common with another one.
+#[derive(Debug, Serialize)]
+struct Shares {
+    name: String,
+    id: u32,
+    contents: u64,
 }
 
 /// How many blocks are read from an image.
@@ -186,23 +279,7 @@ struct Reads {
 }
 
 fn run_show(common: &Common, name: &str) -> Result<()> {
-    let library = Library::open(common.library()?)?;
-    let record = library.image(name)?;
-    let map = read_map(&library, record)?;
-    let mut reads_from = Vec::new();
-    for (target, blocks) in map.targets() {
-        let name = library.image_by_id(target.image)?.name.clone();
-        reads_from.push(Reads { name, id: target.image.0, blocks });
-    }
-    let totals = map.totals();
-    let shown = Shown {
-        image: image_line(&library, record),
-        entries: totals.entries,
-        map_bytes: totals.map_bytes,
-        redirected_blocks: totals.redirected_blocks,
-        self_redirected_blocks: totals.self_redirected_blocks,
-        reads_from,
-    };
+    let shown = Library::consistently(common.library()?, |library| shown(library, name))?;
     if common.json {
         return print_json(&shown);
     }
@@ -210,10 +287,35 @@ fn run_show(common: &Common, name: &str) -> Result<()> {
     Ok(())
 }
 
+fn shown(library: &Library, name: &str) -> Result<Shown> {
+    let record = library.image(name)?;
+    let map = read_map(library, record)?;
+    let mut reads_from = Vec::new();
+    for (target, blocks) in map.targets() {
+        let name = library.image_by_id(target.image)?.name.clone();
+        reads_from.push(Reads { name, id: target.image.0, blocks });
+    }
+    let totals = map.totals();
+    let mut shares = Vec::new();
+    for (id, contents) in shares_of(library, record.id)? {
+        shares.push(Shares { name: library.image_by_id(id)?.name.clone(), id: id.0, contents });
+    }
+    Ok(Shown {
+        image: image_line(library, record),
+        entries: totals.entries,
+        map_bytes: totals.map_bytes,
+        redirected_blocks: totals.redirected_blocks,
+        self_redirected_blocks: totals.self_redirected_blocks,
+        reads_from,
+        shares,
+    })
+}
+
 fn print_shown(shown: &Shown) {
     let image = &shown.image;
     println!("image        {} (ID {}, generation {})", image.name, image.id, image.generation);
-    println!("file         {}", image.path.display());
+    let state = if image.state == "ok" { String::new() } else { format!(" ({})", image.state) };
+    println!("file         {}{state}", image.path.display());
     if let Some(from) = &image.converted_from {
         println!("converted    from {} ({})", from.display(), image.format);
     }
@@ -232,54 +334,13 @@ fn print_shown(shown: &Shown) {
         table.row(vec![reads.name.clone(), reads.id.to_string(), reads.blocks.to_string(), share]);
     }
     table.print();
-}
-
-fn run_verify(common: &Common, name: Option<String>) -> Result<()> {
-    let dir = common.library()?;
-    let stop = stop_on_signals()?;
-    let library = Library::open(dir)?;
-    let names: Vec<String> = match name {
-        Some(name) => vec![name],
-        None => library.images().iter().map(|r| r.name.clone()).collect(),
-    };
-    let (mut bad, mut lines) = (Vec::new(), Vec::new());
-    for name in &names {
-        let progress = Progress::new();
-        let outcome = verify(dir, name, &Work::on_all_cores(&stop, &progress));
-        drop(progress);
-        match outcome {
-            Ok(verified) if common.json => lines.push(verified_json(name, &verified)),
-            Ok(verified) => print_verified(name, &verified),
-            Err(err) if names.len() == 1 || err.kind() == ErrorKind::Interrupted => return Err(err),
-            Err(err) => {
-                lines.push(serde_json::json!({ "name": name, "good": false, "error": err.to_string() }));
-                eprintln!("vmar: {err}");
-                bad.push(name.as_str());
-            }
-        }
+    if shown.shares.is_empty() {
+        return;
     }
-    if common.json {
-        print_json(&lines)?;
+    println!();
+    let mut table = Table::new(&["shares with", "id", "contents"], 1);
+    for shares in &shown.shares {
+        table.row(vec![shares.name.clone(), shares.id.to_string(), shares.contents.to_string()]);
     }
-    if bad.is_empty() {
-        return Ok(());
-    }
-    let cause = format!("{} of {} images are bad: {}", bad.len(), names.len(), bad.join(", "));
-    Err(Error::file(ErrorKind::Corrupt, dir, cause).mend("see the lines above"))
-}
-
-fn verified_json(name: &str, verified: &Verified) -> serde_json::Value {
-    serde_json::json!({
-        "name": name,
-        "good": true,
-        "data_bytes": verified.data_bytes,
-        "redirects": verified.redirects,
-        "mended": verified.mended,
-    })
-}
-
-fn print_verified(name: &str, verified: &Verified) {
-    let mended = if verified.mended { "; its modification time had changed and is accepted" } else { "" };
-    let data = human_bytes(verified.data_bytes);
-    println!("{name}: good: {data} of data, {} redirected blocks{mended}", verified.redirects);
+    table.print();
 }

@@ -1,13 +1,14 @@
 //! `vmar map`: looks inside a block map (`src/map/FORMAT.md`).
 
 use super::Common;
+use super::explain::Explained;
 use super::output::print_json;
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Mapping;
 use crate::library::{ImageRecord, Library, Policy};
 use crate::map::{Entry, Map, MapError, Scheme, Target, Totals};
-use crate::units::{BLOCK_SIZE, human_bytes};
+use crate::units::human_bytes;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -70,14 +71,13 @@ fn open(path: &Path) -> Result<Map<Mapping>> {
 }
 
 /// The verified map of an image, which must be the map of that very image.
-fn open_of(library: &Library, record: &ImageRecord) -> Result<Map<Mapping>> {
+pub(super) fn open_of(library: &Library, record: &ImageRecord) -> Result<Map<Mapping>> {
     let path = library.map_path(&record.name);
     let map = open(&path)?;
     let want = Target { image: record.id, generation: record.generation, digest: record.digest, size: record.size };
     if map.source() != want {
         let cause = format!("is not the map of image {} as the library knows it", record.name);
-        return Err(Error::file(ErrorKind::Changed, &path, cause)
-            .mend("restore it from a copy of the library, or build the library anew"));
+        return Err(Error::file(ErrorKind::Changed, &path, cause).mend("make it anew with 'vmar library remap'"));
     }
     Ok(map)
 }
@@ -320,7 +320,7 @@ fn policy_name(code: u32) -> String {
 }
 
 /// The name of an image that a map points to; its number if the library does not know it.
-fn image_name(library: &Library, target: &Target) -> String {
+pub(super) fn image_name(library: &Library, target: &Target) -> String {
     library.image_by_id(target.image).map_or_else(|_| format!("image {}", target.image), |record| record.name.clone())
 }
 
@@ -351,163 +351,4 @@ fn mean_depth(map: &Map<Mapping>, scheme: Scheme) -> Depth {
     let mean = |sum: u64, count: u64| if count == 0 { 0.0 } else { sum as f64 / count as f64 };
     let [nonzero, zero] = [0, 1].map(|i| mean(sum[i], count[i]));
     Depth { nonzero, zero, all: mean(sum[0] + sum[1], count[0] + count[1]) }
-}
-
-// ---- explain ----
-
-/// Source blocks that are listed for each image; contents like an empty directory block repeat thousands of times.
-const LISTED_MAX: usize = 16;
-
-/// What `map explain` says.
-#[derive(Serialize)]
-struct Explained {
-    name: String,
-    id: u32,
-    block: u32,
-    offset: u64,
-    zero: bool,
-    target: Option<Address>,
-    entry: Option<EntryRow>,
-    section: u32,
-    /// The entries that the section index leaves, first and end.
-    section_entries: [usize; 2],
-    search_depth: u32,
-    shared_by: Vec<Sharer>,
-}
-
-/// The canonical address.
-#[derive(Serialize)]
-struct Address {
-    id: u32,
-    name: String,
-    generation: u64,
-    block: u32,
-    offset: u64,
-}
-
-#[derive(Serialize)]
-struct EntryRow {
-    number: u32,
-    source: u32,
-    len: u32,
-    target: u32,
-    block: u32,
-}
-
-/// Blocks of an image, other than the one asked about, that live at the same address.
-#[derive(Serialize)]
-struct Sharer {
-    id: u32,
-    name: String,
-    count: u64,
-    /// The first few.
-    blocks: Vec<u32>,
-}
-
-impl Explained {
-    fn of(library: &Library, record: &ImageRecord, block: u32) -> Result<Explained> {
-        let map = open_of(library, record)?;
-        let Some((section, candidates)) = map.section_of(block) else {
-            let cause = format!("image {} has no block {block}", record.name);
-            return Err(Error::new(ErrorKind::Usage, "--block", cause)
-                .mend(format!("give a number below {}", map.totals().blocks)));
-        };
-        let found = map.entry_of(block);
-        let home = found.and_then(|(_, entry)| Some((map.target(entry.target)?, entry.block + (block - entry.source))));
-        let shared_by = match home {
-            Some((target, at)) => sharers(library, &target, at, (record, block))?,
-            None => Vec::new(),
-        };
-        Ok(Explained {
-            name: record.name.clone(),
-            id: record.id.0,
-            block,
-            offset: u64::from(block) * BLOCK_SIZE,
-            zero: found.is_none(),
-            target: home.map(|(target, at)| Address {
-                id: target.image.0,
-                name: image_name(library, &target),
-                generation: target.generation,
-                block: at,
-                offset: u64::from(at) * BLOCK_SIZE,
-            }),
-            entry: found.map(|(number, e)| EntryRow {
-                number,
-                source: e.source,
-                len: e.len,
-                target: e.target,
-                block: e.block,
-            }),
-            section,
-            section_entries: [candidates.start, candidates.end],
-            search_depth: map.search_depth(block),
-            shared_by,
-        })
-    }
-
-    fn print(&self) -> Result<()> {
-        println!("{}: block {} (byte {})", self.name, self.block, self.offset);
-        match &self.target {
-            None => println!("  is zero"),
-            Some(t) if (t.id, t.block) == (self.id, self.block) => println!("  is its own canonical copy"),
-            Some(t) => println!("  lives in {} ({}), block {} (byte {})", t.name, t.id, t.block, t.offset),
-        }
-        if let Some(e) = &self.entry {
-            println!(
-                "  entry {}: blocks {}-{} to target {}, block {} on",
-                e.number,
-                e.source,
-                u64::from(e.source) + u64::from(e.len) - 1,
-                e.target,
-                e.block
-            );
-        }
-        let [first, end] = self.section_entries;
-        match end - first {
-            0 => println!("  section {}: no entries", self.section),
-            1 => println!("  section {}: entry {first}", self.section),
-            n => println!(
-                "  section {}: entries {first}-{}, {n} of them; search depth {}",
-                self.section,
-                end - 1,
-                self.search_depth
-            ),
-        }
-        if self.shared_by.is_empty() && !self.zero {
-            println!("  shared with no other block");
-        }
-        for sharer in &self.shared_by {
-            let listed: Vec<String> = sharer.blocks.iter().map(u32::to_string).collect();
-            let more = if sharer.count > listed.len() as u64 { ", …" } else { "" };
-            let what = if sharer.count == 1 { "block" } else { "blocks" };
-            let listed = listed.join(", ");
-            println!("  shared with {} ({}), {} {what}: {listed}{more}", sharer.name, sharer.id, sharer.count);
-        }
-        Ok(())
-    }
-}
-
-/// All blocks of all images of the library that live at block `at` of `home`, but for the one that was asked about.
-fn sharers(library: &Library, home: &Target, at: u32, asked: (&ImageRecord, u32)) -> Result<Vec<Sharer>> {
-    let mut out = Vec::new();
-    for record in library.images() {
-        let map = open_of(library, record)?;
-        let Some(target) = (0..).zip(map.targets()).find_map(|(i, (t, _))| t.same_image(home).then_some(i)) else {
-            continue;
-        };
-        let (mut count, mut blocks) = (0, Vec::new());
-        for entry in map.entries().filter(|e| e.target == target && e.block <= at && u64::from(at) < e.block_end()) {
-            let block = entry.source + (at - entry.block);
-            if (record.id, block) != (asked.0.id, asked.1) {
-                count += 1;
-                if blocks.len() < LISTED_MAX {
-                    blocks.push(block);
-                }
-            }
-        }
-        if count > 0 {
-            out.push(Sharer { id: record.id.0, name: record.name.clone(), count, blocks });
-        }
-    }
-    Ok(out)
 }

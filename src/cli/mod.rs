@@ -1,15 +1,22 @@
 //! The command line: one file a verb. Raw arguments are resolved here, work is done on the floors below.
 
 pub mod control;
+pub mod estimate;
+mod explain;
 pub mod image;
 pub mod library;
+pub mod lifecycle;
 pub mod map;
+mod matrix;
 pub mod output;
 pub mod overlay;
+pub mod repair;
 mod replay;
 pub mod serve;
 pub mod stats;
+pub mod tell;
 pub mod trace;
+pub mod verify;
 
 use crate::error::{Error, ErrorKind, Result};
 use clap::{Parser, Subcommand};
@@ -65,6 +72,8 @@ enum Verb {
     /// Look inside a block map
     #[command(subcommand)]
     Map(map::Verb),
+    /// What image files would share, before any of them is in a library
+    Estimate(estimate::Args),
     /// Copy-on-write overlays
     #[command(subcommand)]
     Overlay(overlay::Verb),
@@ -135,6 +144,7 @@ pub fn main() -> ExitCode {
         Verb::Library(verb) => library::run(common, verb),
         Verb::Image(verb) => image::run(common, verb),
         Verb::Map(verb) => map::run(common, verb),
+        Verb::Estimate(args) => estimate::run(common, args),
         Verb::Overlay(verb) => overlay::run(common, verb),
         Verb::Trace(verb) => trace::run(common, verb),
         Verb::Stats(args) => stats::run(common, args),

@@ -110,7 +110,7 @@ pub struct OpenArgs {
 }
 
 impl StateDir {
-    fn path(&self) -> PathBuf {
+    pub(super) fn path(&self) -> PathBuf {
         self.state_dir.clone().unwrap_or_else(default_state_dir)
     }
 }
@@ -219,6 +219,9 @@ fn create(
             size
         }
     };
+    if let Err(e) = library.note_overlay(&record.digest, file) {
+        log::info!("the library does not know of this overlay: {e}");
+    }
     println!("{}: a disk of {} on image {image}", file.display(), human_bytes(size));
     Ok(())
 }

@@ -3,6 +3,7 @@
 use super::Common;
 use super::overlay::default_state_dir;
 use crate::daemon::control::{Control, ControlFile};
+use crate::daemon::home::{Home, Opened};
 use crate::daemon::socket::{Inherited, Listening, inherit};
 use crate::daemon::take_over::TakeOver;
 use crate::daemon::{Names, Options, QUEUES_MAX, Served, StopSignal, serve};
@@ -10,9 +11,9 @@ use crate::device::request::SERIAL_SIZE;
 use crate::device::{Drive, Ledger, OnError, OverlayRecipe, Recipe};
 use crate::error::{Error, ErrorKind, Result};
 use crate::library::{ImageRecord, Library};
-use crate::overlay::BaseIdentity;
+use crate::overlay::{self, BaseIdentity};
 use crate::redirect::trace::TraceHeader;
-use crate::redirect::{Base, Recorder};
+use crate::redirect::{Current, Recorder};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -94,11 +95,11 @@ pub fn run(common: &Common, args: Args) -> Result<()> {
     // From here on SIGTERM means: finish, flush, close.
     let stop = StopSignal::install()?;
     crate::redirect::reader::Reader::probe()?;
-    let drive = open_drive(common, &args)?;
+    let (drive, home) = open_drive(common, &args)?;
     let names = Names { image: args.image.clone(), overlay: args.overlay.clone(), blk_file: args.blk_file.clone() };
-    let served = Arc::new(Served::new(drive, names)?);
+    let served = Arc::new(Served { home, ..Served::new(drive, names)? });
     let options = options(&args);
-    match start(&args, &place, &served, &options) {
+    let ended = match start(&args, &place, &served, &options) {
         // The file of the control socket goes with this.
         Ok((endpoint, _control)) => serve(&served, endpoint, &options, &stop),
         Err(e) => {
@@ -108,7 +109,10 @@ pub fn run(common: &Common, args: Args) -> Result<()> {
             }
             Err(e)
         }
-    }
+    };
+    // Others may hold on to what is served to the end of the process.
+    served.home.iter().for_each(|home| home.end());
+    ended
 }
 
 /// Where the vhost-user socket comes from.
@@ -184,7 +188,7 @@ fn usage(cause: &str, mend: &str) -> Error {
 }
 
 /// The disk, open unless a migrated VM is waited for.
-fn open_drive(common: &Common, args: &Args) -> Result<Drive> {
+fn open_drive(common: &Common, args: &Args) -> Result<(Drive, Option<Arc<Home>>)> {
     let on_error = if args.on_error == OnError::Retry.name() { OnError::Retry } else { OnError::Report };
     let ledger = Arc::new(Ledger::new(on_error, args.num_queues));
     if let Some(file) = &args.blk_file {
@@ -198,7 +202,7 @@ fn open_drive(common: &Common, args: &Args) -> Result<Drive> {
         if !args.incoming && args.take_over.is_none() {
             drive.activate()?;
         }
-        return Ok(drive);
+        return Ok((drive, None));
     }
     let Some(name) = &args.image else {
         return Err(usage(
@@ -212,12 +216,18 @@ fn open_drive(common: &Common, args: &Args) -> Result<Drive> {
             "give --overlay FILE (made by 'vmar overlay create') for the VM's writes, or --read-only",
         ));
     }
-    let library = Library::open(common.library()?)?;
-    let record = library.image(name)?.clone();
-    let mut base = Base::open(&library, name)?;
+    let dir = common.library()?;
+    // What the overlay was made on, if that is an older content of the image; what is wrong with it is told later.
+    let made_on = args.overlay.as_ref().and_then(|file| overlay::base_of(file).ok()).map(|base| base.digest);
+    let name = Library::open(dir)?.image_with(name, made_on.as_ref()).map(|r| r.name.clone())?;
+    let Opened { mut base, library, record, home } = Home::open(dir, &name, args.control.as_deref())?;
+    if let Some(file) = &args.overlay
+        && let Err(e) = library.note_overlay(&record.digest, file)
+    {
+        log::info!("the library does not know of this overlay: {e}");
+    }
     base.set_readahead(args.readahead);
-    let base = Arc::new(base);
-    let recipe = Recipe::Image { base, overlay: overlay_recipe(args, &record) };
+    let recipe = Recipe::Image { base: Current::new(base), overlay: overlay_recipe(args, &record) };
     let serial = serial(&record.digest, args.overlay.as_deref());
     let drive = Drive::new(recipe, serial, ledger)?;
     if !args.incoming && args.take_over.is_none() {
@@ -228,7 +238,7 @@ fn open_drive(common: &Common, args: &Args) -> Result<Drive> {
         // Nobody was served, so the overlay is left as it was found.
         drive.set_recorder(recorder.inspect_err(|_| drop(drive.close()))?);
     }
-    Ok(drive)
+    Ok((drive, Some(home)))
 }
 
 fn overlay_recipe(args: &Args, record: &ImageRecord) -> Option<OverlayRecipe> {

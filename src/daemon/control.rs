@@ -1,14 +1,12 @@
 //! The control socket: a line of JSON in, a line of JSON out (see CONTROL.md). One thread, never in the disk's way.
 
 use super::socket::Listening;
-use super::{Options, Served, report};
+use super::{Options, Served, passing, reload, report};
 use crate::error::{Error, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
-use std::io::{self, IoSlice, Read, Write};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -16,6 +14,11 @@ use std::time::{Duration, Instant};
 
 /// Bytes of the longest line that is read.
 pub const LINE_MAX: usize = 64 << 10;
+const LINE_LONG: usize = LINE_MAX + 1;
+
+/// Descriptors that may come with a line: a map, and the images that it points to.
+pub const DESCRIPTORS_MAX: usize = 1024;
+const DESCRIPTORS_MANY: usize = DESCRIPTORS_MAX + 1;
 
 /// Clients at a time; more wait to be accepted.
 const CLIENTS_MAX: usize = 8;
@@ -48,6 +51,10 @@ impl Drop for ControlFile {
 struct Client {
     stream: UnixStream,
     bytes: Vec<u8>,
+    /// What has come with the line that is not whole yet.
+    fds: Vec<OwnedFd>,
+    /// Some were lost.
+    lost: bool,
 }
 
 /// A request that cannot be served: class and description.
@@ -113,7 +120,7 @@ impl Server {
             Ok(Some(stream)) => {
                 let set = stream.set_nonblocking(false).and_then(|()| stream.set_write_timeout(Some(SEND_TIME)));
                 if set.is_ok() {
-                    self.clients.push(Client { stream, bytes: Vec::new() });
+                    self.clients.push(Client { stream, bytes: Vec::new(), fds: Vec::new(), lost: false });
                 }
             }
             Ok(None) => {}
@@ -127,9 +134,12 @@ impl Server {
     /// Reads what a client has sent, and answers each line; none when the client has gone.
     fn serve(&self, mut client: Client) -> Option<Client> {
         let mut bytes = [0; 4096];
-        match client.stream.read(&mut bytes) {
-            Ok(0) => return None,
-            Ok(n) => client.bytes.extend_from_slice(&bytes[..n]),
+        match passing::receive(&client.stream, &mut bytes, &mut client.fds) {
+            Ok(came) if came.bytes == 0 => return None,
+            Ok(came) => {
+                client.bytes.extend_from_slice(&bytes[..came.bytes]);
+                client.lost |= came.lost;
+            }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => return Some(client),
             Err(_) => return None,
         }
@@ -139,15 +149,19 @@ impl Server {
                 self.answer(&mut client, &line).ok()?;
             }
         }
-        if client.bytes.len() > LINE_MAX {
-            let _ =
-                reply(&client, &error(None, &Refused("GenericError", format!("a line has at most {LINE_MAX} bytes"))));
-            return None;
-        }
-        Some(client)
+        let too_much = match (client.bytes.len(), client.fds.len()) {
+            (LINE_LONG.., _) => format!("a line has at most {LINE_MAX} bytes"),
+            (_, DESCRIPTORS_MANY..) => format!("a line comes with at most {DESCRIPTORS_MAX} descriptors"),
+            _ => return Some(client),
+        };
+        let _ = reply(&client, &error(None, &Refused("GenericError", too_much)));
+        None
     }
 
     fn answer(&self, client: &mut Client, line: &[u8]) -> io::Result<()> {
+        // Those of this line; whatever becomes of it, they are closed in the end.
+        let fds = std::mem::take(&mut client.fds);
+        let lost = std::mem::take(&mut client.lost);
         let request: Value = match serde_json::from_slice(line) {
             Ok(request) => request,
             Err(e) => return reply(client, &error(None, &Refused("GenericError", format!("no JSON: {e}")))),
@@ -157,7 +171,14 @@ impl Server {
         if command == "hand-over" {
             return self.hand_over(client, id);
         }
-        let done = self.execute(command, request.get("arguments").unwrap_or(&Value::Null));
+        let arguments = request.get("arguments").unwrap_or(&Value::Null);
+        let done = match command {
+            "reload" if lost => Err(Refused("GenericError", reload::LOST.into())),
+            "reload" => {
+                reload::reload(&self.served, arguments, fds).map_err(|e| Refused("GenericError", e.to_string()))
+            }
+            _ => self.execute(command, arguments),
+        };
         reply(
             client,
             &done.map_or_else(|e| error(id.clone(), &e), |value| with_id(json!({"return": value}), id.clone())),
@@ -232,7 +253,9 @@ impl Server {
             Err(e) => return reply(client, &error(id, &Refused("GenericError", e))),
         };
         let answer = with_id(json!({"return": {"socket": listening.path()}}), id);
-        match send(client, &answer, &[listening.as_fd()]).and_then(|()| wait_for_taken(client)) {
+        match passing::send(&client.stream, &line_of(&answer), &[listening.as_fd()])
+            .and_then(|()| wait_for_taken(client))
+        {
             Ok(()) => {
                 self.listening.forget_file(true);
                 listening.forget_file(false);
@@ -299,15 +322,4 @@ fn line_of(value: &Value) -> Vec<u8> {
 
 fn reply(client: &Client, value: &Value) -> io::Result<()> {
     (&client.stream).write_all(&line_of(value))
-}
-
-/// A reply with descriptors, which come with its first byte.
-fn send(client: &Client, value: &Value, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let line = line_of(value);
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    control.push(SendAncillaryMessage::ScmRights(fds));
-    let once = || sendmsg(&client.stream, &[IoSlice::new(&line)], &mut control, SendFlags::NOSIGNAL);
-    let sent = rustix::io::retry_on_intr(once)?;
-    (&client.stream).write_all(&line[sent..])
 }

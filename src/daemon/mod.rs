@@ -15,6 +15,8 @@
 //! | [`dirty_log`] | the pages that we write, for a live migration |
 //! | [`control`], [`report`] | the control socket, and what it tells |
 //! | [`hub`] | where it meets the serving thread |
+//! | [`home`], [`reload`] | the library behind a served image, and another map while the VM runs |
+//! | [`passing`] | descriptors that go over a unix socket |
 //! | [`take_over`] | a server that takes the place of another |
 
 pub mod backend_channel;
@@ -22,10 +24,13 @@ pub mod control;
 pub mod dirty_log;
 pub mod frontend;
 pub mod handler;
+pub mod home;
 pub mod hub;
 pub mod inflight;
+pub mod passing;
 pub mod port;
 mod queue;
+pub mod reload;
 pub mod report;
 pub mod revoke;
 pub mod socket;
@@ -37,6 +42,7 @@ use crate::device::Drive;
 use crate::error::{Error, ErrorKind, Result};
 use backend_channel::{BackendChannel, SET_BACKEND_REQ_FD};
 use handler::Handler;
+use home::Home;
 use hub::{HandedOver, Hub};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::RecvFlags;
@@ -122,6 +128,8 @@ pub struct Served {
     pub hub: Hub,
     /// What the operator calls it.
     pub names: Names,
+    /// The library that the image is in, if it is one of a library.
+    pub home: Option<Arc<Home>>,
 }
 
 /// What is served, as the command line named it.
@@ -139,7 +147,7 @@ impl Served {
     /// Nobody is connected.
     pub fn new(drive: Drive, names: Names) -> Result<Self> {
         let hub = Hub::new().map_err(|e| Error::new(ErrorKind::Io, "serve", e))?;
-        Ok(Served { drive, channel: BackendChannel::default(), hub, names })
+        Ok(Served { drive, channel: BackendChannel::default(), hub, names, home: None })
     }
 
     /// Makes the disk larger and tells the guest; false when nobody could be told (the guest sees it with its next start).

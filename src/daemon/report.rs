@@ -1,6 +1,7 @@
 //! What the control socket tells: status and statistics as JSON (see CONTROL.md).
 
-use super::Served;
+use super::home::Outline;
+use super::{Served, reload};
 use crate::device::stats::{Class, Counter, Ledger, QueueStats, WAITS_US};
 use serde_json::{Map, Value, json};
 use std::time::Duration;
@@ -32,6 +33,8 @@ pub fn status(served: &Served, num_queues: u16) -> Value {
         "image": served.names.image,
         "overlay": served.names.overlay,
         "blk_file": served.names.blk_file,
+        "map": drive.image().map(|base| reload::outline(&Outline::of(&base.get()))),
+        "lease": served.home.as_ref().and_then(|home| home.lease()),
         "size": geometry.size,
         "read_only": geometry.read_only,
         "write_cache": geometry.write_cache,

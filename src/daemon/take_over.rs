@@ -2,12 +2,11 @@
 //! upgrade but a short wait.
 
 use super::control::{LINE_MAX, TAKEN_TIME};
+use super::passing;
 use super::socket::Listening;
 use crate::error::{Error, ErrorKind, Result};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::Value;
-use std::io::{self, IoSliceMut, Write};
-use std::mem::MaybeUninit;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -70,22 +69,15 @@ impl TakeOver {
 
 /// Reads a line and the descriptor that comes with it.
 fn receive(stream: &UnixStream) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
-    let (mut line, mut fd) = (Vec::new(), None);
+    let (mut line, mut fds) = (Vec::new(), Vec::new());
     while line.last() != Some(&b'\n') {
         let mut bytes = [0; 4096];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
         // Leftover work of an io_uring interrupts as a signal would.
-        let got = match recvmsg(stream, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC) {
-            Ok(message) => message.bytes,
-            Err(rustix::io::Errno::INTR) => continue,
-            Err(e) => return Err(e.into()),
+        let got = match passing::receive(stream, &mut bytes, &mut fds) {
+            Ok(came) => came.bytes,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(e),
         };
-        for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(fds) = message {
-                fd = fds.last().or(fd);
-            }
-        }
         if got == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -94,5 +86,5 @@ fn receive(stream: &UnixStream) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
             return Err(io::Error::other("the answer is too long"));
         }
     }
-    Ok((line, fd))
+    Ok((line, fds.pop()))
 }

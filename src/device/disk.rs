@@ -7,12 +7,12 @@ use crate::io::fault::FileRef;
 use crate::io::file;
 use crate::overlay::{BaseRead, Overlay, State};
 use crate::redirect::plan::{Layer, Piece, Source, push};
-use crate::redirect::{Base, Recorder};
+use crate::redirect::{Base, Current, Recorder, View};
 use crate::units::{SECTOR_SIZE, to_usize};
 use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Where writes go.
@@ -29,7 +29,11 @@ pub enum Store {
 /// A disk, shared by its queue threads.
 #[derive(Debug)]
 pub struct Disk {
-    base: Arc<Base>,
+    current: Arc<Current>,
+    /// The base if it is a raw file, which no other takes the place of.
+    flat: Option<Arc<Base>>,
+    /// Bytes of the base, whichever it is.
+    base_size: AtomicU64,
     store: Store,
     serial: [u8; SERIAL_SIZE],
     recorder: Arc<OnceLock<Recorder>>,
@@ -42,11 +46,19 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A disk over `base`; its size is the overlay's, or the base's without one.
-    pub fn new(base: Arc<Base>, store: Store, serial: [u8; SERIAL_SIZE], recorder: Arc<OnceLock<Recorder>>) -> Self {
+    /// A disk over the base that is `current`; its size is the overlay's, or the base's without one.
+    pub fn new(
+        current: Arc<Current>,
+        store: Store,
+        serial: [u8; SERIAL_SIZE],
+        recorder: Arc<OnceLock<Recorder>>,
+    ) -> Self {
+        let base = current.get();
         let write_through = matches!(&store, Store::Overlay(overlay) if !overlay.write_cache());
         Disk {
-            base,
+            current,
+            base_size: AtomicU64::new(base.size()),
+            flat: base.source().is_none().then_some(base),
             store,
             serial,
             recorder,
@@ -58,7 +70,7 @@ impl Disk {
 
     /// Bytes; may grow while the disk is in use.
     pub fn size(&self) -> u64 {
-        self.overlay().map_or_else(|| self.base.size(), Overlay::size)
+        self.overlay().map_or_else(|| self.base_size.load(Ordering::Acquire), Overlay::size)
     }
 
     /// Makes the disk larger, durably; what is new reads as zeros. Requests go on meanwhile.
@@ -68,7 +80,12 @@ impl Disk {
     pub fn resize(&self, size: u64) -> crate::Result<()> {
         match &self.store {
             Store::Overlay(overlay) => overlay.resize(size),
-            Store::InPlace => self.base.grow(size),
+            Store::InPlace => {
+                let base = self.raw_file();
+                base.grow(size)?;
+                self.base_size.store(base.size(), Ordering::Release);
+                Ok(())
+            }
             Store::ReadOnly(_) => {
                 let err = crate::Error::new(crate::ErrorKind::Unsupported, "the disk", "is served read-only");
                 Err(err.mend("serve it without --read-only to change its size"))
@@ -100,54 +117,49 @@ impl Disk {
             && offset.checked_add(len).is_some_and(|end| end <= self.size())
     }
 
-    /// Appends the pieces that make up `[offset, offset + len)`.
-    pub fn plan(&self, offset: u64, len: usize, out: &mut Vec<Piece>) {
+    /// What a queue reads the base by; `wake` as in [`Current::view`].
+    pub fn view(&self, wake: impl Fn() + Send + 'static) -> View {
+        self.current.view(wake)
+    }
+
+    /// Appends the pieces that make up `[offset, offset + len)`, with those of the base from this one.
+    pub fn plan(&self, base: &Base, offset: u64, len: usize, out: &mut Vec<Piece>) {
         let Some(overlay) = self.overlay() else {
-            return self.base.plan(offset, len, 0, out);
+            return base.plan(offset, len, 0, out);
         };
         if overlay.is_base(offset, len as u64) {
-            return self.base.plan(offset, len, 0, out);
+            return base.plan(offset, len, 0, out);
         }
         for run in overlay.runs(offset, len as u64) {
             let at = to_usize(run.offset - offset);
             let len = to_usize(run.len);
             match layer(overlay, run.offset, run.state) {
-                Layer::Base => self.base.plan(run.offset, len, at, out),
+                Layer::Base => base.plan(run.offset, len, at, out),
                 Layer::Overlay { offset } => push(out, Piece { at, len, source: Source::Overlay { offset } }),
                 Layer::Zero => push(out, Piece { at, len, source: Source::Zero }),
             }
         }
     }
 
-    /// Bytes to read ahead at most: see [`Base::readahead`].
-    pub fn readahead(&self) -> u64 {
-        self.base.readahead()
-    }
-
     /// Writes the base reads of a plan into the trace, if one is recorded.
-    pub fn record(&self, pieces: &[Piece]) {
+    pub fn record(&self, base: &Base, pieces: &[Piece]) {
         if let Some(recorder) = self.recorder.get() {
-            recorder.record(&self.base, pieces);
+            recorder.record(base, pieces);
         }
     }
 
-    /// Which of the images that its reads go to is its own, see [`Base::own_target`].
-    pub fn own_target(&self) -> Option<u32> {
-        self.base.own_target()
-    }
-
-    /// The file that holds a source, and the offset in it; `None` for zeros.
-    pub fn file_of(&self, source: &Source) -> Option<(FileRef<'_>, u64)> {
+    /// The file that holds a source of a plan with this base, and the offset in it; `None` for zeros.
+    pub fn file_of<'f>(&'f self, base: &'f Base, source: &Source) -> Option<(FileRef<'f>, u64)> {
         match *source {
             Source::Zero => None,
             Source::Overlay { offset } => self.overlay().map(|o| (o.file(), offset)),
-            Source::Image { target, offset } => Some((self.base.file_ref(target), offset)),
+            Source::Image { target, offset } => Some((base.file_ref(target), offset)),
         }
     }
 
     /// This thread had to wait for a page that was held to be in the page cache.
-    pub fn cool(&self) {
-        self.base.cool();
+    pub fn cool(&self, base: &Base) {
+        base.cool();
         self.overlay().iter().for_each(|overlay| overlay.cool());
     }
 
@@ -155,7 +167,7 @@ impl Disk {
     pub fn try_write(&self, offset: u64, bufs: &[IoBuf]) -> io::Result<bool> {
         match &self.store {
             Store::Overlay(overlay) => overlay.try_write(offset, bufs),
-            Store::InPlace => file::write_all_at(self.base.file(0), bufs, offset).map(|()| true),
+            Store::InPlace => file::write_all_at(self.raw_file().file(0), bufs, offset).map(|()| true),
             Store::ReadOnly(_) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
         }
     }
@@ -164,7 +176,7 @@ impl Disk {
     pub fn write(&self, offset: u64, bufs: &[IoBuf]) -> io::Result<()> {
         match &self.store {
             Store::Overlay(overlay) => overlay.write(offset, bufs, self),
-            Store::InPlace => file::write_all_at(self.base.file(0), bufs, offset),
+            Store::InPlace => file::write_all_at(self.raw_file().file(0), bufs, offset),
             Store::ReadOnly(_) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
         }
     }
@@ -176,7 +188,7 @@ impl Disk {
         }
         match &self.store {
             Store::Overlay(overlay) => overlay.write_zeroes(offset, len, unmap, self),
-            Store::InPlace => zero_in_place(self.base.file(0), offset, len, unmap),
+            Store::InPlace => zero_in_place(self.raw_file().file(0), offset, len, unmap),
             Store::ReadOnly(_) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
         }
     }
@@ -191,7 +203,7 @@ impl Disk {
             Store::InPlace if self.flush_failed.load(Ordering::Acquire) => {
                 Err(io::Error::other("an earlier flush of this file failed, so what it covered may be lost"))
             }
-            Store::InPlace => self.base.file(0).sync_data().inspect_err(|_| {
+            Store::InPlace => self.raw_file().file(0).sync_data().inspect_err(|_| {
                 self.flush_failed.store(true, Ordering::Release);
             }),
             Store::ReadOnly(_) => Ok(()),
@@ -231,7 +243,7 @@ impl Disk {
     pub fn close(&self) -> crate::Result<()> {
         match &self.store {
             Store::Overlay(overlay) => overlay.close(),
-            Store::InPlace => self.flush().map_err(|e| crate::Error::io(self.base.path(0), "flush", e)),
+            Store::InPlace => self.flush().map_err(|e| crate::Error::io(self.raw_file().path(0), "flush", e)),
             Store::ReadOnly(_) => Ok(()),
         }
     }
@@ -239,6 +251,12 @@ impl Disk {
     /// True after [`Disk::close`] has got so far that no request is taken any more, even if it failed then.
     pub fn is_closed(&self) -> bool {
         matches!(&self.store, Store::Overlay(overlay) if overlay.is_closed())
+    }
+
+    /// The file that is written in place.
+    fn raw_file(&self) -> &Base {
+        let Some(base) = &self.flat else { unreachable!("only a raw file is written in place") };
+        base
     }
 
     fn overlay(&self) -> Option<&Overlay> {
@@ -253,15 +271,16 @@ impl Disk {
 /// like all others.
 impl BaseRead for Disk {
     fn read_base(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let base = self.current.get();
         let mut pieces = Vec::new();
-        self.base.plan(offset, bytes.len(), 0, &mut pieces);
-        self.record(&pieces);
+        base.plan(offset, bytes.len(), 0, &mut pieces);
+        self.record(&base, &pieces);
         // SAFETY: `bytes` outlives the call and is not touched through its reference while the list is used.
         let whole = [unsafe { IoBuf::from_raw(bytes.as_mut_ptr(), bytes.len()) }];
         for piece in &pieces {
             let mut part = Vec::new();
             slice_into(&whole, piece.at, piece.len, &mut part);
-            match self.file_of(&piece.source) {
+            match self.file_of(&base, &piece.source) {
                 Some((file, offset)) => file.read_exact(&part, offset)?,
                 None => crate::io::buf::fill_zero(&part),
             }

@@ -10,7 +10,7 @@ use super::request::SERIAL_SIZE;
 use super::stats::Ledger;
 use crate::error::{Error, ErrorKind, Result};
 use crate::overlay::{self, BaseIdentity, Look, OpenOptions, Overlay};
-use crate::redirect::{Base, Recorder};
+use crate::redirect::{Base, Current, Recorder};
 use crate::units::SECTOR_SIZE;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -20,8 +20,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 pub enum Recipe {
     /// An image of a library, which stays open throughout: nobody writes it.
     Image {
-        /// The image.
-        base: Arc<Base>,
+        /// The image, by the map that is read at present: all disks that are opened share it.
+        base: Arc<Current>,
         /// Where the VM's writes go; without one the disk is read-only.
         overlay: Option<OverlayRecipe>,
     },
@@ -107,6 +107,14 @@ impl Drive {
         }
     }
 
+    /// The image that it reads, if it is one of a library.
+    pub fn image(&self) -> Option<&Arc<Current>> {
+        match &self.recipe {
+            Recipe::Image { base, .. } => Some(base),
+            Recipe::File { .. } => None,
+        }
+    }
+
     /// What the guest may know of it. Of a disk that is not open it tells what is there now: somebody else may have it
     /// open, and may make it larger.
     pub fn geometry(&self, num_queues: u16) -> Geometry {
@@ -165,7 +173,7 @@ impl Drive {
             }
             Recipe::File { path, read_only } => {
                 let store = if *read_only { Store::ReadOnly(None) } else { Store::InPlace };
-                (Arc::new(Base::flat(path, !read_only)?), store)
+                (Current::new(Base::flat(path, !read_only)?), store)
             }
         };
         state.discard_unflushed = false;
@@ -269,7 +277,7 @@ impl Recipe {
         let cached = |size| Look { size, write_cache: true };
         match self {
             Recipe::Image { overlay: Some(o), .. } => overlay::look(&o.path, o.base),
-            Recipe::Image { base, overlay: None } => Ok(cached(base.size())),
+            Recipe::Image { base, overlay: None } => Ok(cached(base.get().size())),
             Recipe::File { path, read_only } => Base::look_flat(path, !read_only).map(cached),
         }
     }

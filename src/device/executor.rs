@@ -12,6 +12,7 @@ use super::retry::Pause;
 use super::stats::{Ledger, QueueStats};
 use crate::io::buf::{self, total_len};
 use crate::io::hot::Watch;
+use crate::redirect::View;
 use crate::redirect::ahead::Streams;
 use crate::redirect::plan::Piece;
 use crate::redirect::reader::Reader;
@@ -105,6 +106,8 @@ pub struct Executor<G> {
     /// How often io_uring took no work, and when to try again.
     refusals: u64,
     submit_at: Option<Instant>,
+    /// The base that is read, until the next [`Executor::reap`].
+    view: View,
     own_target: Option<u32>,
     /// The driver did not negotiate FLUSH: it expects a write-through disk (virtio 1.2, section 5.2.6.2).
     write_through: bool,
@@ -122,7 +125,11 @@ impl<G: Clone> Executor<G> {
     /// thread.
     pub fn new(index: usize, disk: Arc<Disk>, jobs: Arc<Jobs>, mailbox: Mailbox) -> io::Result<Self> {
         let reader = Reader::new(std::os::fd::AsFd::as_fd(&mailbox))?;
-        let (own_target, streams) = (disk.own_target(), Streams::new(disk.readahead()));
+        let view = disk.view({
+            let mailbox = mailbox.clone();
+            move || mailbox.wake()
+        });
+        let (own_target, streams) = (view.base().own_target(), Streams::new(view.base().readahead()));
         Ok(Executor {
             index,
             disk,
@@ -139,6 +146,7 @@ impl<G: Clone> Executor<G> {
             failures: 0,
             refusals: 0,
             submit_at: None,
+            view,
             own_target,
             write_through: false,
             written: None,
@@ -235,9 +243,11 @@ impl<G: Clone> Executor<G> {
         if let Ok(Kind::Read { offset }) = request.kind
             && self.disk.contains(offset, total_len(&request.data) as u64)
         {
-            self.disk.plan(offset, total_len(&request.data), &mut request.plan);
+            let base = self.view.base();
+            self.disk.plan(base, offset, total_len(&request.data), &mut request.plan);
+            request.planned_by = self.view.version();
             if let (Some(piece), Some(buf)) = (request.plan.first(), request.data.first())
-                && let Some((file, at)) = self.disk.file_of(&piece.source)
+                && let Some((file, at)) = self.disk.file_of(base, &piece.source)
             {
                 file.fetch(at, buf);
             }
@@ -255,7 +265,7 @@ impl<G: Clone> Executor<G> {
         if self.unwatched >= WATCH_EVERY {
             self.unwatched = 0;
             if self.watch.faulted() {
-                self.disk.cool();
+                self.disk.cool(self.view.base());
             }
         }
         let result = self.reader.submit();
@@ -267,8 +277,12 @@ impl<G: Clone> Executor<G> {
         self.mailbox.is_filled() || self.reader.is_ready()
     }
 
-    /// Appends the requests that have ended, and tries again what is due; never waits.
+    /// Appends the requests that have ended, and tries again what is due; never waits. From here on the latest base is
+    /// read.
     pub fn reap(&mut self, out: &mut Vec<Completion>) {
+        if self.view.refresh() {
+            self.own_target = self.view.base().own_target();
+        }
         let mut ended = self.mailbox.take();
         let reaped = self.reader.reap(|token, result| ended.push((token, result)));
         // Whatever became of the ring: what has ended is told.
@@ -357,15 +371,17 @@ impl<G: Clone> Executor<G> {
     }
 
     fn read(&mut self, token: usize, offset: u64, request: &mut Request) -> Option<io::Result<()>> {
-        let Request { plan, data, .. } = request;
-        if plan.is_empty() {
-            self.disk.plan(offset, total_len(data), plan);
+        let Request { plan, data, planned_by, .. } = request;
+        let base = self.view.base();
+        if plan.is_empty() || *planned_by != self.view.version() {
+            plan.clear();
+            self.disk.plan(base, offset, total_len(data), plan);
         }
         self.unwatched += 1;
-        self.disk.record(plan);
-        self.stats().sources(plan, self.own_target);
+        self.disk.record(base, plan);
+        self.ledger.queue(self.index).sources(plan, self.own_target);
         let disk = &self.disk;
-        let done = self.reader.read(token as u64, plan, data, |source| disk.file_of(source));
+        let done = self.reader.read(token as u64, plan, data, base, |source| disk.file_of(base, source));
         // Another try is another look.
         plan.clear();
         if self.reader.was_cold()
@@ -380,11 +396,11 @@ impl<G: Clone> Executor<G> {
     fn read_ahead(&mut self, range: &Range<u64>) {
         let len = range.end.min(self.disk.size()).saturating_sub(range.start);
         self.ahead.clear();
+        let base = self.view.base();
         if len > 0 {
-            self.disk.plan(range.start, to_usize(len), &mut self.ahead);
+            self.disk.plan(base, range.start, to_usize(len), &mut self.ahead);
         }
-        let disk = &self.disk;
-        self.reader.read_ahead(&self.ahead, |source| disk.file_of(source));
+        self.reader.read_ahead(&self.ahead, base);
     }
 
     /// Takes a result into account; `Some` when the request has ended by it.

@@ -164,13 +164,14 @@ fn run_flushes(disk: &Disk, jobs: Receiver<Job>) {
 mod tests {
     use super::*;
     use crate::device::Store;
-    use crate::redirect::Base;
+    use crate::redirect::{Base, Current};
     use std::time::{Duration, Instant};
 
     fn disk() -> Arc<Disk> {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(4096).unwrap();
-        Arc::new(Disk::new(Arc::new(Base::flat(file.path(), true).unwrap()), Store::InPlace, [0; 20], Arc::default()))
+        let base = Current::new(Base::flat(file.path(), true).unwrap());
+        Arc::new(Disk::new(base, Store::InPlace, [0; 20], Arc::default()))
     }
 
     fn results(mailbox: &Mailbox, count: usize) -> Vec<(u64, bool)> {

@@ -91,11 +91,20 @@ pub struct Request {
     rest: Vec<IoBuf>,
     /// What a read is made of, if that was found out before its turn; see [`super::Executor::fetch`].
     pub(super) plan: Vec<Piece>,
+    /// Which base it was found out of, see [`crate::redirect::View::version`].
+    pub(super) planned_by: u64,
 }
 
 impl Default for Request {
     fn default() -> Self {
-        Request { kind: Err(Status::IoErr), data: Vec::new(), status: None, rest: Vec::new(), plan: Vec::new() }
+        Request {
+            kind: Err(Status::IoErr),
+            data: Vec::new(),
+            status: None,
+            rest: Vec::new(),
+            plan: Vec::new(),
+            planned_by: 0,
+        }
     }
 }
 

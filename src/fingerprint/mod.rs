@@ -5,10 +5,14 @@
 //! by the bytes that it has.
 //!
 //! - [`scan`] reads an image once, on all cores, and makes its fingerprints and its [`digest`],
+//! - [`chunks`] keeps what the digest is made of,
+//! - [`log`] keeps what a scan has found so far, for large images,
 //! - [`run`] keeps the fingerprints of one image in a file, sorted by hash.
 
+pub mod chunks;
 pub mod digest;
 pub mod extents;
+pub mod log;
 pub mod run;
 pub mod scan;
 

@@ -36,6 +36,8 @@ use std::io::{self, BufWriter, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// What to do about a run that cannot be used.
+const MEND: &str = "restore it from a backup, or make it anew with 'vmar library rebuild'";
 /// The schema, as above.
 const SCHEMA: &str = "message vmar_fingerprints {
     required fixed_len_byte_array(20) hash;
@@ -79,41 +81,78 @@ pub struct Stamp {
     pub crc32c: u32,
 }
 
-/// Writes a run to a new file. The caller makes it durable and moves it in place.
-///
-/// `rows` are sorted.
-pub fn write(path: &Path, meta: &Meta, rows: &[Row]) -> Result<Stamp> {
-    debug_assert!(rows.is_sorted_by(|a, b| a < b));
-    let file = File::options().write(true).create_new(true).open(path).map_err(|e| Error::io(path, "create it", e))?;
-    let mut file = Stamped { inner: BufWriter::with_capacity(1 << 20, file), stamp: Stamp { bytes: 0, crc32c: 0 } };
-    write_rows(&mut file, meta, rows).map_err(|e| parquet_error(path, "write", e))?;
-    file.flush().map_err(|e| Error::io(path, "write", e))?;
-    Ok(file.stamp)
+/// Writes a run to a new file, in pieces. The caller makes it durable and moves it in place.
+pub struct Writer {
+    path: PathBuf,
+    parquet: SerializedFileWriter<Stamped<BufWriter<File>>>,
+    group: Vec<Row>,
+    last: Option<Row>,
 }
 
-fn write_rows(file: &mut Stamped<BufWriter<File>>, meta: &Meta, rows: &[Row]) -> Result<(), ParquetError> {
-    let schema = Arc::new(parse_message_type(SCHEMA)?);
-    let mut writer = SerializedFileWriter::new(file, schema, Arc::new(properties(meta)?))?;
-    for group in rows.chunks(ROWS_PER_GROUP) {
-        let mut columns = writer.next_row_group()?;
-        if let Some(mut column) = columns.next_column()? {
-            // One allocation for all hashes; the values are slices of it.
-            let all = ByteArray::from(group.iter().flat_map(|r| r.hash).collect::<Vec<u8>>());
-            let values: Vec<_> = (0..group.len()).map(|i| FixedLenByteArray::from(all.slice(i * 20, 20))).collect();
-            column.typed::<FixedLenByteArrayType>().write_batch(&values, None, None)?;
-            column.close()?;
+impl Writer {
+    /// Starts the file.
+    pub fn create(path: &Path, meta: &Meta) -> Result<Writer> {
+        let mut options = File::options();
+        let file = options.write(true).create_new(true).open(path).map_err(|e| Error::io(path, "create it", e))?;
+        let file = Stamped { inner: BufWriter::with_capacity(1 << 20, file), stamp: Stamp { bytes: 0, crc32c: 0 } };
+        let start =
+            || SerializedFileWriter::new(file, Arc::new(parse_message_type(SCHEMA)?), Arc::new(properties(meta)?));
+        let parquet = start().map_err(|e| parquet_error(path, "write", e))?;
+        Ok(Writer { path: path.to_path_buf(), parquet, group: Vec::new(), last: None })
+    }
+
+    /// Appends rows; they come in order.
+    pub fn push(&mut self, rows: &[Row]) -> Result<()> {
+        if !self.last.iter().chain(rows).is_sorted_by(|a, b| a < b) {
+            return Err(corrupt(&self.path, "its rows came out of order"));
         }
-        for value in [|r: &Row| r.variant, |r: &Row| r.block] {
-            if let Some(mut column) = columns.next_column()? {
-                let values: Vec<i32> = group.iter().map(|r| value(r).cast_signed()).collect();
-                column.typed::<Int32Type>().write_batch(&values, None, None)?;
-                column.close()?;
+        self.last = rows.last().copied().or(self.last);
+        for row in rows {
+            self.group.push(*row);
+            if self.group.len() == ROWS_PER_GROUP {
+                self.end_group()?;
             }
         }
-        columns.close()?;
+        Ok(())
     }
-    writer.close()?;
-    Ok(())
+
+    fn end_group(&mut self) -> Result<()> {
+        write_group(&mut self.parquet, &self.group).map_err(|e| parquet_error(&self.path, "write", e))?;
+        self.group.clear();
+        Ok(())
+    }
+
+    /// Writes what is left.
+    pub fn finish(mut self) -> Result<Stamp> {
+        if !self.group.is_empty() {
+            self.end_group()?;
+        }
+        let mut file = self.parquet.into_inner().map_err(|e| parquet_error(&self.path, "write", e))?;
+        file.flush().map_err(|e| Error::io(&self.path, "write", e))?;
+        Ok(file.stamp)
+    }
+}
+
+fn write_group(
+    parquet: &mut SerializedFileWriter<Stamped<BufWriter<File>>>,
+    group: &[Row],
+) -> Result<(), ParquetError> {
+    let mut columns = parquet.next_row_group()?;
+    if let Some(mut column) = columns.next_column()? {
+        // One allocation for all hashes; the values are slices of it.
+        let all = ByteArray::from(group.iter().flat_map(|r| r.hash).collect::<Vec<u8>>());
+        let values: Vec<_> = (0..group.len()).map(|i| FixedLenByteArray::from(all.slice(i * 20, 20))).collect();
+        column.typed::<FixedLenByteArrayType>().write_batch(&values, None, None)?;
+        column.close()?;
+    }
+    for value in [|r: &Row| r.variant, |r: &Row| r.block] {
+        if let Some(mut column) = columns.next_column()? {
+            let values: Vec<i32> = group.iter().map(|r| value(r).cast_signed()).collect();
+            column.typed::<Int32Type>().write_batch(&values, None, None)?;
+            column.close()?;
+        }
+    }
+    columns.close().map(drop)
 }
 
 fn properties(meta: &Meta) -> Result<WriterProperties, ParquetError> {
@@ -185,8 +224,7 @@ impl Reader {
     /// # Errors
     /// `Corrupt` when size or checksum differ from `stamp`, `Unsupported` when a newer vmar wrote it.
     pub fn open(path: &Path, stamp: Stamp) -> Result<Reader> {
-        let mut file = File::open(path)
-            .map_err(|e| Error::io(path, "open it", e).mend("restore it from a backup, or build the library anew"))?;
+        let mut file = File::open(path).map_err(|e| Error::io(path, "open it", e).mend(MEND))?;
         if stamp_of(&mut file).map_err(|e| Error::io(path, "read", e))? != stamp {
             return Err(corrupt(path, "its checksum is wrong"));
         }
@@ -320,7 +358,7 @@ fn check_version(path: &Path, file: &SerializedFileReader<File>) -> Result<()> {
 }
 
 fn corrupt(path: &Path, cause: &str) -> Error {
-    Error::file(ErrorKind::Corrupt, path, cause).mend("restore it from a backup, or build the library anew")
+    Error::file(ErrorKind::Corrupt, path, cause).mend(MEND)
 }
 
 fn parquet_error(path: &Path, what: &str, e: ParquetError) -> Error {
@@ -362,12 +400,18 @@ mod tests {
         rows
     }
 
+    fn write(path: &Path, rows: &[Row]) -> Stamp {
+        let mut writer = Writer::create(path, &meta()).unwrap();
+        rows.chunks(300_000).for_each(|part| writer.push(part).unwrap());
+        writer.finish().unwrap()
+    }
+
     #[test]
     fn what_was_written_is_read() {
         let dir = tempfile::tempdir().unwrap();
         for n in [0, 1, 8191, 8193, 1_100_000] {
             let path = dir.path().join(format!("{n}"));
-            let stamp = write(&path, &meta(), &rows(n)).unwrap();
+            let stamp = write(&path, &rows(n));
             assert_eq!(stamp.bytes, std::fs::metadata(&path).unwrap().len());
             let reader = Reader::open(&path, stamp).unwrap();
             assert_eq!(reader.rows(), u64::from(n));
@@ -380,7 +424,7 @@ mod tests {
     fn a_single_changed_byte_is_found() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("r");
-        let stamp = write(&path, &meta(), &rows(100)).unwrap();
+        let stamp = write(&path, &rows(100));
         let good = std::fs::read(&path).unwrap();
         for at in 0..good.len() {
             let mut bad = good.clone();

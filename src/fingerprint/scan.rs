@@ -1,19 +1,22 @@
 //! Reads an image once, on all cores, and makes its fingerprints and its digest.
 //!
 //! The unit of work is the chunk of the digest (1 MiB): a worker reads what of it is data, hashes its non-zero blocks
-//! and, if there are any, the chunk. Reads go through the page cache and leave it to the kernel what to keep.
+//! and, if there are any, the chunk. What running VMs have in the page cache stays there ([`crate::io::cold`]). There are
+//! twice as many workers as cores, so that some hash while others wait for the disk.
 //!
-//! Limit: the rows of one image are held in memory, 28 bytes a non-zero block (7 GiB for a TiB of data).
+//! The rows of an image are held in memory, 28 bytes a non-zero block, or go to a [`ScanLog`] as they come.
 
+use super::chunks::Chunk;
 use super::digest::{self, CHUNK_BYTES, CHUNK_SIZE};
 use super::extents::data_extents;
+use super::log::ScanLog;
 use super::{Algorithm, BLOCK_BYTES, Row, hash_block};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::cold::{Cold, Pages};
 use crate::units::{BLOCK_SIZE, IMAGE_SIZE_MAX, is_zero};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -25,6 +28,8 @@ const CHUNKS_PER_PIECE: u64 = 4;
 pub struct Job<'a> {
     /// The open raw file.
     pub file: &'a File,
+    /// The same, to be read.
+    pub cold: &'a Cold,
     /// Its name, for errors.
     pub path: &'a Path,
     /// Bytes of the image.
@@ -37,15 +42,21 @@ pub struct Job<'a> {
     pub stop: &'a AtomicBool,
     /// Told how many bytes of data were hashed since the last call.
     pub advance: &'a (dyn Fn(u64) + Sync),
+    /// Where rows go, instead of memory; what is in it already is not read again.
+    pub log: Option<&'a ScanLog>,
 }
 
 /// What an image holds.
 #[derive(Debug, PartialEq)]
 pub struct Scan {
-    /// The non-zero blocks, sorted by (hash, block); all variants are 0. Fewer than 2^32.
+    /// The non-zero blocks, sorted by (hash, block); all variants are 0. Fewer than 2^32. Empty if they went to a log.
     pub rows: Vec<Row>,
+    /// How many they are.
+    pub count: u64,
     /// See [`digest`].
     pub digest: [u8; 32],
+    /// What the digest is made of: the chunks that are not all zero, ascending.
+    pub chunks: Vec<Chunk>,
 }
 
 /// Bytes of data (not holes) that [`scan`] will read and report to `advance`.
@@ -59,44 +70,60 @@ pub fn data_bytes(file: &File, path: &Path, size: u64) -> Result<u64> {
 /// # Errors
 /// `Interrupted` when `stop` was set, `Changed` when the file ends before `size`, `Io` when it cannot be read.
 pub fn scan(job: &Job) -> Result<Scan> {
+    let extents = data_extents(job.file, job.size).map_err(|e| Error::io(job.path, "find its holes", e))?;
+    scan_pieces(job, &extents, &pieces(&extents))
+}
+
+/// Fingerprints only the chunks with these indices, ascending; the digest is of no use then.
+///
+/// # Errors
+/// As for [`scan`].
+pub fn scan_chunks(job: &Job, chunks: &[u64]) -> Result<Scan> {
+    let extents = data_extents(job.file, job.size).map_err(|e| Error::io(job.path, "find its holes", e))?;
+    let pieces: Vec<Range<u64>> = chunks.iter().map(|&chunk| chunk..chunk + 1).collect();
+    scan_pieces(job, &extents, &pieces)
+}
+
+fn scan_pieces(job: &Job, extents: &[Range<u64>], pieces: &[Range<u64>]) -> Result<Scan> {
     if job.size > IMAGE_SIZE_MAX {
         return Err(Error::file(ErrorKind::Unsupported, job.path, "larger than 16 TiB"));
     }
-    let extents = data_extents(job.file, job.size).map_err(|e| Error::io(job.path, "find its holes", e))?;
-    let pieces = pieces(&extents);
     let next = AtomicUsize::new(0);
     let failed = AtomicBool::new(false);
     let parts = thread::scope(|scope| {
         let worker = || {
-            let part = work(job, &extents, &pieces, &next, &failed);
+            let part = work(job, extents, pieces, &next, &failed);
             failed.fetch_or(part.is_err(), Ordering::Relaxed);
             part
         };
-        let workers: Vec<_> = (0..job.threads.max(1)).map(|_| scope.spawn(worker)).collect();
+        let workers: Vec<_> = (0..job.threads.max(1) * 2).map(|_| scope.spawn(worker)).collect();
         workers.into_iter().map(|w| w.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
     });
     // The first error in order is the one to tell; the other workers merely stopped early.
     let parts: Vec<Part> = Result::from_iter::<Vec<Result<Part>>>(parts)?;
-    let count = parts.iter().map(|p| p.rows.len()).sum();
-    if u32::try_from(count).is_err() {
-        return Err(Error::file(ErrorKind::Unsupported, job.path, "16 TiB without a zero block are too many"));
-    }
-    let mut rows = Vec::with_capacity(count);
+    let mut rows = Vec::with_capacity(parts.iter().map(|p| p.rows.len()).sum());
     let mut chunks = Vec::new();
     for part in parts {
         rows.extend_from_slice(&part.rows);
         chunks.extend(part.chunks);
     }
     chunks.sort_unstable_by_key(|c| c.0);
+    let mut count = rows.len() as u64;
+    if let Some(log) = job.log {
+        (count, chunks) = (log.count(), log.digests());
+    }
+    if u32::try_from(count).is_err() {
+        return Err(Error::file(ErrorKind::Unsupported, job.path, "16 TiB without a zero block are too many"));
+    }
     sort(&mut rows, job.threads);
-    Ok(Scan { rows, digest: digest::image(job.size, &chunks) })
+    Ok(Scan { rows, count, digest: digest::image(job.size, &chunks), chunks })
 }
 
 /// What one worker found.
 #[derive(Default)]
 struct Part {
     rows: Vec<Row>,
-    chunks: Vec<(u64, [u8; 32])>,
+    chunks: Vec<Chunk>,
 }
 
 /// Ranges of chunk indices that hold data, ascending and apart, each of a few chunks.
@@ -125,7 +152,12 @@ fn work(
 ) -> Result<Part> {
     let mut part = Part::default();
     let mut buf = vec![0u8; CHUNK_BYTES];
+    let mut pages = Pages::new(CHUNK_SIZE).map_err(|e| Error::io(job.path, "find memory to read", e))?;
     while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+        if job.log.is_some_and(|log| log.has(piece)) {
+            (job.advance)(data_in(extents, piece));
+            continue;
+        }
         for index in piece.clone() {
             if failed.load(Ordering::Relaxed) {
                 return Ok(part);
@@ -135,17 +167,29 @@ fn work(
             }
             let start = index * CHUNK_SIZE;
             let bytes = &mut buf[..part_len(start, job.size)];
-            let data = read_chunk(job, extents, start, bytes)?;
+            let data = read_chunk(job, extents, start, bytes, &mut pages)?;
             hash_chunk(job.algorithm, index, bytes, &mut part);
             (job.advance)(data);
+        }
+        if let Some(log) = job.log {
+            log.append(piece, &part.rows, &part.chunks)?;
+            part = Part::default();
         }
     }
     Ok(part)
 }
 
+/// Bytes of data in a piece.
+fn data_in(extents: &[Range<u64>], piece: &Range<u64>) -> u64 {
+    let (start, end) = (piece.start * CHUNK_SIZE, piece.end * CHUNK_SIZE);
+    let first = extents.partition_point(|e| e.end <= start);
+    let inside = extents[first..].iter().take_while(|e| e.start < end);
+    inside.map(|e| e.end.min(end) - e.start.max(start)).sum()
+}
+
 /// Fills `bytes` with what is at `start`: reads the data, zeroes the holes (reading a hole would fill the page cache
 /// with zeros). Returns how many bytes were data.
-fn read_chunk(job: &Job, extents: &[Range<u64>], start: u64, bytes: &mut [u8]) -> Result<u64> {
+fn read_chunk(job: &Job, extents: &[Range<u64>], start: u64, bytes: &mut [u8], pages: &mut Pages) -> Result<u64> {
     let end = start + bytes.len() as u64;
     let first = extents.partition_point(|e| e.end <= start);
     let mut data = 0;
@@ -153,8 +197,10 @@ fn read_chunk(job: &Job, extents: &[Range<u64>], start: u64, bytes: &mut [u8]) -
     for extent in extents[first..].iter().take_while(|e| e.start < end) {
         let (from, to) = (extent.start.max(start), extent.end.min(end));
         bytes[part_len(start, filled)..part_len(start, from)].fill(0);
-        let target = &mut bytes[part_len(start, from)..part_len(start, to)];
-        job.file.read_exact_at(target, from).map_err(|e| read_error(job.path, e))?;
+        // Whole pages are read; what is before an extent in its first one is a hole, and reads as zeros.
+        let page = from - from % BLOCK_SIZE;
+        let read = job.cold.read(page, to - page, pages).map_err(|e| read_error(job.path, e))?;
+        bytes[part_len(start, from)..part_len(start, to)].copy_from_slice(&read[part_len(page, from)..]);
         filled = to;
         data += to - from;
     }
@@ -211,6 +257,7 @@ pub fn sort(rows: &mut [Row], threads: usize) {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::os::unix::fs::FileExt;
 
     /// One thread, whole file in memory, as plain as can be.
     fn plain(bytes: &[u8]) -> Scan {
@@ -222,18 +269,22 @@ mod tests {
         rows.sort();
         let mut hasher = blake3::Hasher::new();
         hasher.update(b"vmar content digest 1\n").update(&(bytes.len() as u64).to_le_bytes());
+        let mut chunks = Vec::new();
         for (i, chunk) in (0u64..).zip(bytes.chunks(1 << 20)) {
             if chunk.iter().any(|&x| x != 0) {
                 hasher.update(&i.to_le_bytes()).update(blake3::hash(chunk).as_bytes());
+                chunks.push((i, *blake3::hash(chunk).as_bytes()));
             }
         }
-        Scan { rows, digest: *hasher.finalize().as_bytes() }
+        Scan { count: rows.len() as u64, rows, digest: *hasher.finalize().as_bytes(), chunks }
     }
 
     fn scan_file(file: &File, size: u64, threads: usize) -> (Result<Scan>, u64) {
         let told = std::sync::atomic::AtomicU64::new(0);
+        let cold = Cold::new(file.try_clone().unwrap(), size).unwrap();
         let job = Job {
             file,
+            cold: &cold,
             path: Path::new("t"),
             size,
             algorithm: Algorithm::Sha1,
@@ -242,6 +293,7 @@ mod tests {
             advance: &|n| {
                 told.fetch_add(n, Ordering::Relaxed);
             },
+            log: None,
         };
         let out = scan(&job);
         (out, told.into_inner())
@@ -271,23 +323,71 @@ mod tests {
         }
     }
 
+    /// Stopped somewhere, with a log: the next scan reads the rest, and all of it comes out.
+    #[test]
+    fn a_scan_goes_on_where_it_was_stopped() {
+        let file = tempfile::tempfile().unwrap();
+        let bytes: Vec<u8> = (0..20u32 << 20).map(|i| (i >> 12) as u8 ^ (i >> 20) as u8).collect();
+        file.write_all_at(&bytes, 0).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let size = bytes.len() as u64;
+        let cold = Cold::new(file.try_clone().unwrap(), size).unwrap();
+        let stop = AtomicBool::new(false);
+        let read = std::sync::atomic::AtomicU64::new(0);
+        let run = |stop_at: u64| {
+            let log = ScanLog::open(&dir.path().join("l"), &[3; 32]).unwrap();
+            read.store(0, Ordering::Relaxed);
+            stop.store(false, Ordering::Relaxed);
+            let advance = |n| {
+                if read.fetch_add(n, Ordering::Relaxed) + n >= stop_at {
+                    stop.store(true, Ordering::Relaxed);
+                }
+            };
+            let path = Path::new("t");
+            let algorithm = Algorithm::Sha1;
+            let job = Job {
+                file: &file,
+                cold: &cold,
+                path,
+                size,
+                algorithm,
+                threads: 1,
+                stop: &stop,
+                advance: &advance,
+                log: Some(&log),
+            };
+            scan(&job).map(|scan| (scan, log))
+        };
+        assert_eq!(run(9 << 20).err().unwrap().kind(), ErrorKind::Interrupted);
+        let kept = ScanLog::open(&dir.path().join("l"), &[3; 32]).unwrap().count();
+        assert!(kept > 0 && kept < 5120, "{kept}");
+        let (scan, log) = run(u64::MAX).unwrap();
+        let want = plain(&bytes);
+        assert_eq!((scan.digest, scan.chunks, scan.count), (want.digest, want.chunks, want.count));
+        assert_eq!(log.rows(1000, 1).collect::<Result<Vec<Row>>>().unwrap(), want.rows);
+    }
+
     #[test]
     fn a_shorter_file_and_a_stop_are_errors() {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&[1; 8192], 0).unwrap();
         // A file system that knows no holes reports data up to the size asked for.
+        let cold = Cold::new(file.try_clone().unwrap(), 12288).unwrap();
         let job = Job {
             file: &file,
+            cold: &cold,
             path: Path::new("t"),
             size: 12288,
             algorithm: Algorithm::Sha1,
             threads: 1,
             stop: &AtomicBool::new(true),
             advance: &|_| {},
+            log: None,
         };
         assert_eq!(scan(&job).unwrap_err().kind(), ErrorKind::Interrupted);
         let mut buf = [0; 12288];
-        let err = read_chunk(&job, std::slice::from_ref(&(0..12288)), 0, &mut buf).unwrap_err();
+        let mut pages = Pages::new(CHUNK_SIZE).unwrap();
+        let err = read_chunk(&job, std::slice::from_ref(&(0..12288)), 0, &mut buf, &mut pages).unwrap_err();
         assert_eq!(err.kind(), ErrorKind::Changed);
     }
 

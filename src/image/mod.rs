@@ -3,6 +3,7 @@
 mod convert;
 mod magic;
 mod over;
+pub mod partitions;
 mod probe;
 mod safety;
 

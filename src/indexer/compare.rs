@@ -27,42 +27,30 @@ pub(super) struct Side {
     pub record: ImageRecord,
 }
 
-/// The images that blocks are compared in: the earlier ones in order of ID, those that are not needed closed, and the
-/// new one last.
-#[derive(Debug)]
+/// The images that blocks are compared in.
+#[derive(Clone, Copy)]
 pub(super) struct Sides<'a> {
-    earlier: Vec<Option<&'a Side>>,
-    own: &'a Side,
+    /// The image whose blocks are to be read from elsewhere.
+    pub own: &'a Side,
+    /// The others.
+    pub images: &'a dyn Others,
+}
+
+/// Images by ID.
+pub(super) trait Others: Sync {
+    /// The image of that number, open.
+    fn side(&self, id: u32) -> Result<&Side>;
 }
 
 impl<'a> Sides<'a> {
-    pub fn new(earlier: Vec<Option<&'a Side>>, own: &'a Side) -> Self {
-        Sides { earlier, own }
+    /// The number of the image itself.
+    pub fn own_id(&self) -> u32 {
+        self.own.record.id.0
     }
 
-    /// The new image.
-    pub fn own(&self) -> &'a Side {
-        self.own
-    }
-
-    /// The index of the new image. (There are fewer images than 2^32, as many as IDs.)
-    pub fn own_index(&self) -> u32 {
-        u32::try_from(self.earlier.len()).unwrap_or(u32::MAX)
-    }
-
-    /// Image number `index`.
-    pub fn get(&self, index: u32) -> Result<&'a Side> {
-        if index == self.own_index() {
-            return Ok(self.own);
-        }
-        // A bug of this module, and no reason to go on: a block that is not compared must not be redirected.
-        let closed = || Error::new(ErrorKind::Io, format!("image {index}"), "was not opened to be compared");
-        self.earlier.get(index as usize).copied().flatten().ok_or_else(closed)
-    }
-
-    /// All images that are open.
-    pub fn open(&self) -> impl Iterator<Item = &'a Side> {
-        self.earlier.iter().copied().flatten().chain([self.own])
+    /// The image of that number.
+    pub fn get(&self, id: u32) -> Result<&'a Side> {
+        if id == self.own_id() { Ok(self.own) } else { self.images.side(id) }
     }
 }
 
@@ -70,7 +58,7 @@ impl<'a> Sides<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Pair {
     pub source: u32,
-    /// Index into the sides.
+    /// ID of that image.
     pub image: u32,
     pub block: u32,
 }
@@ -112,7 +100,7 @@ pub(super) fn differing(sides: &Sides, pairs: &[Pair], work: &Work) -> Result<Ve
             if failed.load(Ordering::Relaxed) {
                 break;
             }
-            work.check_stop(&sides.own().record.name)?;
+            work.check_stop(&sides.own.record.name)?;
             compare(sides, pairs, batch.clone(), &mut bufs, &mut out)?;
             work.observer.advance(batch.len() as u64 * BLOCK_SIZE);
         }
@@ -162,7 +150,7 @@ fn compare(
 ) -> Result<()> {
     let Some(first) = pairs.get(batch.start) else { return Ok(()) };
     let [buf_a, buf_b] = bufs;
-    let a = sides.own().read(first.source, batch.len(), buf_a)?;
+    let a = sides.own.read(first.source, batch.len(), buf_a)?;
     let b = sides.get(first.image)?.read(first.block, batch.len(), buf_b)?;
     if a == b && a.len() == batch.len() * BLOCK_BYTES {
         return Ok(());

@@ -2,26 +2,42 @@
 //! guest imports it.
 //!
 //! ```text
-//! add:  file ─ probe ─ (convert) ─ scan ─┬─ run, sorted by hash ─────────────────────┐
-//!                                        └─ join with the earlier images' runs       │
-//!                                               │ candidates: same hash              │ variants
-//!                                        compare byte for byte ─── differing ─ resolve ─ run file
-//!                                               │ equal                                  map file
+//! add:  file ─ probe ─ (convert) ─ scan ── rows, sorted by hash
+//!                                           │ look up: which images hold this hash
+//!                                        candidates: one of them, by the policy, and its block
+//!                                           │ compare byte for byte ─── differing ─ resolve
+//!                                           │ equal                                   │ variants
+//!                                        map file                        run file, content index
 //! ```
 //!
 //! - [`add`] puts images into a library, all or none,
-//! - [`remap`] makes the maps anew, with another policy,
+//! - [`lifecycle`] removes, updates and renames them, [`capture`] makes one of an overlay,
+//! - [`remap`] makes the maps anew, with another policy; [`rebuild`] makes everything anew, of the images,
 //! - [`offline`] makes a map of canonical addresses that somebody else found, an SQL engine for one,
-//! - [`verify`] reads everything again and compares,
-//! - [`stats`] counts what is shared.
+//! - [`verify`] reads everything again and compares; [`repair`] mends what it finds bad,
+//! - [`stats`] counts what is shared, [`matrix`] by two,
+//! - [`estimate`] guesses it for files that are in no library.
 
 pub mod add;
 mod arrange;
+mod candidates;
+pub mod capture;
+mod change;
+mod choose;
 mod compare;
-mod join;
+mod contents;
+pub mod estimate;
+pub mod holders;
+mod images;
+pub mod lifecycle;
+pub mod matrix;
 pub mod offline;
+mod place;
+pub mod rebuild;
 pub mod remap;
+pub mod repair;
 mod resolve;
+mod spool;
 pub mod stats;
 pub mod verify;
 
@@ -58,13 +74,18 @@ pub struct Work<'a> {
     pub stop: &'a AtomicBool,
     /// Told about the progress.
     pub observer: &'a dyn Observer,
+    /// Bytes of memory that may be used for what grows with the size of an image.
+    pub memory: u64,
 }
+
+/// Bytes that are enough for images of 30 GiB of data without a scratch file.
+pub const MEMORY_DEFAULT: u64 = 1 << 30;
 
 impl<'a> Work<'a> {
     /// One worker a core.
     pub fn on_all_cores(stop: &'a AtomicBool, observer: &'a dyn Observer) -> Work<'a> {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Work { threads, stop, observer }
+        Work { threads, stop, observer, memory: MEMORY_DEFAULT }
     }
 
     /// An error if the work is to end.

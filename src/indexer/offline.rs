@@ -5,49 +5,72 @@
 //! is that the engine neither lost nor doubled a row, and that is checked here, not believed:
 //!
 //! - blocks come in ascending order, as many as the image has non-zero ones (a block without an entry reads as zeros),
-//! - an address is of this domain and not behind its block,
+//! - an address is of this domain and not behind its block, in the policy's order of images,
 //! - it is the canonical address of its own block too.
 //!
 //! The result is, byte for byte, what [`super::remap`] writes with the same policy for the same library.
 
 use super::arrange::{Gap, bridge, gaps, keep_short_runs};
+use super::choose::Choose;
 use super::compare::Pair;
+use super::spool::each_window;
 use super::target_of;
 use crate::error::{Error, ErrorKind, Result};
-use crate::library::{ImageRecord, Policy};
+use crate::library::{ImageRecord, Policy, Runs};
 use crate::map::{EntryBuilder, Map, MapError, MapSpec, Totals, build};
-use crate::units::{BLOCK_SIZE, ImageId};
-use std::collections::BTreeMap;
+use crate::units::BLOCK_SIZE;
+use std::collections::{BTreeMap, BTreeSet};
 
-/// A block of an image of the library.
+/// The images of a sharing domain in the order of the policy: of those that hold a content, the first one is read by all.
+/// `preference` is what the policies `most-used` and `least-fragmented` go by, as in [`crate::library::Catalog`].
+pub fn in_order<'a>(
+    images: impl IntoIterator<Item = &'a ImageRecord>,
+    policy: Policy,
+    preference: &BTreeMap<u32, u64>,
+) -> Vec<&'a ImageRecord> {
+    let choose = Choose::by(policy, preference);
+    let mut images: Vec<&ImageRecord> = images.into_iter().collect();
+    images.sort_by_key(|record| choose.rank(record.id.0));
+    images
+}
+
+/// The mean length of the runs of an image that others could read, in thousandths of a block: what `least-fragmented`
+/// prefers. Of so many blocks in so many runs.
+pub fn mean_length(blocks: u64, runs: u64) -> u64 {
+    (blocks * 1000).checked_div(runs).unwrap_or(0)
+}
+
+/// A block of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Address {
-    /// The image.
-    pub image: ImageId,
+    /// Place of the image in the order of the policy, see [`in_order`]; not its ID.
+    pub rank: u32,
     /// The block.
     pub block: u32,
 }
 
 /// The canonical addresses of all images up to the one whose map is made, that one included.
 pub trait Canonical {
-    /// The canonical address of each of the blocks `first..first + count` of an image; `None` for a block that is zero
-    /// or not there.
-    fn of(&mut self, image: ImageId, first: u32, count: u32) -> Result<Vec<Option<Address>>>;
+    /// The canonical address of each of the blocks `first..first + count` of the image of that rank; `None` for a block
+    /// that is zero or not there.
+    fn of(&mut self, rank: u32, first: u32, count: u32) -> Result<Vec<Option<Address>>>;
 }
 
 /// The map of one image, from block to block.
 pub struct Offline<'a> {
-    /// The images of the library up to this one, in order of ID.
-    images: &'a [ImageRecord],
+    /// The images of the domain up to this one, in the order of the policy.
+    images: &'a [&'a ImageRecord],
     own: &'a ImageRecord,
-    /// Images are indices into `images`.
+    own_rank: u32,
+    /// Images are ranks.
     places: Vec<Pair>,
 }
 
 impl<'a> Offline<'a> {
-    /// The map of the last one of these images, which are those of a library in order of ID; `None` if there is none.
-    pub fn new(images: &'a [ImageRecord]) -> Option<Offline<'a>> {
-        images.last().map(|own| Offline { images, own, places: Vec::new() })
+    /// The map of the last one of these images, which are the first ones [`in_order`]; `None` if there is none.
+    pub fn new(images: &'a [&'a ImageRecord]) -> Option<Offline<'a>> {
+        let own_rank = u32::try_from(images.len().checked_sub(1)?).ok()?;
+        images.last().map(|own| Offline { images, own, own_rank, places: Vec::new() })
     }
 
     /// Says where block `block` of the image is canonically: the lowest address with the same hash and variant. Blocks
@@ -59,18 +82,17 @@ impl<'a> Offline<'a> {
         if self.places.last().is_some_and(|last| last.source >= block) {
             return Err(self.wrong(format!("block {block} came twice or out of order")));
         }
-        let index = self.images.binary_search_by_key(&home.image, |r| r.id).ok();
-        let record = index.and_then(|i| self.images.get(i));
-        let fits = record.is_some_and(|r| {
-            (r.domain == self.own.domain && r.fingerprint == self.own.fingerprint)
-                && home <= Address { image: self.own.id, block }
+        let fits = self.images.get(home.rank as usize).is_some_and(|r| {
+            r.domain == self.own.domain
+                && home <= Address { rank: self.own_rank, block }
                 && r.block_len(home.block) == self.own.block_len(block)
         });
-        let Some(image) = index.and_then(|i| u32::try_from(i).ok()).filter(|_| fits) else {
-            let cause = format!("block {block} cannot have the canonical address {}:{}", home.image, home.block);
+        if !fits {
+            let cause =
+                format!("block {block} cannot have the canonical address {}:{}", self.name(home.rank), home.block);
             return Err(self.wrong(cause));
-        };
-        self.places.push(Pair { source: block, image, block: home.block });
+        }
+        self.places.push(Pair { source: block, image: home.rank, block: home.block });
         Ok(())
     }
 
@@ -85,22 +107,16 @@ impl<'a> Offline<'a> {
         }
         self.check_homes(canonical)?;
         self.keep_partial_block();
-        if let Policy::Bridge { bridge: limit, min_run } = policy {
-            let own = self.own_index();
-            let found = gaps(&self.places, own, limit);
-            let proved = self.same_content(found, canonical)?;
-            bridge(&mut self.places, &proved);
-            keep_short_runs(&mut self.places, own, min_run);
+        if let Some(runs) = policy.runs() {
+            let mut places = std::mem::take(&mut self.places);
+            each_window(&mut places, &mut |window| self.arrange(window, runs, canonical))?;
+            self.places = places;
         }
         self.build(policy).map_err(|e| e.at(&self.own.name))
     }
 
-    fn own_index(&self) -> u32 {
-        u32::try_from(self.images.len() - 1).unwrap_or(u32::MAX)
-    }
-
-    fn id_of(&self, index: u32) -> ImageId {
-        self.images.get(index as usize).map_or(self.own.id, |r| r.id)
+    fn name(&self, rank: u32) -> &str {
+        self.images.get(rank as usize).map_or("no image", |r| &r.name)
     }
 
     /// A redirect to a block that is read elsewhere itself, or that is no row at all, is the mark of a lost row.
@@ -108,13 +124,15 @@ impl<'a> Offline<'a> {
         let in_step = |a: &Pair, b: &Pair| a.image == b.image && a.block.checked_add(1) == Some(b.block);
         for run in self.places.chunk_by(in_step) {
             let [first, ..] = run else { continue };
-            let image = self.id_of(first.image);
+            let rank = first.image;
             let count = u32::try_from(run.len()).unwrap_or(u32::MAX);
-            let homes = canonical.of(image, first.block, count)?;
-            let want = (first.block..).map(|block| Some(Address { image, block }));
+            let homes = canonical.of(rank, first.block, count)?;
+            let want = (first.block..).map(|block| Some(Address { rank, block }));
             if let Some((_, place)) = homes.iter().zip(want).zip(run).find(|((is, want), _)| *is != want) {
-                let cause = format!("block {} leads to {image}:{}, which is not canonical", place.source, place.block);
-                return Err(self.wrong(cause));
+                let (source, name) = (place.source, self.name(rank));
+                return Err(
+                    self.wrong(format!("block {source} leads to {name}:{}, which is not canonical", place.block))
+                );
             }
         }
         Ok(())
@@ -122,37 +140,33 @@ impl<'a> Offline<'a> {
 
     /// A partial last block is its own target, whoever else holds its content: readers take whole blocks of others.
     fn keep_partial_block(&mut self) {
-        let own = self.own_index();
         if let Some(last) = self.places.last_mut()
             && self.own.block_len(last.source) < BLOCK_SIZE
         {
-            (last.image, last.block) = (own, last.source);
+            (last.image, last.block) = (self.own_rank, last.source);
         }
     }
 
-    /// The gaps whose blocks the other image holds too: two rows with one canonical address have one (hash, variant).
-    fn same_content(&self, found: Vec<Gap>, canonical: &mut impl Canonical) -> Result<Vec<Gap>> {
-        let mut proved = Vec::with_capacity(found.len());
-        for gap in found {
-            let blocks = self.places.get(gap.gap.clone()).unwrap_or(&[]);
-            let count = u32::try_from(blocks.len()).unwrap_or(u32::MAX);
-            let there = canonical.of(self.id_of(gap.image), gap.block, count)?;
-            let here = blocks.iter().map(|p| Some(Address { image: self.id_of(p.image), block: p.block }));
-            if there.len() == blocks.len() && here.eq(there) {
-                proved.push(gap);
-            }
-        }
-        Ok(proved)
+    fn arrange(&self, places: &mut [Pair], runs: Runs, canonical: &mut impl Canonical) -> Result<()> {
+        let found = gaps(places, self.own_rank, runs.bridge);
+        let proved = same_content(found, places, canonical)?;
+        bridge(places, &proved);
+        keep_short_runs(places, self.own_rank, runs.min_run);
+        Ok(())
     }
 
     fn build(&self, policy: Policy) -> Result<(Vec<u8>, Totals), MapError> {
-        let mut number: BTreeMap<u32, u32> = self.places.iter().map(|p| (p.image, 0)).collect();
-        (0..).zip(number.values_mut()).for_each(|(n, slot)| *slot = n);
+        let used: BTreeSet<u32> = self.places.iter().map(|p| p.image).collect();
+        let mut targets: Vec<(u32, &ImageRecord)> =
+            used.into_iter().filter_map(|rank| Some((rank, *self.images.get(rank as usize)?))).collect();
+        // In a map they are in order of ID.
+        targets.sort_by_key(|(_, record)| record.id);
+        let number: BTreeMap<u32, u32> = targets.iter().zip(0..).map(|((rank, _), n)| (*rank, n)).collect();
         let mut entries = EntryBuilder::new();
         for place in &self.places {
             entries.push(place.source, number.get(&place.image).copied().unwrap_or(u32::MAX), place.block);
         }
-        let targets = number.keys().filter_map(|&image| self.images.get(image as usize)).map(target_of).collect();
+        let targets = targets.into_iter().map(|(_, record)| target_of(record)).collect();
         let spec = MapSpec { source: target_of(self.own), policy: policy.code(), targets, entries: entries.finish() };
         let bytes = build(&spec)?;
         // What a `serve` would refuse must not be published.
@@ -164,4 +178,19 @@ impl<'a> Offline<'a> {
         Error::new(ErrorKind::Corrupt, &self.own.name, format!("the answer of the engine is wrong: {cause}"))
             .mend("run it again; 'vmar library remap' needs no engine")
     }
+}
+
+/// The gaps whose blocks the other image holds too: two rows with one canonical address have one (hash, variant).
+fn same_content(found: Vec<Gap>, places: &[Pair], canonical: &mut impl Canonical) -> Result<Vec<Gap>> {
+    let mut proved = Vec::with_capacity(found.len());
+    for gap in found {
+        let blocks = places.get(gap.gap.clone()).unwrap_or(&[]);
+        let count = u32::try_from(blocks.len()).unwrap_or(u32::MAX);
+        let there = canonical.of(gap.image, gap.block, count)?;
+        let here = blocks.iter().map(|p| Some(Address { rank: p.image, block: p.block }));
+        if there.len() == blocks.len() && here.eq(there) {
+            proved.push(gap);
+        }
+    }
+    Ok(proved)
 }

@@ -4,9 +4,11 @@ use super::read_map;
 use crate::cluster::{Clusters, merge};
 use crate::error::Result;
 use crate::fingerprint::run;
-use crate::library::{ImageRecord, Library, Policy};
+use crate::library::{ImageRecord, Library, Runs};
 use crate::map::{Map, Scheme};
+use crate::units::ImageId;
 use serde::Serialize;
+use std::collections::BTreeMap;
 
 /// Figures of a library. Shares are of its non-zero blocks, 0 to 1.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -32,7 +34,7 @@ pub struct Stats {
     pub images: Vec<ImageStats>,
 }
 
-/// Knobs of the policy `bridge` (see [`Policy::Bridge`]).
+/// Knobs of the policies that look at runs (see [`Runs`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Knobs {
     /// Longest break that is bridged, in blocks.
@@ -66,10 +68,7 @@ pub fn stats(library: &Library) -> Result<Stats> {
     let images = library.images().iter().map(|record| image_stats(library, record)).collect::<Result<_>>()?;
     Ok(Stats {
         policy: library.catalog().policy.name().to_string(),
-        knobs: match library.catalog().policy {
-            Policy::Paper => None,
-            Policy::Bridge { bridge, min_run } => Some(Knobs { bridge, min_run }),
-        },
+        knobs: library.catalog().policy.runs().map(|Runs { bridge, min_run }| Knobs { bridge, min_run }),
         nonzero_blocks: clusters.blocks(),
         unique_blocks: clusters.contents(),
         clusters: clusters.clusters().len() as u64,
@@ -111,6 +110,36 @@ pub fn clusters(library: &Library) -> Result<Clusters> {
         clusters.add(&holders, copies);
     }
     Ok(clusters)
+}
+
+/// The clusters as the content indexes have them: the IDs of the images, ascending, and the contents that exactly these
+/// images hold. Costs no look at any fingerprint, but in a library of an older vmar that was not changed since.
+pub fn indexed_clusters(library: &Library) -> Result<Vec<(Vec<u32>, u64)>> {
+    let mut counts: BTreeMap<Vec<u32>, u64> = BTreeMap::new();
+    if library.catalog().index.is_empty() {
+        // An older vmar kept none, and nothing was changed since.
+        for cluster in clusters(library)?.clusters() {
+            let id = |n: &u32| library.images().get(*n as usize).map_or(u32::MAX, |r| r.id.0);
+            *counts.entry(cluster.images.iter().map(id).collect()).or_default() += cluster.contents;
+        }
+    }
+    for index in library.catalog().index.values() {
+        for (_, images, contents) in super::contents::read_sets(library, index)?.live() {
+            *counts.entry(images.to_vec()).or_default() += contents;
+        }
+    }
+    Ok(counts.into_iter().collect())
+}
+
+/// With which images an image has contents in common, and how many distinct ones; the most first. By the content index.
+pub fn shares_of(library: &Library, image: ImageId) -> Result<Vec<(ImageId, u64)>> {
+    let mut shares: BTreeMap<u32, u64> = BTreeMap::new();
+    for (images, contents) in indexed_clusters(library)?.iter().filter(|(images, _)| images.contains(&image.0)) {
+        images.iter().filter(|id| **id != image.0).for_each(|id| *shares.entry(*id).or_default() += contents);
+    }
+    let mut out: Vec<(ImageId, u64)> = shares.into_iter().map(|(id, contents)| (ImageId(id), contents)).collect();
+    out.sort_by_key(|(id, contents)| (std::cmp::Reverse(*contents), *id));
+    Ok(out)
 }
 
 /// Mean number of probes that a lookup makes, under two schemes of the paper's figure 10, in this order: binary search among

@@ -104,6 +104,16 @@ pub fn in_use(file: &File, path: &Path) -> Result<bool> {
         || is_held(file, UNSHARED, PERMISSIONS).map_err(|e| failed(path, e))?)
 }
 
+/// Takes a single byte of an open file for oneself, as long as the file stays open; false if somebody else has it.
+pub fn lock_byte(file: &File, byte: u64) -> io::Result<bool> {
+    set(file, libc::F_WRLCK, byte as libc::off_t, 1)
+}
+
+/// True if somebody else, or another open file of this process, has locked that byte.
+pub fn is_byte_held(file: &File, byte: u64) -> io::Result<bool> {
+    is_held(file, byte as libc::off_t, 1)
+}
+
 fn failed(path: &Path, e: io::Error) -> Error {
     match e.raw_os_error() {
         Some(libc::ENOLCK | libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP) => {

@@ -15,13 +15,17 @@ pub struct Mapping(memmap2::Mmap);
 impl Mapping {
     /// Maps the whole file.
     pub fn open(path: impl AsRef<Path>) -> io::Result<Self> {
-        let file = File::open(path)?;
+        Self::of(&File::open(path)?)
+    }
+
+    /// Maps the whole of an open file, which may be closed then.
+    pub fn of(file: &File) -> io::Result<Self> {
         if !file.metadata()?.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
         // SAFETY: the mapping is read-only and private to readers; vmar replaces mapped files by rename and never
         // writes into them. A foreign truncation raises SIGBUS, see the limit above.
-        unsafe { memmap2::Mmap::map(&file) }.map(Mapping)
+        unsafe { memmap2::Mmap::map(file) }.map(Mapping)
     }
 }
 

@@ -8,6 +8,7 @@ use super::buf::{IoBuf, advance, total_len};
 use super::fault::{Fate, Faults, FileRef, first};
 use crate::units::to_usize;
 use io_uring::{IoUring, opcode, squeue, types};
+use std::any::Any;
 use std::cell::UnsafeCell;
 use std::collections::VecDeque;
 use std::fs::File;
@@ -45,6 +46,9 @@ pub struct Finished {
     pub result: io::Result<()>,
 }
 
+/// What has to live until a read has ended: whatever owns its file, if that may be closed earlier otherwise.
+pub type Keep = Arc<dyn Any + Send + Sync>;
+
 /// The token of reads whose bytes nobody wants.
 const LOOSE: u64 = u64::MAX;
 
@@ -71,6 +75,9 @@ struct Op {
     bufs: Vec<IoBuf>,
     /// Only in tests.
     hook: Option<Box<Hook>>,
+    /// Owns the file. The kernel looks `fd` up when the operation is handed over, which may be long after it was queued,
+    /// and again when a short read goes on: by then the number must not be another file's.
+    _keep: Option<Keep>,
 }
 
 /// Waiting reads on an io_uring. Must stay on the thread that made it.
@@ -116,11 +123,19 @@ impl Uring {
     /// Queues a read of exactly the list's length at `offset`; [`Uring::reap`] tells its end under `token`. Nothing is
     /// handed to the kernel before [`Uring::submit`].
     ///
-    /// The caller keeps `file` open and the memory behind `bufs` mapped until then (a request holds both).
-    pub fn read<'f>(&mut self, token: u64, file: impl Into<FileRef<'f>>, offset: u64, bufs: Vec<IoBuf>) {
+    /// The file stays open as long as `keep` lives, which is held until then, or by the caller's doing; the caller keeps
+    /// the memory behind `bufs` mapped (a request holds it).
+    pub fn read<'f>(
+        &mut self,
+        token: u64,
+        file: impl Into<FileRef<'f>>,
+        offset: u64,
+        bufs: Vec<IoBuf>,
+        keep: Option<Keep>,
+    ) {
         let file = file.into();
         let hook = file.faults().map(|faults| Box::new(Hook::new(Arc::clone(faults))));
-        let index = self.allot(Op { token, fd: file.file().as_raw_fd(), offset, bufs, hook });
+        let index = self.allot(Op { token, fd: file.file().as_raw_fd(), offset, bufs, hook, _keep: keep });
         self.waiting.push_back(index);
     }
 
@@ -130,8 +145,8 @@ impl Uring {
     /// It is a read, into memory that nobody looks at. `fadvise` would do without the copy, but takes a kernel thread for
     /// each call, and may wait for the disk's queue.
     ///
-    /// The caller keeps `file` open as long as this ring.
-    pub fn fetch(&mut self, file: &File, offset: u64, len: usize) -> bool {
+    /// The file stays open as long as `keep` lives, or as long as this ring by the caller's doing.
+    pub fn fetch(&mut self, file: &File, offset: u64, len: usize, keep: Option<Keep>) -> bool {
         if self.loose.len() >= LOOSE_WAITING_MAX {
             return false;
         }
@@ -142,7 +157,7 @@ impl Uring {
             unsafe { IoBuf::from_raw(sink.cast(), size.min(len - at)) }
         };
         let bufs = (0..len).step_by(size).map(piece).collect();
-        let index = self.allot(Op { token: LOOSE, fd: file.as_raw_fd(), offset, bufs, hook: None });
+        let index = self.allot(Op { token: LOOSE, fd: file.as_raw_fd(), offset, bufs, hook: None, _keep: keep });
         self.loose.push_back(index);
         true
     }
@@ -172,7 +187,7 @@ impl Uring {
             };
             let entry = entry.user_data(index as u64);
             // SAFETY: the iovecs (and a hook's timeout) live in heap buffers of `self.ops[index]`, which do not move, until
-            // the completion is reaped; the memory and the file behind them are kept by the caller of `read`.
+            // the completion is reaped; the file is kept by the operation itself or, as the memory, by the caller of `read`.
             match unsafe { self.ring.submission().push(&entry) } {
                 Ok(()) => {
                     self.in_kernel += 1;
@@ -411,7 +426,7 @@ mod tests {
         for i in 0..1000usize {
             // SAFETY: `mem` outlives the ring's work, which is waited for below.
             let buf = unsafe { IoBuf::from_raw(mem.as_mut_ptr().wrapping_add(i * 4096), 4096) };
-            ring.read(i as u64, &file, i as u64 * 4096, vec![buf]);
+            ring.read(i as u64, &file, i as u64 * 4096, vec![buf], None);
         }
         ring.submit().unwrap();
         let mut tokens: Vec<_> = wait_all(&mut ring).into_iter().map(|f| f.result.map(|()| f.token).unwrap()).collect();
@@ -438,7 +453,7 @@ mod tests {
         for i in 0..200usize {
             // SAFETY: `mem` outlives the ring's work, which is waited for below.
             let buf = unsafe { IoBuf::from_raw(mem.as_mut_ptr().wrapping_add(i * 4096), 4096) };
-            ring.read(i as u64, &file, offset(i) as u64, vec![buf]);
+            ring.read(i as u64, &file, offset(i) as u64, vec![buf], None);
         }
         ring.submit().unwrap();
         let mut ended = 0;
@@ -463,11 +478,11 @@ mod tests {
         file.write_all_at(&data, 0).unwrap();
         let mut mem = vec![0u8; 4096];
         let mut ring = Uring::new(event.as_fd()).unwrap();
-        let taken = (0..1000).take_while(|i| ring.fetch(&file, i * 4096, 200_000)).count();
+        let taken = (0..1000).take_while(|i| ring.fetch(&file, i * 4096, 200_000, None)).count();
         assert_eq!((taken, ring.in_flight()), (LOOSE_WAITING_MAX, LOOSE_WAITING_MAX));
         // SAFETY: `mem` outlives the ring's work, which is waited for below.
         let buf = unsafe { IoBuf::from_raw(mem.as_mut_ptr(), 4096) };
-        ring.read(7, &file, 8192, vec![buf]);
+        ring.read(7, &file, 8192, vec![buf], None);
         assert_eq!(ring.next(), ring.waiting.front().copied(), "it overtakes them");
         ring.submit().unwrap();
         assert!(ring.loose_in_kernel <= LOOSE_MAX);
@@ -477,13 +492,13 @@ mod tests {
         assert_eq!((ring.in_kernel, ring.loose_in_kernel, ring.ops.iter().flatten().count()), (0, 0, 0));
 
         // Past the end of the file, and given up before the kernel has seen it.
-        assert!(ring.fetch(&file, 10 << 20, 4096));
+        assert!(ring.fetch(&file, 10 << 20, 4096, None));
         ring.submit().unwrap();
         assert!(wait_all(&mut ring).is_empty());
-        assert!(ring.fetch(&file, 0, 4096));
+        assert!(ring.fetch(&file, 0, 4096, None));
         ring.cancel_waiting(|f| panic!("{f:?}"));
         assert_eq!((ring.in_flight(), ring.ops.iter().flatten().count()), (0, 0));
-        assert!(ring.fetch(&file, 0, 4096));
+        assert!(ring.fetch(&file, 0, 4096, None));
         ring.submit().unwrap();
     }
 
@@ -496,7 +511,7 @@ mod tests {
         let mut ring = Uring::new(event.as_fd()).unwrap();
         // SAFETY: as above.
         let buf = unsafe { IoBuf::from_raw(mem.as_mut_ptr(), 2000) };
-        ring.read(5, &file, 0, vec![buf]);
+        ring.read(5, &file, 0, vec![buf], None);
         ring.submit().unwrap();
         let done = wait_all(&mut ring);
         assert_eq!(done.len(), 1);
@@ -537,7 +552,7 @@ mod tests {
         for i in 0..6usize {
             // SAFETY: `mem` outlives the ring's work, which is waited for below.
             let buf = unsafe { IoBuf::from_raw(mem.as_mut_ptr().wrapping_add(i * 4096), 4096) };
-            ring.read(i as u64, FileRef::new(&file, Some(&faults)), i as u64 * 4096, vec![buf]);
+            ring.read(i as u64, FileRef::new(&file, Some(&faults)), i as u64 * 4096, vec![buf], None);
         }
         ring.submit().unwrap();
         let done = wait_all(&mut ring);

@@ -1,13 +1,13 @@
 //! `library.json`: what a library is and which images it has.
 
-use super::name::check_name;
+use super::name::check_stored_name;
 use crate::codec::{hex, unhex};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::Algorithm;
 use crate::image::Format;
 use crate::units::{BLOCK_SIZE, IMAGE_SIZE_MAX, ImageId, SECTOR_SIZE, blocks_in};
 use serde::{Deserialize, Serialize};
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
@@ -15,31 +15,51 @@ use std::str::FromStr;
 
 /// What the file says it is.
 const FORMAT: &str = "vmar-library";
-/// The newest version that this code reads. Version 2 can have the policy `bridge`; a library with the policy `paper` is
-/// written as version 1, so that an older vmar goes on with it, and says that it is too old for the others.
-const VERSION: u32 = 2;
+/// The version that this code writes. It reads those below too: version 2 added the policy `bridge`, version 3 the content
+/// indexes, without which an image cannot be added, so an older vmar must not go on with it.
+const VERSION: u32 = 3;
 
 /// Which copy of a content is read: the policy that chooses the targets of block maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase", deny_unknown_fields)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Policy {
     /// The lowest block of the lowest image ID, inside one image too (paper, section 3.1).
     Paper,
     /// The same, but for runs that would be short: fewer descendant reads for a little less sharing.
-    Bridge {
-        /// A run into another image is read on through a break of at most so many blocks, if that image holds them too.
-        bridge: u32,
-        /// Runs of fewer blocks than this stay in the image itself.
-        min_run: u32,
-    },
+    Bridge(Runs),
+    /// The image that recorded boots have read most, then the lowest ID; runs as with `bridge` (paper, section 6: future
+    /// work).
+    MostUsed(Runs),
+    /// The image whose shared blocks lie in the longest runs, then the lowest ID; runs as with `bridge` (paper, section 6:
+    /// future work).
+    LeastFragmented(Runs),
+}
+
+/// Knobs of the policies that look at the length of runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Runs {
+    /// A run into another image is read on through a break of at most so many blocks, if that image holds them too.
+    pub bridge: u32,
+    /// Runs of fewer blocks than this stay in the image itself.
+    pub min_run: u32,
+}
+
+impl Runs {
+    /// Bridge 8, min-run 8: measured on recorded boots (`docs/performance.md`).
+    pub const DEFAULT: Runs = Runs { bridge: 8, min_run: 8 };
 }
 
 impl Policy {
-    /// Bridge 8, min-run 8: measured on recorded boots (`docs/performance.md`).
-    pub const BRIDGE: Policy = Policy::Bridge { bridge: 8, min_run: 8 };
+    /// With the runs of [`Runs::DEFAULT`].
+    pub const BRIDGE: Policy = Policy::Bridge(Runs::DEFAULT);
 
     /// What a new library gets.
     pub const DEFAULT: Policy = Policy::BRIDGE;
+
+    /// All of them.
+    pub const ALL: [Policy; 4] =
+        [Policy::Paper, Policy::BRIDGE, Policy::MostUsed(Runs::DEFAULT), Policy::LeastFragmented(Runs::DEFAULT)];
 
     /// Most blocks that a bridge may span: finding one looks at so many blocks for each break.
     pub const BRIDGE_MAX: u32 = 4096;
@@ -48,20 +68,32 @@ impl Policy {
     pub fn code(self) -> u32 {
         match self {
             Policy::Paper => 1,
-            Policy::Bridge { .. } => 2,
+            Policy::Bridge(_) => 2,
+            Policy::MostUsed(_) => 3,
+            Policy::LeastFragmented(_) => 4,
         }
     }
 
     /// The name of the policy whose number a block map has; `None` for a number of a newer vmar.
     pub fn name_of(code: u32) -> Option<&'static str> {
-        [Policy::Paper, Policy::BRIDGE].into_iter().find(|p| p.code() == code).map(Policy::name)
+        Policy::ALL.into_iter().find(|p| p.code() == code).map(Policy::name)
+    }
+
+    /// Its knobs; `None` if it leaves runs alone.
+    pub fn runs(self) -> Option<Runs> {
+        match self {
+            Policy::Paper => None,
+            Policy::Bridge(runs) | Policy::MostUsed(runs) | Policy::LeastFragmented(runs) => Some(runs),
+        }
     }
 
     /// Its name, without its knobs.
     pub fn name(self) -> &'static str {
         match self {
             Policy::Paper => "paper",
-            Policy::Bridge { .. } => "bridge",
+            Policy::Bridge(_) => "bridge",
+            Policy::MostUsed(_) => "most-used",
+            Policy::LeastFragmented(_) => "least-fragmented",
         }
     }
 
@@ -69,30 +101,34 @@ impl Policy {
     ///
     /// # Errors
     /// `Usage` when the policy has no such knob, or the value is out of range.
-    pub fn with_knobs(self, new_bridge: Option<u32>, new_min_run: Option<u32>) -> Result<Policy> {
-        match self {
+    pub fn with_knobs(mut self, new_bridge: Option<u32>, new_min_run: Option<u32>) -> Result<Policy> {
+        let runs = match &mut self {
             Policy::Paper if new_bridge.is_some() || new_min_run.is_some() => {
-                Err(Error::new(ErrorKind::Usage, "policy paper", "has no --bridge and no --min-run")
-                    .mend("give them with --policy bridge"))
+                return Err(Error::new(ErrorKind::Usage, "policy paper", "has no --bridge and no --min-run")
+                    .mend("give them with --policy bridge"));
             }
-            Policy::Paper => Ok(self),
-            Policy::Bridge { bridge, min_run } => {
-                let bridge = new_bridge.unwrap_or(bridge);
-                if bridge > Policy::BRIDGE_MAX {
-                    return Err(Error::new(ErrorKind::Usage, format!("--bridge {bridge}"), "is too long a bridge")
-                        .mend(format!("give at most {} blocks", Policy::BRIDGE_MAX)));
-                }
-                Ok(Policy::Bridge { bridge, min_run: new_min_run.unwrap_or(min_run) })
-            }
+            Policy::Paper => return Ok(self),
+            Policy::Bridge(runs) | Policy::MostUsed(runs) | Policy::LeastFragmented(runs) => runs,
+        };
+        runs.bridge = new_bridge.unwrap_or(runs.bridge);
+        runs.min_run = new_min_run.unwrap_or(runs.min_run);
+        if runs.bridge > Policy::BRIDGE_MAX {
+            return Err(Error::new(ErrorKind::Usage, format!("--bridge {}", runs.bridge), "is too long a bridge")
+                .mend(format!("give at most {} blocks", Policy::BRIDGE_MAX)));
         }
+        Ok(self)
     }
 }
 
 impl fmt::Display for Policy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Policy::Paper => f.write_str("paper"),
-            Policy::Bridge { bridge, min_run } => write!(f, "bridge {bridge}, min-run {min_run}"),
+        f.write_str(self.name())?;
+        match self.runs() {
+            None => Ok(()),
+            Some(Runs { bridge, min_run }) if *self == Policy::Bridge(Runs { bridge, min_run }) => {
+                write!(f, " {bridge}, min-run {min_run}")
+            }
+            Some(Runs { bridge, min_run }) => write!(f, ", bridge {bridge}, min-run {min_run}"),
         }
     }
 }
@@ -100,14 +136,10 @@ impl fmt::Display for Policy {
 impl FromStr for Policy {
     type Err = Error;
     fn from_str(text: &str) -> Result<Policy> {
-        match text {
-            "paper" => Ok(Policy::Paper),
-            "bridge" => Ok(Policy::BRIDGE),
-            _ => {
-                Err(Error::new(ErrorKind::Usage, format!("policy {text:?}"), "unknown")
-                    .mend("the policies: paper, bridge"))
-            }
-        }
+        Policy::ALL.into_iter().find(|p| p.name() == text).ok_or_else(|| {
+            Error::new(ErrorKind::Usage, format!("policy {text:?}"), "unknown")
+                .mend("the policies: paper, bridge, most-used, least-fragmented")
+        })
     }
 }
 
@@ -117,6 +149,12 @@ impl FromStr for Policy {
 pub struct Catalog {
     format: String,
     version: u32,
+    /// CRC-32C of the catalog's text with this field 0; absent before version 3.
+    #[serde(default)]
+    crc32c: u32,
+    /// Counts the changes; a reader sees by it that something was changed.
+    #[serde(default)]
+    sequence: u64,
     /// Says which library this is, however often it is copied or moved: 32 hexadecimal digits.
     pub uuid: String,
     /// The canonical copy of a content.
@@ -127,6 +165,19 @@ pub struct Catalog {
     pub domain: String,
     /// The ID of the next image. IDs are never reused.
     pub next_id: u32,
+    /// Numbers the files of content indexes; never reused either.
+    #[serde(default)]
+    pub next_file: u64,
+    /// The content index of each sharing domain that has images.
+    #[serde(default)]
+    pub index: BTreeMap<String, IndexRef>,
+    /// Which images the policies `most-used` and `least-fragmented` prefer, by ID: blocks that recorded boots have read, or the
+    /// mean length of runs. An image that came later has none until the next remap.
+    #[serde(default)]
+    pub preference: BTreeMap<u32, u64>,
+    /// Files of images that were removed, and that somebody may still read.
+    #[serde(default)]
+    pub removed: Vec<Removed>,
     /// In order of ID.
     pub images: Vec<ImageRecord>,
 }
@@ -162,7 +213,10 @@ pub struct ImageRecord {
     /// How the blocks were fingerprinted.
     pub fingerprint: Algorithm,
     /// The fingerprints.
-    pub run: RunRef,
+    pub run: FileRef,
+    /// The chunks of the content digest; images that an older vmar added have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chunks: Option<FileRef>,
 }
 
 impl ImageRecord {
@@ -187,10 +241,49 @@ pub struct Source {
     pub path: PathBuf,
 }
 
-/// A fingerprint run: names the file and proves that it is whole.
+/// The content index of a sharing domain, see [`crate::index`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct RunRef {
+pub struct IndexRef {
+    /// The image sets, relative to the library.
+    pub sets: PathBuf,
+    /// The number in that file's header.
+    pub sets_id: u64,
+    /// The tables, the newest first.
+    pub tables: Vec<TableRef>,
+}
+
+/// A table of a content index.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TableRef {
+    /// Relative to the library.
+    pub file: PathBuf,
+    /// The number in its header.
+    pub id: u64,
+    /// Its rows.
+    pub rows: u64,
+}
+
+/// A raw file that vmar made for an image that is gone.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Removed {
+    /// The image's number.
+    #[serde(with = "id_as_number")]
+    pub id: ImageId,
+    /// The image's generation.
+    pub generation: u64,
+    /// The image's name.
+    pub name: String,
+    /// Relative to the library.
+    pub path: PathBuf,
+}
+
+/// Names a file of the library and proves that it is whole.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileRef {
     /// Relative to the library.
     pub file: PathBuf,
     /// Size of the file.
@@ -213,12 +306,18 @@ impl Catalog {
         std::fs::File::open("/dev/urandom")?.read_exact(&mut uuid)?;
         Ok(Catalog {
             format: FORMAT.to_string(),
-            version: version_for(policy),
+            version: VERSION,
+            crc32c: 0,
+            sequence: 0,
             uuid: hex(&uuid),
             policy,
             fingerprint,
             domain: "default".to_string(),
             next_id: 0,
+            next_file: 0,
+            index: BTreeMap::new(),
+            preference: BTreeMap::new(),
+            removed: Vec::new(),
             images: Vec::new(),
         })
     }
@@ -244,28 +343,60 @@ impl Catalog {
         }
         let catalog: Catalog = serde_json::from_slice(&text).map_err(|e| corrupt(e.to_string()))?;
         catalog.check().map_err(corrupt)?;
+        let crc = catalog.checksum().map_err(|e| corrupt(e.to_string()))?;
+        if catalog.version >= 3 && crc != catalog.crc32c {
+            return Err(corrupt("its checksum is wrong: it is damaged, or was changed by hand".to_string()));
+        }
         Ok(catalog)
     }
 
-    /// Another policy, for the maps that are made from now on.
-    pub(super) fn set_policy(&mut self, policy: Policy) {
-        self.policy = policy;
-        self.version = version_for(policy);
+    /// Counts the changes.
+    pub fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// The UUID as bytes.
+    pub fn uuid_bytes(&self) -> [u8; 16] {
+        unhex(&self.uuid).unwrap_or_default()
+    }
+
+    /// One more change.
+    pub(super) fn changed(&mut self) {
+        self.version = VERSION;
+        self.sequence += 1;
     }
 
     /// The text of the catalog file.
     pub(super) fn to_json(&self) -> serde_json::Result<Vec<u8>> {
-        let mut text = serde_json::to_vec_pretty(self)?;
+        let mut stamped = self.clone();
+        stamped.crc32c = self.checksum()?;
+        let mut text = serde_json::to_vec_pretty(&stamped)?;
         text.push(b'\n');
         Ok(text)
     }
 
+    /// Of the values, not of the text: who only lays it out anew has changed nothing.
+    fn checksum(&self) -> serde_json::Result<u32> {
+        let mut plain = self.clone();
+        plain.crc32c = 0;
+        serde_json::to_vec(&plain).map(|text| crc32c::crc32c(&text))
+    }
+
     /// Everything that other code takes for granted.
-    fn check(&self) -> Result<(), String> {
+    pub(super) fn check(&self) -> Result<(), String> {
         if unhex::<16>(&self.uuid).is_none() {
             return Err(format!("uuid {:?} is not 32 hexadecimal digits", self.uuid));
         }
         self.policy.with_knobs(None, None).map_err(|e| e.to_string())?;
+        for (domain, index) in &self.index {
+            let files = index.tables.iter().map(|t| (&t.file, t.id)).chain([(&index.sets, index.sets_id)]);
+            if !files.into_iter().all(|(file, id)| is_inside(file) && id < self.next_file) {
+                return Err(format!("the index of domain {domain:?} names a file that is none of this library's"));
+            }
+        }
+        if !self.removed.iter().all(|r| is_inside(&r.path)) {
+            return Err("a removed image's path leads out of the library".to_string());
+        }
         let mut names = HashSet::new();
         let mut lowest_free = 0;
         for record in &self.images {
@@ -285,7 +416,7 @@ impl Catalog {
 
 impl ImageRecord {
     fn check(&self) -> Result<(), String> {
-        check_name(&self.name).map_err(|e| e.to_string())?;
+        check_stored_name(&self.name).map_err(|e| e.to_string())?;
         if self.size == 0 || !self.size.is_multiple_of(SECTOR_SIZE) || self.size > IMAGE_SIZE_MAX {
             return Err(format!("impossible size {}", self.size));
         }
@@ -293,18 +424,11 @@ impl ImageRecord {
             return Err(format!("{} blocks, {} non-zero, do not fit the size", self.blocks, self.nonzero_blocks));
         }
         let path_is_good = if self.owned() { is_inside(&self.path) } else { self.path.is_absolute() };
-        if !path_is_good || !is_inside(&self.run.file) {
+        let files_are_good = [Some(&self.run), self.chunks.as_ref()].into_iter().flatten().all(|f| is_inside(&f.file));
+        if !path_is_good || !files_are_good {
             return Err("a path leads out of the library".to_string());
         }
         Ok(())
-    }
-}
-
-/// The oldest version that can say this.
-fn version_for(policy: Policy) -> u32 {
-    match policy {
-        Policy::Paper => 1,
-        Policy::Bridge { .. } => 2,
     }
 }
 

@@ -2,22 +2,34 @@
 //!
 //! ```text
 //! DIR/library.json             the catalog: one record an image (see `catalog`)
-//! DIR/lock                     held (flock) by the one writer; holds its pid
-//! DIR/runs/NAME.gGEN.parquet   fingerprints of an image, immutable (see `fingerprint::run`)
+//! DIR/lock                     held (flock) by the one writer; holds its host and pid
+//! DIR/runs/NAME.ID.parquet     fingerprints of an image, immutable (see `fingerprint::run`)
+//! DIR/runs/NAME.ID.chunks      the chunks of its content digest (see `fingerprint::chunks`)
 //! DIR/maps/NAME.map            the block map of an image (see FORMAT.md)
-//! DIR/images/NAME.gGEN.raw     only images that vmar converted; raw images stay where they are
+//! DIR/index/N.table, N.sets    which images hold which contents (see `index`)
+//! DIR/images/NAME.ID.raw       only images that vmar made; raw images stay where they are
+//! DIR/overlays/                which overlays were made on which images
+//! DIR/leases/*.json            who reads which images at present (see `lease`)
 //! DIR/staging/                 everything is written here first; what an interrupted writer left is removed
+//! DIR/verify/NAME              how far an interrupted 'image verify --resume' has come; may be removed at any time
 //! ```
 //!
-//! Readers take no lock: the catalog and the maps are only ever replaced by rename, and runs never change. A directory
+//! Readers take no lock: the catalog and the maps are only ever replaced by rename, and all else never changes. A directory
 //! may be copied or moved: everything inside it is named relative to it, raw images by absolute path.
+//!
+//! An image that is updated gets a new ID; the content that it had goes with its ID, or stays as the image `NAME@N` if
+//! overlays were made on it.
 
 mod catalog;
+mod journal;
+pub mod lease;
 mod name;
+mod overlays;
 mod writer;
 
-pub use catalog::{Catalog, ImageRecord, Policy, RunRef, Source};
-pub use name::check_name;
+pub use catalog::{Catalog, FileRef, ImageRecord, IndexRef, Policy, Removed, Runs, Source, TableRef};
+pub use lease::{Lease, LeaseInfo, LeaseTarget, Live};
+pub use name::{check_name, kept_name};
 pub use writer::{Transaction, Writer};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -37,7 +49,13 @@ const RUNS: &str = "runs";
 const MAPS: &str = "maps";
 /// Converted images.
 const IMAGES: &str = "images";
-/// Files on their way to one of the three above.
+/// Content indexes.
+const INDEX: &str = "index";
+/// Overlays that were made on images.
+const OVERLAYS: &str = "overlays";
+/// How logs of scans end.
+const SCAN_LOG: &str = ".scan";
+/// Files on their way to one of the others.
 const STAGING: &str = "staging";
 
 /// A library as it was when it was opened: a snapshot of its catalog. Open it again to see later changes.
@@ -48,14 +66,43 @@ pub struct Library {
 }
 
 impl Library {
-    /// Reads the catalog of the library in `dir`.
+    /// Reads the catalog of the library in `dir`. If a writer was killed while it published a change, that is ended first, as
+    /// far as this process may; one that is at it is waited for.
     ///
     /// # Errors
     /// `NotFound` when there is no library, `Unsupported` when a newer vmar wrote it, `Corrupt` when the catalog
     /// contradicts itself.
     pub fn open(dir: impl AsRef<Path>) -> Result<Library> {
         let dir = dir.as_ref();
+        writer::settle(dir);
+        Library::load(dir)
+    }
+
+    /// Reads the catalog as it is.
+    fn load(dir: &Path) -> Result<Library> {
         Ok(Library { dir: dir.to_path_buf(), catalog: Catalog::load(&dir.join(CATALOG))? })
+    }
+
+    /// Opens the library and runs `look`, once more each time that it fails while a writer publishes a change: a reader
+    /// in the middle of that can see a new map and the old catalog, or miss a file that is gone.
+    pub fn consistently<T>(dir: impl AsRef<Path>, mut look: impl FnMut(&Library) -> Result<T>) -> Result<T> {
+        const PAUSE: Duration = Duration::from_millis(20);
+        const TRIES: u32 = 100;
+        let dir = dir.as_ref();
+        let mut library = Library::open(dir)?;
+        for _ in 0..TRIES {
+            let err = match look(&library) {
+                Ok(done) => return Ok(done),
+                Err(err) => err,
+            };
+            std::thread::sleep(PAUSE);
+            let now = Library::open(dir)?;
+            if now.catalog == library.catalog {
+                return Err(err);
+            }
+            library = now;
+        }
+        look(&library)
     }
 
     /// Makes an empty library in `dir`, which is created if it is not there and must otherwise be empty.
@@ -85,6 +132,18 @@ impl Library {
             Error::new(ErrorKind::NotFound, name, format!("no such image in library {}", self.dir.display()))
                 .mend("'vmar image list' shows the names")
         })
+    }
+
+    /// The image of that name, or the older generation of it that has this content: a VM that was made before an update
+    /// goes on with what it was made on.
+    pub fn image_with(&self, name: &str, digest: Option<&[u8; 32]>) -> Result<&ImageRecord> {
+        let is_older = |r: &&ImageRecord| {
+            r.name.strip_prefix(name).is_some_and(|rest| rest.starts_with('@')) && Some(&r.digest) == digest
+        };
+        match self.image(name) {
+            Ok(found) if digest.is_none_or(|d| found.digest == *d) => Ok(found),
+            current => self.images().iter().find(is_older).map_or(current, Ok),
+        }
     }
 
     /// The image of that ID.
@@ -137,6 +196,15 @@ impl Library {
         })
     }
 
+    /// What has become of the image's raw file, as far as one look (`stat`) tells.
+    pub fn state(&self, record: &ImageRecord) -> State {
+        match std::fs::metadata(self.image_path(record)) {
+            Err(_) => State::Missing,
+            Ok(meta) if meta.is_file() && self.check_identity(record, &meta).is_ok() => State::Ok,
+            Ok(_) => State::Changed,
+        }
+    }
+
     /// Refuses a file whose size or modification time are not those of the record.
     pub fn check_identity(&self, record: &ImageRecord, meta: &Metadata) -> Result<()> {
         let changed = |cause: String, mend: String| {
@@ -156,6 +224,28 @@ impl Library {
             );
         }
         Ok(())
+    }
+}
+
+/// What a look at an image's file, without reading it, says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Size and modification time are those of the catalog.
+    Ok,
+    /// One of them is not, or it is no file any more: servers refuse it until 'vmar image verify' has read it.
+    Changed,
+    /// There is no such file, or it cannot be looked at.
+    Missing,
+}
+
+impl State {
+    /// As it is printed.
+    pub fn name(self) -> &'static str {
+        match self {
+            State::Ok => "ok",
+            State::Changed => "changed",
+            State::Missing => "missing",
+        }
     }
 }
 
@@ -193,14 +283,29 @@ pub fn map_file(name: &str) -> String {
     format!("{MAPS}/{name}.map")
 }
 
-/// Where the fingerprints of one generation of an image go, relative to the library.
-pub fn run_file(name: &str, generation: u64) -> String {
-    format!("{RUNS}/{name}.g{generation}.parquet")
+/// Where the fingerprints of an image go, relative to the library.
+pub fn run_file(name: &str, id: ImageId) -> String {
+    format!("{RUNS}/{name}.{id}.parquet")
 }
 
-/// Where a converted image goes, relative to the library.
-pub fn converted_file(name: &str, generation: u64) -> String {
-    format!("{IMAGES}/{name}.g{generation}.raw")
+/// Where the chunks of an image's digest go, relative to the library.
+pub fn chunks_file(name: &str, id: ImageId) -> String {
+    format!("{RUNS}/{name}.{id}.chunks")
+}
+
+/// Where an image that vmar makes goes, relative to the library.
+pub fn made_file(name: &str, id: ImageId) -> String {
+    format!("{IMAGES}/{name}.{id}.raw")
+}
+
+/// How the log of the scan of a large image is called in `staging/`, where it stays for a while if the scan does not end.
+pub fn scan_log(name: &str) -> String {
+    format!("{name}{SCAN_LOG}")
+}
+
+/// Where a file of a content index goes, relative to the library.
+pub fn index_file(id: u64, kind: &str) -> String {
+    format!("{INDEX}/{id}.{kind}")
 }
 
 #[cfg(test)]

@@ -96,6 +96,11 @@ impl<B: AsRef<[u8]>> Map<B> {
         self.header.source
     }
 
+    /// The file as it was verified.
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes.as_ref()
+    }
+
     /// Number of the policy that chose the targets.
     pub fn policy(&self) -> u32 {
         self.header.policy

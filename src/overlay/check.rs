@@ -78,6 +78,12 @@ pub fn look(path: &Path, base: BaseIdentity) -> Result<Look> {
     Ok(Look { size: header.size, write_cache: !header.write_through() })
 }
 
+/// The image that an overlay was made on; reads its header alone.
+pub fn base_of(path: &Path) -> Result<BaseIdentity> {
+    let (_, header, _) = read_metadata(path, Disk::new(open_file(path, true)?, None))?;
+    Ok(header.extension.base)
+}
+
 /// What the overlay at `path` is and holds; the live bitmap is used if there is one in `state_dir`.
 pub fn inspect(path: &Path, state_dir: &Path) -> Result<Info> {
     let file = open_file(path, true)?;

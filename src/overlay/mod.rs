@@ -53,7 +53,7 @@ mod tests;
 mod write;
 
 pub use bits::{Run, Runs, State};
-pub use check::{Info, Look, Report, SessionInfo, check, examine, inspect, look};
+pub use check::{Info, Look, Report, SessionInfo, base_of, check, examine, inspect, look};
 pub use commit::commit;
 pub use copy::Work;
 pub use create::create;

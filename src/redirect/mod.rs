@@ -2,6 +2,8 @@
 //!
 //! | file | holds |
 //! | --- | --- |
+//! | [`open`] | opens a base, and the same image by another map |
+//! | [`current`] | the base that is read at present, and its replacement |
 //! | [`ahead`] | who reads in sequence, and what to read ahead; pure |
 //! | [`plan`] | which bytes come from where; pure |
 //! | [`reader`] | sub-reads side by side into the guest's buffers |
@@ -9,33 +11,34 @@
 //! | [`trace`] | the format of that trace |
 
 pub mod ahead;
+pub mod current;
+pub mod open;
 pub mod plan;
 pub mod reader;
 pub mod record;
 pub mod trace;
 
+pub use current::{Current, Retired, View};
+pub use open::Passed;
 pub use record::Recorder;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::fault::FileRef;
 use crate::io::lock::{self, Access};
-use crate::io::{Hot, Mapping, file};
-use crate::library::Library;
-use crate::map::Map;
+use crate::io::{Hot, Mapping};
+use crate::map::Target;
 use crate::units::{IMAGE_SIZE_MAX, ImageId, SECTOR_SIZE};
 use plan::{Layout, Piece};
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
-
-/// How long to try for the lock of a base image.
-const BASE_LOCK_WAIT: Duration = Duration::from_millis(500);
 
 /// An open base: the map of its image and every image that the map points to.
 pub struct Base {
     layout: Layout<Mapping>,
-    targets: Vec<Open>,
+    /// Shared with the base that comes next: it reads mostly the same images.
+    targets: Vec<Arc<Open>>,
     /// Bytes; only that of a flat base changes.
     size: AtomicU64,
     /// Bytes to read ahead at most.
@@ -45,7 +48,7 @@ pub struct Base {
 /// An open target.
 #[derive(Debug)]
 struct Open {
-    id: ImageId,
+    target: Target,
     path: PathBuf,
     file: File,
     /// Its mapping; `None` where it cannot be mapped.
@@ -59,36 +62,6 @@ impl std::fmt::Debug for Base {
 }
 
 impl Base {
-    /// Opens the image of that name: its map, and each image that the map points to, if it is still the one that the map
-    /// was made for.
-    ///
-    /// # Errors
-    /// `Corrupt` for a broken map, `Changed` when map, catalog and files do not belong together, `NotFound` when one is
-    /// missing. Nothing is ever served in place of what is missing.
-    pub fn open(library: &Library, name: &str) -> Result<Base> {
-        let record = library.image(name)?;
-        let path = library.map_path(name);
-        let mapping = Mapping::open(&path).map_err(|e| {
-            let err = Error::io(&path, "open the block map", e);
-            if err.kind() == ErrorKind::NotFound { err.mend("make it anew with 'vmar library remap'") } else { err }
-        })?;
-        let map = Map::new(mapping).map_err(|e| e.at(&path))?;
-        let source = map.source();
-        if (source.image, source.generation, source.digest, source.size)
-            != (record.id, record.generation, record.digest, record.size)
-        {
-            return Err(Error::file(ErrorKind::Changed, &path, format!("is the map of another image than {name}"))
-                .mend("restore the map that belongs to this library"));
-        }
-        let targets = map.targets().map(|(target, _)| open_target(library, &path, target)).collect::<Result<_>>()?;
-        Ok(Base {
-            layout: Layout::Mapped(Box::new(map)),
-            targets,
-            size: AtomicU64::new(record.size),
-            readahead: ahead::WINDOW,
-        })
-    }
-
     /// A raw file read as it is (`--blk-file`), opened for writing if `writable`.
     ///
     /// # Errors
@@ -100,7 +73,9 @@ impl Base {
         lock::lock(&file, path, if writable { Access::Write } else { Access::Read }, lock::WAIT)?;
         let size = flat_size(path, &file)?;
         let hot = Hot::map(&file, size);
-        let open = Open { id: ImageId(0), path: path.to_path_buf(), file, hot };
+        // No map names it.
+        let target = Target { image: ImageId(0), generation: 0, digest: [0; 32], size };
+        let open = Arc::new(Open { target, path: path.to_path_buf(), file, hot });
         Ok(Base { layout: Layout::Flat, targets: vec![open], size: AtomicU64::new(size), readahead: 0 })
     }
 
@@ -119,7 +94,7 @@ impl Base {
     /// # Errors
     /// `Usage` for a size that is less than now or can be no disk's.
     pub fn grow(&self, size: u64) -> Result<()> {
-        let Open { path, file, .. } = &self.targets[0];
+        let Open { path, file, .. } = &*self.targets[0];
         let refuse = |cause: String, mend: &str| Err(Error::file(ErrorKind::Usage, path, cause).mend(mend));
         let now = self.size();
         if size < now || !size.is_multiple_of(SECTOR_SIZE) || size > IMAGE_SIZE_MAX {
@@ -137,6 +112,27 @@ impl Base {
         }
         self.size.store(size, Ordering::Release);
         Ok(())
+    }
+
+    /// The image that is read; `None` for a flat base.
+    pub fn source(&self) -> Option<Target> {
+        match &self.layout {
+            Layout::Flat => None,
+            Layout::Mapped(map) => Some(map.source()),
+        }
+    }
+
+    /// The images that the map points to. A flat base has none.
+    pub fn targets(&self) -> impl Iterator<Item = Target> + '_ {
+        self.targets.iter().filter(|_| self.source().is_some()).map(|open| open.target)
+    }
+
+    /// Entries of the map; 0 without one.
+    pub fn entries(&self) -> u64 {
+        match &self.layout {
+            Layout::Flat => 0,
+            Layout::Mapped(map) => map.totals().entries,
+        }
     }
 
     /// Bytes to read ahead of a guest at most, which is [`ahead::WINDOW`] for an image. 0 for a flat base: the kernel reads
@@ -178,7 +174,7 @@ impl Base {
 
     /// The image ID of a target.
     pub fn image_id(&self, target: u32) -> ImageId {
-        self.targets[target as usize].id
+        self.targets[target as usize].target.image
     }
 
     /// Which of the targets is the image itself; `None` when all that it holds is read from other images.
@@ -187,7 +183,7 @@ impl Base {
             Layout::Flat => Some(0),
             Layout::Mapped(map) => {
                 let own = map.source().image;
-                self.targets.iter().position(|t| t.id == own).and_then(|at| u32::try_from(at).ok())
+                self.targets.iter().position(|open| open.target.image == own).and_then(|at| u32::try_from(at).ok())
             }
         }
     }
@@ -223,24 +219,4 @@ fn flat_size(path: &Path, file: &File) -> Result<u64> {
         return Err(Error::file(ErrorKind::Unsupported, path, cause));
     }
     Ok(size)
-}
-
-/// Opens one target of a map and makes sure that it is the image that the map means.
-fn open_target(library: &Library, map: &Path, target: crate::map::Target) -> Result<Open> {
-    let record = library.image_by_id(target.image).map_err(|e| {
-        Error::file(ErrorKind::Changed, map, format!("points to an image that is gone: {e}"))
-            .mend("restore the library from a copy")
-    })?;
-    if (record.generation, record.digest, record.size) != (target.generation, target.digest, target.size) {
-        let cause = format!("was made for another generation of image {}", record.name);
-        return Err(Error::file(ErrorKind::Changed, map, cause).mend("restore the library from a copy"));
-    }
-    let path = library.image_path(record);
-    let file = library.open_image(record)?;
-    // Other VMs may read it too, through vmar or not; nobody may write it ('qemu-img commit' into it would). No process
-    // that was killed is in the way of that for longer than it takes to die, so there is little to wait for.
-    lock::lock(&file, &path, Access::Read, BASE_LOCK_WAIT)?;
-    file::disable_readahead(&file).map_err(|e| Error::io(&path, "switch readahead off", e))?;
-    let hot = Hot::map(&file, target.size);
-    Ok(Open { id: target.image, path, file, hot })
 }

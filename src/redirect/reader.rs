@@ -3,15 +3,17 @@
 //! What the page cache holds is copied inline ([`nowait`]); each sub-read that misses goes to io_uring on its own, so the
 //! misses of one request are in flight together and a miss never holds up a hit of another request.
 
+use super::Base;
 use super::plan::{Piece, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::buf::{IoBuf, advance, fill_zero, slice_into};
 use crate::io::fault::FileRef;
 use crate::io::nowait::{self, Got};
-use crate::io::uring::{Finished, Uring};
+use crate::io::uring::{Finished, Keep, Uring};
 use crate::units::to_usize;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 
 /// Pieces of a request whose first bytes are being fetched while one is copied: they are spread widely.
 const FETCH_AHEAD: usize = 4;
@@ -64,12 +66,15 @@ impl Reader {
     /// Fills `bufs` as `pieces` say. `Some` when that is done already; `None` when [`Reader::reap`] will tell it under
     /// `token`. `file_of` gives the file of a piece and the offset in it; `None` for zeros.
     ///
-    /// The caller keeps the files open and the memory mapped until then, and calls [`Reader::submit`] after a batch.
+    /// `base` is the one that the pieces were planned with. What is not done at once keeps it, and so the files of its
+    /// images, until then: another one may have taken its place by that time. The caller keeps the overlay's file open and
+    /// the memory mapped, and calls [`Reader::submit`] after a batch.
     pub fn read<'f>(
         &mut self,
         token: u64,
         pieces: &[Piece],
         bufs: &[IoBuf],
+        base: &Arc<Base>,
         file_of: impl Fn(&Source) -> Option<(FileRef<'f>, u64)>,
     ) -> Option<io::Result<()>> {
         let mut slot = None;
@@ -99,7 +104,7 @@ impl Reader {
                     self.pending[slot].left += 1;
                     let mut rest = std::mem::take(&mut self.parts);
                     advance(&mut rest, n);
-                    self.ring.read(slot as u64, file, offset + n as u64, rest);
+                    self.ring.read(slot as u64, file, offset + n as u64, rest, Some(Arc::clone(base) as Keep));
                 }
                 Err(e) => {
                     error = Some(e);
@@ -124,11 +129,14 @@ impl Reader {
     }
 
     /// Brings base pieces into the page cache (see [`Uring::fetch`]) that are not there.
-    /// `file_of` as in [`Reader::read`]; the files stay open as long as this reader.
-    pub fn read_ahead<'f>(&mut self, pieces: &[Piece], file_of: impl Fn(&Source) -> Option<(FileRef<'f>, u64)>) {
-        for piece in pieces.iter().filter(|piece| matches!(piece.source, Source::Image { .. })) {
-            let Some((file, offset)) = file_of(&piece.source) else { continue };
-            if !nowait::is_cached(file, offset, piece.len as u64) && !self.ring.fetch(file.file(), offset, piece.len) {
+    /// `base` as in [`Reader::read`].
+    pub fn read_ahead(&mut self, pieces: &[Piece], base: &Arc<Base>) {
+        for piece in pieces {
+            let Source::Image { target, offset } = piece.source else { continue };
+            let file = base.file_ref(target);
+            if !nowait::is_cached(file, offset, piece.len as u64)
+                && !self.ring.fetch(file.file(), offset, piece.len, Some(Arc::clone(base) as Keep))
+            {
                 return;
             }
         }

@@ -20,8 +20,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 use vmar::ErrorKind;
 use vmar::device::{Disk, Store};
-use vmar::redirect::Base;
 use vmar::redirect::reader::Reader;
+use vmar::redirect::{Base, Current};
 
 const THREADS: u64 = 4;
 /// Steps of a thread between two looks at the whole disk.
@@ -170,7 +170,7 @@ impl Run {
         let overlay = self.rig.open(Some(self.engine.clone()), false);
         let overlay = overlay.unwrap_or_else(|e| panic!("seed {}, round {}: {e}", self.seed, self.rounds));
         let base = Base::flat(&self.rig.base_path, false).unwrap();
-        self.disk = Some(Disk::new(Arc::new(base), Store::Overlay(overlay), [0; 20], Arc::default()));
+        self.disk = Some(Disk::new(Current::new(base), Store::Overlay(overlay), [0; 20], Arc::default()));
     }
 
     /// One round: all threads, then the whole disk; then perhaps another session. Returns the steps.
@@ -443,11 +443,13 @@ fn read(disk: &Disk, event: &OwnedFd, reader: &mut Reader, offset: u64, bytes: &
     let mut waiting = 0;
     let mut result = Ok(());
     let mut pieces = Vec::new();
+    let view = disk.view(|| ());
+    let base = view.base();
     for (n, part) in bytes.chunks_mut(PIECE).enumerate() {
         let at = offset + (n * PIECE) as u64;
         pieces.clear();
-        disk.plan(at, part.len(), &mut pieces);
-        match reader.read(n as u64, &pieces, &iobufs(part), |source| disk.file_of(source)) {
+        disk.plan(base, at, part.len(), &mut pieces);
+        match reader.read(n as u64, &pieces, &iobufs(part), base, |source| disk.file_of(base, source)) {
             Some(ended) => result = result.and(ended),
             None => waiting += 1,
         }

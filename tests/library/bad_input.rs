@@ -105,7 +105,7 @@ fn wrong_usage_is_one_line_that_names_the_help() {
     let place = Place::new();
     for (args, help) in [
         (&["bogus"][..], "'vmar --help'"),
-        (&["image", "remove", "x"], "'vmar image --help'"),
+        (&["image", "explode", "x"], "'vmar image --help'"),
         (&["image", "list", "--jsno"], "'vmar image list --help'"),
         (&["serve", "--image", "a", "--blk-file", "b"], "'vmar serve --help'"),
         (&["map", "explain", "a"], "'vmar map explain --help'"),

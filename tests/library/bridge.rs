@@ -13,7 +13,7 @@ use std::time::Instant;
 use vmar::indexer::read_map;
 use vmar::indexer::remap::remap;
 use vmar::indexer::verify::verify;
-use vmar::library::{Policy, Writer};
+use vmar::library::{Policy, Runs, Writer};
 use vmar::redirect::Base;
 use vmar::redirect::plan::Source;
 
@@ -141,7 +141,7 @@ proptest! {
         bridge in 0u32..6,
         min_run in 0u32..6,
     ) {
-        let policy = Policy::Bridge { bridge, min_run };
+        let policy = Policy::Bridge(Runs { bridge, min_run });
         let place = Place::with(policy);
         let (names, files) = make(&place, &specs);
         let all: Vec<(&str, &Path)> = names.iter().zip(&files).map(|(n, f)| (n.as_str(), f.as_path())).collect();
@@ -232,10 +232,10 @@ fn a_changed_image_or_a_damaged_run_stops_a_remap_and_nothing_changes() {
     let (a, b) = (place.raw("a.raw", &bytes, |_| false), place.raw("b.raw", &bytes, |_| false));
     place.add(&[("a", &a), ("b", &b)]).unwrap();
     let before = place.snapshot();
-    let run = place.lib().join("runs/b.g1.parquet");
+    let run = place.lib().join("runs/b.1.parquet");
     let good = fs::read(&run).unwrap();
     fs::write(&run, &good[..good.len() - 1]).unwrap();
-    assert!(place.fails(1, &["library", "remap", "--policy", "bridge"]).contains("b.g1.parquet"));
+    assert!(place.fails(1, &["library", "remap", "--policy", "bridge"]).contains("b.1.parquet"));
     fs::write(&run, &good).unwrap();
 
     // Other bytes under the same size and time: what would be published is compared, and does not fit.
@@ -281,7 +281,7 @@ fn policies_and_knobs_on_the_command_line() {
     let other = other.to_str().unwrap();
     place.ok(&["library", "init", other, "--policy", "bridge", "--bridge", "4", "--min-run", "3"]);
     let library = vmar::library::Library::open(other).unwrap();
-    assert_eq!(library.catalog().policy, Policy::Bridge { bridge: 4, min_run: 3 });
+    assert_eq!(library.catalog().policy, Policy::Bridge(Runs { bridge: 4, min_run: 3 }));
 }
 
 /// Killed at any instant, with maps of both policies perhaps: every map is right, and the next writer ends it.

@@ -161,7 +161,7 @@ fn damaged_files_of_the_library_are_refused() {
     let (place, _, other) = place();
     for (file, commands) in [
         ("maps/base.map", &[&["stats"][..], &["image", "show", "base"], &["image", "verify", "base"]][..]),
-        ("runs/base.g1.parquet", &[&["stats"][..], &["image", "verify", "base"]]),
+        ("runs/base.0.parquet", &[&["stats"][..], &["image", "verify", "base"]]),
     ] {
         let path = place.lib().join(file);
         let good = fs::read(&path).unwrap();

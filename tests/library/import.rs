@@ -155,7 +155,7 @@ fn a_users_own_file_in_the_library_is_never_overwritten() {
     let place = Place::new();
     let (raw, _) = disk(&place);
     let qcow2 = converted(&place, &raw, "d.qcow2", &["-O", "qcow2"]);
-    let mine = place.lib().join("images/d.g1.raw");
+    let mine = place.lib().join("images/d.0.raw");
     fs::write(&mine, "mine").unwrap();
     let line = place.fails(1, &["image", "add", &named("d", &qcow2)]);
     assert!(line.contains("in the way"), "{line}");

@@ -126,5 +126,8 @@ pass "the images are as they were"
 # A minute of what is to be shown for ten (tests/qemu/kill.sh alone). Ends by itself, whatever happens, in some minutes.
 tests/qemu/kill.sh --seconds 60 || fail "killed under load: see above"
 pass "a guest under load does not notice that its server is killed again and again"
+# The same of what is to be shown for longer (tests/qemu/lifecycle.sh alone).
+tests/qemu/lifecycle.sh --seconds 45 || fail "the library changed under load: see above"
+pass "guests read right and notice nothing while images are added, removed, updated, renamed and remapped"
 rm -rf "$work"
 echo "$passed passed, 0 failed"

@@ -1,8 +1,10 @@
 //! From the engine's rows to block maps: `vmar-index run`.
 //!
-//! The rows come in order of (image, block). They are collected image by image, and go to a file of canonical addresses
-//! on the way, by which the policy looks up what the blocks of other images hold. Memory is that of one image.
+//! The rows come in order of (rank, block), the images in the order of the policy, so that canonical addresses are always
+//! behind. They are collected image by image, and go to a file of canonical addresses on the way, by which the policy
+//! looks up what the blocks of other images hold. Memory is that of one image.
 
+use super::preference::preference;
 use super::session::Engine;
 use super::sql::HOMES;
 use super::{engine_error, tables};
@@ -13,10 +15,10 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use vmar::indexer::offline::{Address, Canonical, Offline};
+use vmar::indexer::offline::{Address, Canonical, Offline, in_order};
 use vmar::library::{ImageRecord, Library, Policy};
 use vmar::map::Totals;
-use vmar::units::{ImageId, human_bytes, to_usize};
+use vmar::units::{human_bytes, to_usize};
 use vmar::{Error, ErrorKind, Result};
 
 /// How often a job is given to a cluster before it counts as failed. The cluster itself repeats what a lost executor did,
@@ -57,12 +59,15 @@ async fn map_domain(
     images: &[&ImageRecord],
     out: &mut Out,
 ) -> Result<()> {
-    let ctx = engine.session().await?;
-    tables::register(&ctx, library, images).await?;
     let failed = |e: DataFusionError| engine_error(engine.name(), e);
+    let preference = preference(library, engine, policy, images).await?;
+    let images = in_order(images.iter().copied(), policy, &preference);
+    let ctx = engine.session().await?;
+    tables::register(&ctx, library, &images).await?;
     let frame = ctx.sql(HOMES).await.map_err(failed)?;
     let mut rows = frame.execute_stream().await.map_err(failed)?;
-    let mut maker = Maker { library, policy, images, next: 0, open: None, homes: Homes::new(library, &out.dir)?, out };
+    let homes = Homes::new(&images, &out.dir)?;
+    let mut maker = Maker { policy, images: &images, next: 0, open: None, homes, out };
     while let Some(batch) = rows.next().await {
         maker.take(&batch.map_err(failed)?)?;
     }
@@ -71,41 +76,33 @@ async fn map_domain(
 
 /// Makes the maps of a domain, one after the other.
 struct Maker<'a> {
-    library: &'a Library,
     policy: Policy,
-    /// In order of ID, which the rows follow.
+    /// In the order of the policy, which the rows follow.
     images: &'a [&'a ImageRecord],
     /// The first image that has no map and no row yet.
     next: usize,
-    /// The image whose rows come.
-    open: Option<(ImageId, Offline<'a>)>,
+    /// The image whose rows come, and its rank.
+    open: Option<(u32, Offline<'a>)>,
     homes: Homes,
     out: &'a mut Out,
 }
 
 impl Maker<'_> {
-    /// A batch of (image, block, home image, home block).
+    /// A batch of (rank, block, home rank, home block).
     fn take(&mut self, batch: &RecordBatch) -> Result<()> {
-        let columns: Option<Vec<&Int64Array>> = batch
-            .columns()
-            .iter()
-            .map(|c| c.as_any().downcast_ref().filter(|c: &&Int64Array| !c.is_nullable()))
-            .collect();
-        let Some([image, block, home_image, home_block]) = columns.as_deref() else {
-            return Err(wrong("its columns are not four of numbers".to_string()));
-        };
+        let [rank, block, home_rank, home_block] = numbers(batch)?;
         for i in 0..batch.num_rows() {
-            let address = address(image.value(i), block.value(i))?;
-            let home = self::address(home_image.value(i), home_block.value(i))?;
+            let address = address(rank.value(i), block.value(i))?;
+            let home = self::address(home_rank.value(i), home_block.value(i))?;
             self.row(address, home)?;
         }
         Ok(())
     }
 
     fn row(&mut self, address: Address, home: Address) -> Result<()> {
-        while self.open.as_ref().is_none_or(|(id, _)| *id != address.image) {
+        while self.open.as_ref().is_none_or(|(rank, _)| *rank != address.rank) {
             self.close()?;
-            self.open_next(address)?;
+            self.open_next()?;
         }
         let Some((_, map)) = &mut self.open else { return Ok(()) };
         map.push(address.block, home)?;
@@ -113,43 +110,49 @@ impl Maker<'_> {
     }
 
     /// Opens the next image, which need not be the one of that address: an image may be all zeros.
-    fn open_next(&mut self, wanted: Address) -> Result<()> {
-        let Some(record) = self.images.get(self.next) else {
-            return Err(wrong(format!("it has blocks of image {}, too late or of no image", wanted.image)));
+    fn open_next(&mut self) -> Result<()> {
+        let images = self.images.get(..=self.next).unwrap_or(&[]);
+        let (Some(map), Ok(rank)) = (Offline::new(images), u32::try_from(self.next)) else {
+            return Err(wrong("it has blocks of an image too late, or of no image"));
         };
-        let position = self.library.images().partition_point(|r| r.id <= record.id);
-        let images = self.library.images().get(..position).unwrap_or(&[]);
-        self.open = Offline::new(images).map(|map| (record.id, map));
+        self.open = Some((rank, map));
         self.next += 1;
         Ok(())
     }
 
     /// Makes the map of the image that is open.
     fn close(&mut self) -> Result<()> {
-        let Some((id, map)) = self.open.take() else { return Ok(()) };
+        let Some((rank, map)) = self.open.take() else { return Ok(()) };
         self.homes.flush()?;
         let (bytes, totals) = map.finish(self.policy, &mut self.homes)?;
-        self.out.write(&self.library.image_by_id(id)?.name, &bytes, totals)
+        self.images.get(rank as usize).map_or(Ok(()), |record| self.out.write(&record.name, &bytes, totals))
     }
 
     fn finish(mut self) -> Result<()> {
         self.close()?;
-        while let Some(record) = self.images.get(self.next) {
-            self.open_next(Address { image: record.id, block: 0 })?;
+        while self.next < self.images.len() {
+            self.open_next()?;
             self.close()?;
         }
         Ok(())
     }
 }
 
-fn address(image: i64, block: i64) -> Result<Address> {
-    match (u32::try_from(image), u32::try_from(block)) {
-        (Ok(image), Ok(block)) => Ok(Address { image: ImageId(image), block }),
-        _ => Err(wrong(format!("there is no block {block} of image {image}"))),
+fn address(rank: i64, block: i64) -> Result<Address> {
+    match (u32::try_from(rank), u32::try_from(block)) {
+        (Ok(rank), Ok(block)) => Ok(Address { rank, block }),
+        _ => Err(wrong("there is no such block")),
     }
 }
 
-fn wrong(cause: String) -> Error {
+/// The columns of an answer, which are as many and all numbers.
+pub fn numbers<const N: usize>(batch: &RecordBatch) -> Result<[&Int64Array; N]> {
+    let numbers = batch.columns().iter().map(|c| c.as_any().downcast_ref().filter(|c: &&Int64Array| !c.is_nullable()));
+    let columns: Option<Vec<&Int64Array>> = numbers.collect();
+    columns.and_then(|c| c.try_into().ok()).ok_or_else(|| wrong("its columns are others"))
+}
+
+fn wrong(cause: &str) -> Error {
     Error::new(ErrorKind::Corrupt, "canonical addresses", format!("the answer of the engine is wrong: {cause}"))
         .mend("run it again; 'vmar library remap' needs no engine")
 }
@@ -159,44 +162,43 @@ fn wrong(cause: String) -> Error {
 struct Homes {
     file: File,
     path: PathBuf,
-    /// ID, first block in the file and blocks of each image, in order of ID.
-    places: Vec<(ImageId, u64, u64)>,
+    /// First block in the file and blocks of each image, by rank.
+    places: Vec<(u64, u64)>,
     /// Not yet in the file: where they begin, and what they are.
     buffer_at: u64,
     buffer: Vec<u8>,
 }
 
 impl Homes {
-    fn new(library: &Library, dir: &Path) -> Result<Homes> {
+    fn new(images: &[&ImageRecord], dir: &Path) -> Result<Homes> {
         let path = dir.join(".homes");
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&path);
         let file = file.map_err(|e| Error::io(&path, "create it", e))?;
         // Nobody else needs it, and after a kill it is gone.
         fs::remove_file(&path).map_err(|e| Error::io(&path, "remove", e))?;
         let mut end = 0;
-        let place = |record: &ImageRecord| {
+        let place = |record: &&ImageRecord| {
             let first = end;
             end += record.blocks;
-            (record.id, first, record.blocks)
+            (first, record.blocks)
         };
-        let places = library.images().iter().map(place).collect();
+        let places = images.iter().map(place).collect();
         Ok(Homes { file, path, places, buffer_at: 0, buffer: Vec::new() })
     }
 
     /// First block in the file and blocks of an image.
-    fn place(&self, image: ImageId) -> (u64, u64) {
-        let found = self.places.binary_search_by_key(&image, |p| p.0).ok().and_then(|i| self.places.get(i));
-        found.map_or((0, 0), |&(_, first, blocks)| (first, blocks))
+    fn place(&self, rank: u32) -> (u64, u64) {
+        self.places.get(rank as usize).copied().unwrap_or_default()
     }
 
     /// Takes down one address. The block has passed [`Offline::push`], so it is one of its image.
     fn push(&mut self, address: Address, home: Address) -> Result<()> {
-        let at = (self.place(address.image).0 + u64::from(address.block)) * ADDRESS_BYTES;
+        let at = (self.place(address.rank).0 + u64::from(address.block)) * ADDRESS_BYTES;
         if self.buffer_at + self.buffer.len() as u64 != at || self.buffer.len() >= BUFFER {
             self.flush()?;
             self.buffer_at = at;
         }
-        let packed = u64::from(home.image.0) << 32 | u64::from(home.block);
+        let packed = u64::from(home.rank) << 32 | u64::from(home.block);
         self.buffer.extend_from_slice(&(!packed).to_le_bytes());
         Ok(())
     }
@@ -209,8 +211,8 @@ impl Homes {
 }
 
 impl Canonical for Homes {
-    fn of(&mut self, image: ImageId, first: u32, count: u32) -> Result<Vec<Option<Address>>> {
-        let (start, blocks) = self.place(image);
+    fn of(&mut self, rank: u32, first: u32, count: u32) -> Result<Vec<Option<Address>>> {
+        let (start, blocks) = self.place(rank);
         let there = blocks.saturating_sub(first.into()).min(count.into());
         let mut bytes = vec![0u8; to_usize(there * ADDRESS_BYTES)];
         let mut filled = 0;
@@ -227,7 +229,7 @@ impl Canonical for Homes {
         let unpack = |word: &[u8; 8]| {
             let packed = !u64::from_le_bytes(*word);
             let half = |n: u64| u32::try_from(n & u64::from(u32::MAX)).unwrap_or(u32::MAX);
-            (packed != u64::MAX).then(|| Address { image: ImageId(half(packed >> 32)), block: half(packed) })
+            (packed != u64::MAX).then(|| Address { rank: half(packed >> 32), block: half(packed) })
         };
         let mut out: Vec<Option<Address>> = words.iter().map(unpack).collect();
         out.resize(to_usize(count.into()), None);

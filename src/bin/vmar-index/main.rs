@@ -5,7 +5,7 @@
 //!        │                                   │
 //!     library ── tables `blocks`, `images` ──┤  sql/homes.sql
 //!                                            ▼
-//!                       (image, block, home) in order ── homes ── vmar::indexer::offline ── OUT/NAME.map
+//!                       (rank, block, home) in order ── homes ── vmar::indexer::offline ── OUT/NAME.map
 //! ```
 //!
 //! Only the constructor of the session knows whether there is a cluster ([`session`]). The statements are those of
@@ -13,6 +13,7 @@
 
 mod cluster;
 mod homes;
+mod preference;
 mod session;
 mod sql;
 mod synthesize;
@@ -43,12 +44,12 @@ enum Verb {
         #[command(flatten)]
         source: Source,
         /// Which copy of a content is read by all (default: the library's)
-        #[arg(long, value_name = "paper|bridge")]
+        #[arg(long, value_name = "paper|bridge|most-used|least-fragmented")]
         policy: Option<Policy>,
-        /// Policy bridge: read on through a break of at most N blocks, if the other image holds them too
+        /// Read on in another image through a break of at most N blocks, if it holds them too [8 with --policy]
         #[arg(long, value_name = "N")]
         bridge: Option<u32>,
-        /// Policy bridge: runs of fewer than N blocks stay in the image itself
+        /// Runs of fewer than N blocks stay in the image itself [8 with --policy]
         #[arg(long, value_name = "N")]
         min_run: Option<u32>,
         /// Where the maps go, as NAME.map
@@ -62,7 +63,8 @@ enum Verb {
         /// Plan instead of rows
         #[arg(long)]
         explain: bool,
-        /// A statement over `blocks` and `images`, or the name of one: homes, clusters, shared, similarity
+        /// A statement over `blocks` and `images`, or the name of one: homes, clusters, shared, fragments,
+        /// similarity
         statement: String,
     },
     /// Hand out the work of a cluster: the Ballista scheduler

@@ -60,8 +60,10 @@ impl Engine {
 
     async fn remote(&self, url: &str) -> Result<SessionContext> {
         let partitions = self.partitions.map_or(CLUSTER_PARTITIONS, usize::from);
-        let config =
+        let mut config =
             SessionConfig::new_with_ballista().with_target_partitions(partitions).with_ballista_job_name("vmar-index");
+        // As above: the memory of an executor has always an end.
+        config.options_mut().optimizer.prefer_hash_join = false;
         let state = SessionStateBuilder::new().with_config(config).with_default_features().build();
         SessionContext::remote_with_state(url, state).await.map_err(|e| engine_error(url, e))
     }

@@ -12,7 +12,7 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use vmar::fingerprint::{Algorithm, BLOCK_BYTES, Row, run};
-use vmar::library::{ImageRecord, Library, Policy, RunRef, run_file};
+use vmar::library::{FileRef, ImageRecord, Library, Policy, Writer, run_file};
 use vmar::units::{BLOCK_SIZE, ImageId};
 use vmar::{Error, ErrorKind, Result};
 
@@ -137,9 +137,11 @@ pub fn library(dir: &Path, family: &Family, images: u32) -> Result<()> {
     for image in 0..images {
         records.push(write_run(&library, family, image)?);
     }
-    let path = dir.join("library.json");
-    add_records(&path, &records).map_err(|e| Error::io(&path, "write", e))?;
-    Library::open(dir).map(drop)
+    // The writer does not look whether the images are there.
+    Writer::open(dir)?.update(|catalog| {
+        catalog.next_id = images;
+        catalog.images = records;
+    })
 }
 
 fn write_run(library: &Library, family: &Family, image: u32) -> Result<ImageRecord> {
@@ -148,7 +150,7 @@ fn write_run(library: &Library, family: &Family, image: u32) -> Result<ImageReco
         (0..).zip(&contents).filter_map(|(block, content)| Some(family.row((*content)?, block))).collect();
     rows.sort_unstable();
     let name = format!("image{image}");
-    let file = run_file(&name, 1);
+    let file = run_file(&name, ImageId(image));
     let mut digest = [0; 32];
     family.expand(u64::MAX - u64::from(image), &mut digest);
     let size = u64::from(family.blocks) * BLOCK_SIZE;
@@ -162,7 +164,9 @@ fn write_run(library: &Library, family: &Family, image: u32) -> Result<ImageReco
         digest,
         algorithm: Algorithm::Sha1,
     };
-    let stamp = run::write(&library.dir().join(&file), &meta, &rows)?;
+    let mut writer = run::Writer::create(&library.dir().join(&file), &meta)?;
+    writer.push(&rows)?;
+    let stamp = writer.finish()?;
     Ok(ImageRecord {
         id: ImageId(image),
         path: format!("/nowhere/{name}.raw").into(),
@@ -176,14 +180,7 @@ fn write_run(library: &Library, family: &Family, image: u32) -> Result<ImageReco
         blocks: family.blocks.into(),
         nonzero_blocks: rows.len() as u64,
         fingerprint: Algorithm::Sha1,
-        run: RunRef { file: file.into(), bytes: stamp.bytes, crc32c: stamp.crc32c },
+        chunks: None,
+        run: FileRef { file: file.into(), bytes: stamp.bytes, crc32c: stamp.crc32c },
     })
-}
-
-/// Past the library's writer, who wants images that are there.
-fn add_records(path: &Path, records: &[ImageRecord]) -> std::io::Result<()> {
-    let mut catalog: serde_json::Value = serde_json::from_slice(&fs::read(path)?)?;
-    catalog["next_id"] = records.len().into();
-    catalog["images"] = serde_json::to_value(records)?;
-    fs::write(path, serde_json::to_vec_pretty(&catalog)?)
 }

@@ -1,4 +1,4 @@
-//! What the statements see of a library: `blocks` (image, hash, variant, block) and `images` (image, name, blocks).
+//! What the statements see of a library: `blocks` (image, rank, hash, variant, block) and `images` (image, name, blocks).
 
 use super::engine_error;
 use super::sql::RUN;
@@ -16,13 +16,11 @@ use vmar::library::{ImageRecord, Library};
 use vmar::{Error, ErrorKind, Result};
 
 /// The images of each sharing domain. A statement sees one of them at a time: blocks are only shared inside one, and
-/// fingerprints of different kinds do not compare.
+/// fingerprints of different domains do not compare.
 pub fn domains(library: &Library) -> Vec<Vec<&ImageRecord>> {
     let mut out: Vec<Vec<&ImageRecord>> = Vec::new();
     for record in library.images() {
-        let comparable =
-            |d: &&mut Vec<&ImageRecord>| d[0].domain == record.domain && d[0].fingerprint == record.fingerprint;
-        match out.iter_mut().find(comparable) {
+        match out.iter_mut().find(|images| images.iter().any(|r| r.domain == record.domain)) {
             Some(domain) => domain.push(record),
             None => out.push(vec![record]),
         }
@@ -30,16 +28,16 @@ pub fn domains(library: &Library) -> Vec<Vec<&ImageRecord>> {
     out
 }
 
-/// Makes `blocks` and `images` of these images, of which there is at least one.
+/// Makes `blocks` and `images` of these images, of which there is at least one, in the order of the policy.
 ///
 /// # Errors
 /// `Corrupt` when a run is not the one that the catalog names: the engine would not notice.
 pub async fn register(ctx: &SessionContext, library: &Library, images: &[&ImageRecord]) -> Result<()> {
     let mut inputs = Vec::with_capacity(images.len());
-    for record in images {
+    for (rank, record) in images.iter().enumerate() {
         check_run(library, record)?;
         let path = library.run_path(record);
-        let plan = rows_of(ctx, record, &path).await.map_err(|e| engine_error(&path.to_string_lossy(), e))?;
+        let plan = rows_of(ctx, record, rank, &path).await.map_err(|e| engine_error(&path.to_string_lossy(), e))?;
         inputs.push(Arc::new(plan));
     }
     register_views(ctx, images, inputs).map_err(|e| engine_error("tables", e))
@@ -59,8 +57,13 @@ fn check_run(library: &Library, record: &ImageRecord) -> Result<()> {
     Ok(())
 }
 
-/// The rows of one run with the ID of their image.
-async fn rows_of(ctx: &SessionContext, record: &ImageRecord, path: &Path) -> Result<LogicalPlan, DataFusionError> {
+/// The rows of one run with the ID and the rank of their image.
+async fn rows_of(
+    ctx: &SessionContext,
+    record: &ImageRecord,
+    rank: usize,
+    path: &Path,
+) -> Result<LogicalPlan, DataFusionError> {
     let options = ListingOptions::new(Arc::new(ParquetFormat::default())).with_file_extension("");
     let config = ListingTableConfig::new(ListingTableUrl::parse(url_of(path)?)?)
         .with_listing_options(options)
@@ -68,7 +71,10 @@ async fn rows_of(ctx: &SessionContext, record: &ImageRecord, path: &Path) -> Res
         .await?;
     let id = record.id.to_string();
     ctx.register_table(format!("run_{id}"), Arc::new(ListingTable::try_new(config)?))?;
-    let text = RUN.replace("run_0", &format!("run_{id}")).replace("CAST(0 ", &format!("CAST({id} "));
+    let text = RUN
+        .replace("run_0", &format!("run_{id}"))
+        .replace("CAST(0 AS BIGINT) AS image", &format!("CAST({id} AS BIGINT) AS image"))
+        .replace("CAST(0 AS BIGINT) AS rank", &format!("CAST({rank} AS BIGINT) AS rank"));
     ctx.state().create_logical_plan(&text).await
 }
 
@@ -113,6 +119,6 @@ mod tests {
 
     #[test]
     fn a_path_is_no_pattern() {
-        assert_eq!(url_of(Path::new("/a b/[x]*%.g1")).unwrap(), "file:///a%20b/%5Bx%5D%2A%25.g1");
+        assert_eq!(url_of(Path::new("/a b/[x]*%.1")).unwrap(), "file:///a%20b/%5Bx%5D%2A%25.1");
     }
 }

@@ -1,5 +1,6 @@
 //! The statements against what vmar's own code says of the same library, and against the documentation.
 
+use super::preference::preference;
 use super::session::Engine;
 use super::synthesize::Family;
 use super::{homes, sql, synthesize, tables};
@@ -9,16 +10,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
+use vmar::ErrorKind;
 use vmar::fingerprint::{Algorithm, Hash, run};
 use vmar::indexer::add::{NewImage, add};
-use vmar::indexer::remap::remap;
-use vmar::indexer::{Silent, Work, stats};
-use vmar::library::{Library, Policy, Writer};
+use vmar::indexer::remap::{remap, remap_by};
+use vmar::indexer::{MEMORY_DEFAULT, Silent, Work, stats};
+use vmar::library::{Library, Policy, Runs, Writer};
 
 static GO_ON: AtomicBool = AtomicBool::new(false);
 
 fn work() -> Work<'static> {
-    Work { threads: 2, stop: &GO_ON, observer: &Silent }
+    Work { threads: 2, stop: &GO_ON, observer: &Silent, memory: MEMORY_DEFAULT }
 }
 
 /// A library of four images that share a lot, one that is all zeros, and two with the same unaligned end.
@@ -74,9 +76,14 @@ fn numbers(batch: &RecordBatch, column: usize) -> &Int64Array {
 fn maps_are_those_of_remap_with_little_memory_too() {
     let dir = tempfile::tempdir().unwrap();
     let library = real_library(dir.path());
-    for (n, policy) in [Policy::Paper, Policy::BRIDGE, Policy::Bridge { bridge: 3, min_run: 2 }].into_iter().enumerate()
-    {
-        remap(&mut Writer::open(library.dir()).unwrap(), policy, &work()).unwrap();
+    let short = Runs { bridge: 3, min_run: 2 };
+    let mut maps = BTreeSet::new();
+    let others = [Policy::Bridge(short), Policy::LeastFragmented(short), Policy::MostUsed(short)];
+    for (n, policy) in Policy::ALL.into_iter().chain(others).enumerate() {
+        let usage = matches!(policy, Policy::MostUsed(_)).then(|| [(1, 5), (3, 9), (4, 9)].into());
+        remap_by(&mut Writer::open(library.dir()).unwrap(), policy, usage, &work()).unwrap();
+        let library = Library::open(library.dir()).unwrap();
+        maps.insert(fs::read(library.map_path("image2")).unwrap());
         for (memory, partitions) in [(None, None), (Some(64 << 20), Some(3))] {
             let engine = Engine { memory, partitions, ..Engine::default() };
             let out = dir.path().join(format!("out{n}"));
@@ -88,6 +95,29 @@ fn maps_are_those_of_remap_with_little_memory_too() {
             assert_eq!(fs::read_dir(&out).unwrap().count(), library.images().len(), "nothing else is left");
         }
     }
+    assert_eq!(maps.len(), Policy::ALL.len() + others.len(), "they differ");
+}
+
+/// What `remap` would go by if it were asked now, and not what it went by.
+#[test]
+fn preferences_are_those_of_remap() {
+    let dir = tempfile::tempdir().unwrap();
+    let library = real_library(dir.path());
+    let now = |library: &Library, policy| {
+        block_on(preference(library, &Engine::default(), policy, &tables::domains(library)[0]))
+    };
+    let lengths = now(&library, Policy::LeastFragmented(Runs::DEFAULT)).unwrap();
+    let err = now(&library, Policy::MostUsed(Runs::DEFAULT)).unwrap_err();
+    assert!(err.kind() == ErrorKind::Usage && err.to_string().contains("--traces"), "{err}");
+
+    let usage = [(2, 7)].into();
+    let mut writer = Writer::open(library.dir()).unwrap();
+    remap_by(&mut writer, Policy::MostUsed(Runs::DEFAULT), Some(usage), &work()).unwrap();
+    assert_eq!(now(writer.library(), Policy::MostUsed(Runs::DEFAULT)).unwrap(), [(2, 7)].into());
+    remap(&mut writer, Policy::LeastFragmented(Runs::DEFAULT), &work()).unwrap();
+    let mut want = writer.library().catalog().preference.clone();
+    want.retain(|_, length| *length > 0);
+    assert!(lengths == want && want.len() > 3, "{lengths:?} {want:?}");
 }
 
 /// Sharing domains see nothing of each other; IDs have holes.
@@ -126,7 +156,7 @@ fn a_damaged_run_stops_it_and_a_library_is_no_place_for_maps() {
     fs::write(&run, bytes).unwrap();
     let out = dir.path().join("out");
     let err = block_on(homes::run(&library, &Engine::default(), Policy::Paper, &out)).unwrap_err();
-    assert!(err.to_string().contains("image1.g1.parquet: its checksum is wrong"), "{err}");
+    assert!(err.to_string().contains("image1.1.parquet: its checksum is wrong"), "{err}");
     assert_eq!(fs::read_dir(&out).unwrap().count(), 0);
 }
 

@@ -1,11 +1,12 @@
 use super::super::tests::{record, with_one_image};
-use super::super::{converted_file, map_file, run_file};
+use super::super::{made_file, map_file, run_file};
 use super::*;
+use crate::units::ImageId;
 
 /// Every file below the library but the lock.
 fn files(dir: &Path) -> Vec<PathBuf> {
     let mut out = Vec::new();
-    for place in [RUNS, MAPS, IMAGES, STAGING] {
+    for place in [RUNS, MAPS, IMAGES, INDEX, STAGING] {
         out.extend(fs::read_dir(dir.join(place)).unwrap().map(|e| e.unwrap().path()));
     }
     out.sort();
@@ -52,6 +53,16 @@ fn a_dropped_change_leaves_nothing() {
     assert_eq!(files(library.dir()), before);
 }
 
+const B: ImageId = ImageId(1);
+
+/// Adds a record as a commit does.
+fn with(record: crate::library::ImageRecord) -> impl FnOnce(&mut Catalog) {
+    |catalog| {
+        catalog.next_id = record.id.0 + 1;
+        catalog.images.push(record);
+    }
+}
+
 #[test]
 fn a_file_in_the_way_is_never_replaced() {
     let (dir, library, _) = with_one_image();
@@ -61,71 +72,88 @@ fn a_file_in_the_way_is_never_replaced() {
     let mut writer = Writer::open(library.dir()).unwrap();
 
     let mut change = writer.begin();
-    fs::write(change.stage(&run_file("b", 1)).unwrap(), "x").unwrap();
+    fs::write(change.stage(&run_file("b", B)).unwrap(), "x").unwrap();
     fs::write(change.stage(&map_file("b")).unwrap(), "x").unwrap();
     fs::write(&mine, "mine").unwrap();
-    let err = change.commit(vec![record("b", 1, &raw)]).unwrap_err();
+    let err = change.commit(with(record("b", 1, &raw))).unwrap_err();
     assert_eq!(err.kind(), ErrorKind::Exists);
     assert_eq!(fs::read_to_string(&mine).unwrap(), "mine");
-    assert!(!library.dir().join(run_file("b", 1)).exists(), "what was moved before is gone again");
+    assert!(!library.dir().join(run_file("b", B)).exists(), "what was moved before is gone again");
     assert_eq!(Library::open(library.dir()).unwrap().images().len(), 1);
 
     assert_eq!(writer.begin().stage(&map_file("b")).unwrap_err().kind(), ErrorKind::Exists);
+    assert_eq!(writer.begin().stage_over("maps/z.map").unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+/// A commit with all that a commit can have: new files, a map in place of another, one that goes.
+fn staged(library: &Library, raw: &Path) -> (Journal, Catalog) {
+    let staging = library.dir().join(STAGING);
+    let to_move = |to: String| Move { staged: format!("{}.s", to.rsplit('/').next().unwrap()), to };
+    let mut journal = Journal::default();
+    journal.new = [run_file("b", B), map_file("b"), made_file("b", B)].map(to_move).to_vec();
+    journal.replace = vec![to_move(map_file("a"))];
+    journal.remove = vec!["index/7.table".to_string()];
+    for file in journal.new.iter().chain(&journal.replace) {
+        fs::write(staging.join(&file.staged), "new").unwrap();
+    }
+    fs::write(library.dir().join("index/7.table"), "old").unwrap();
+    let mut catalog = library.catalog().clone();
+    with(record("b", 1, raw))(&mut catalog);
+    catalog.changed();
+    (journal, catalog)
 }
 
 /// Stops a commit after each of its steps, as kill -9 would, and lets the next writer recover.
 #[test]
 fn a_writer_killed_at_any_step_leaves_before_or_after() {
-    for step in 0..=6 {
+    for step in 0..=9 {
         let (dir, library, _) = with_one_image();
-        let (lib, staging) = (library.dir().to_path_buf(), library.dir().join(STAGING));
-        let before = files(&lib);
+        let lib = library.dir().to_path_buf();
         let raw = dir.path().join("b.raw");
         fs::write(&raw, [1; 4096]).unwrap();
-        let moves: Vec<Move> = [run_file("b", 1), map_file("b"), converted_file("b", 1)]
-            .iter()
-            .map(|to| Move { staged: to.rsplit('/').next().unwrap().to_string(), to: to.clone() })
-            .collect();
         // Somebody else's files that recovery must not touch.
         let foreign = [lib.join("images/b.g1.txt"), lib.join("maps/z.map")];
         for path in &foreign {
             fs::write(path, "mine").unwrap();
         }
-
-        for file in &moves {
-            fs::write(staging.join(&file.staged), "x").unwrap();
-        }
+        let before = files(&lib);
+        let (journal, catalog) = staged(&library, &raw);
+        let staging = lib.join(STAGING);
+        let moves: Vec<Move> = journal.new.iter().chain(&journal.replace).cloned().collect();
         if step >= 1 {
-            write_journal(&staging, JOURNAL, &Journal { version: JOURNAL_VERSION, files: moves.clone() }).unwrap();
+            fs::write(staging.join("catalog.new"), catalog.to_json().unwrap()).unwrap();
+        }
+        if step >= 2 {
+            journal.write_for_tests(&staging);
         }
         for (i, file) in moves.iter().enumerate() {
-            if step >= 2 + i {
-                rename_new(&staging.join(&file.staged), &lib.join(&file.to)).unwrap();
+            if step >= 3 + i {
+                fs::rename(staging.join(&file.staged), lib.join(&file.to)).unwrap();
             }
         }
-        let mut catalog = library.catalog().clone();
-        catalog.next_id = 2;
-        catalog.images.push(record("b", 1, &raw));
-        if step == 5 {
-            fs::write(staging.join(CATALOG), "half").unwrap();
+        if step >= 7 {
+            fs::rename(staging.join("catalog.new"), lib.join(CATALOG)).unwrap();
         }
-        if step == 6 {
-            save(&lib, &catalog).unwrap();
+        if step >= 8 {
+            fs::remove_file(lib.join("index/7.table")).unwrap();
+        }
+        if step >= 9 {
+            fs::remove_file(staging.join("commit.json")).unwrap();
         }
 
         let writer = Writer::open(&lib).unwrap();
-        let mut after = before.clone();
-        after.extend(foreign.iter().cloned());
-        if step == 6 {
-            after.extend(moves.iter().map(|m| lib.join(&m.to)));
-            assert_eq!(writer.library().catalog(), &catalog);
+        let mut want = before.clone();
+        if step >= 2 {
+            want.extend(journal.new.iter().map(|m| lib.join(&m.to)));
+            assert_eq!(writer.library().images(), &catalog.images[..], "step {step}");
+            assert_eq!(fs::read_to_string(lib.join(map_file("a"))).unwrap(), "new");
         } else {
             assert_eq!(writer.library().catalog(), library.catalog());
+            want.push(lib.join("index/7.table"));
+            assert_eq!(fs::read_to_string(lib.join(map_file("a"))).unwrap(), "x");
         }
-        // The converted file is not named by this record (it is a raw one), so it counts as a leftover.
-        after.retain(|p| step != 6 || *p != lib.join(converted_file("b", 1)));
-        after.sort();
-        assert_eq!(files(&lib), after, "step {step}");
+        want.sort();
+        assert_eq!(files(&lib), want, "step {step}");
         for path in &foreign {
             assert_eq!(fs::read_to_string(path).unwrap(), "mine");
         }
@@ -134,23 +162,32 @@ fn a_writer_killed_at_any_step_leaves_before_or_after() {
 
 #[test]
 fn recovery_keeps_a_file_of_that_name_that_it_did_not_move() {
-    let (_dir, library, _) = with_one_image();
-    let staging = library.dir().join(STAGING);
-    let mine = library.dir().join(converted_file("b", 1));
+    let (dir, library, _) = with_one_image();
+    let (lib, staging) = (library.dir().to_path_buf(), library.dir().join(STAGING));
+    let raw = dir.path().join("b.raw");
+    fs::write(&raw, [1; 4096]).unwrap();
+    let mine = lib.join(made_file("b", B));
+    let run = lib.join(run_file("b", B));
+    // One file was moved, then the writer was killed, and somebody put theirs in the way of the next.
+    let (journal, catalog) = staged(&library, &raw);
+    fs::write(staging.join("catalog.new"), catalog.to_json().unwrap()).unwrap();
+    journal.write_for_tests(&staging);
+    fs::rename(staging.join(&journal.new[0].staged), &run).unwrap();
     fs::write(&mine, "mine").unwrap();
-    fs::write(staging.join("b.g1.raw"), "x").unwrap();
-    let file = Move { staged: "b.g1.raw".to_string(), to: converted_file("b", 1) };
-    write_journal(&staging, JOURNAL, &Journal { version: JOURNAL_VERSION, files: vec![file.clone()] }).unwrap();
-    Writer::open(library.dir()).unwrap();
+    assert_eq!(Writer::open(&lib).unwrap_err().kind(), ErrorKind::Exists);
     assert_eq!(fs::read_to_string(&mine).unwrap(), "mine");
-    assert!(!staging.join("b.g1.raw").exists());
+    assert!(!run.exists());
+    assert_eq!(Writer::open(&lib).unwrap().library().catalog(), library.catalog());
+    assert_eq!(fs::read_to_string(lib.join(map_file("a"))).unwrap(), "x");
 
     // A second link to the staged file is the trace of a rename on a file system without RENAME_NOREPLACE.
     fs::remove_file(&mine).unwrap();
-    fs::write(staging.join("b.g1.raw"), "x").unwrap();
-    fs::hard_link(staging.join("b.g1.raw"), &mine).unwrap();
-    write_journal(&staging, JOURNAL, &Journal { version: JOURNAL_VERSION, files: vec![file] }).unwrap();
-    Writer::open(library.dir()).unwrap();
+    let (journal, catalog) = staged(&library, &raw);
+    fs::write(staging.join("catalog.new"), catalog.to_json().unwrap()).unwrap();
+    journal.write_for_tests(&staging);
+    fs::hard_link(staging.join(&journal.new[2].staged), &mine).unwrap();
+    fs::write(lib.join(map_file("b")), "mine").unwrap();
+    Writer::open(&lib).unwrap_err();
     assert!(!mine.exists());
 }
 
@@ -158,61 +195,22 @@ fn recovery_keeps_a_file_of_that_name_that_it_did_not_move() {
 fn a_journal_that_leads_out_of_the_library_is_refused() {
     let (_dir, library, _) = with_one_image();
     let staging = library.dir().join(STAGING);
-    for to in ["../x", "library.json", "runs/../../x", "other/x", "maps/.."] {
-        let file = Move { staged: "x".to_string(), to: to.to_string() };
-        write_journal(&staging, JOURNAL, &Journal { version: JOURNAL_VERSION, files: vec![file] }).unwrap();
-        assert_eq!(Writer::open(library.dir()).unwrap_err().kind(), ErrorKind::Corrupt, "{to}");
-    }
-    write_journal(&staging, JOURNAL, &Journal { version: JOURNAL_VERSION + 1, files: vec![] }).unwrap();
-    assert_eq!(Writer::open(library.dir()).unwrap_err().kind(), ErrorKind::Unsupported);
-}
-
-/// Stops a replacement of all maps after each of its steps, and lets the next writer recover.
-#[test]
-fn new_maps_are_there_once_their_journal_is() {
-    for step in 0..=6 {
-        let (dir, library, _) = with_one_image();
-        let (lib, staging) = (library.dir().to_path_buf(), library.dir().join(STAGING));
-        let raw = dir.path().join("b.raw");
-        fs::write(&raw, [1; 4096]).unwrap();
-        let mut catalog = library.catalog().clone();
-        catalog.next_id = 2;
-        catalog.images.push(record("b", 1, &raw));
-        save(&lib, &catalog).unwrap();
-        let names = ["a".to_string(), "b".to_string()];
-        let map = |name: &str| lib.join(map_file(name));
-        for name in &names {
-            fs::write(map(name), "old").unwrap();
-            fs::write(staging.join(staged_map(name)), "new").unwrap();
-        }
-        let journal = RemapJournal { version: JOURNAL_VERSION, policy: Policy::BRIDGE, images: names.to_vec() };
-        match step {
-            0 => {}
-            1 => fs::write(staging.join(format!("{REMAP}.new")), "half").unwrap(),
-            _ => write_journal(&staging, REMAP, &journal).unwrap(),
-        }
-        for (i, name) in names.iter().enumerate() {
-            if step >= 3 + i {
-                fs::rename(staging.join(staged_map(name)), map(name)).unwrap();
+    for to in ["../x", "library.json", "runs/../../x", "other/x", "maps/..", "maps/."] {
+        for place in 0..3 {
+            let mut journal = Journal::default();
+            let file = Move { staged: "x".to_string(), to: to.to_string() };
+            match place {
+                0 => journal.new.push(file),
+                1 => journal.replace.push(file),
+                _ => journal.remove.push(to.to_string()),
             }
+            journal.write_for_tests(&staging);
+            assert_eq!(Writer::open(library.dir()).unwrap_err().kind(), ErrorKind::Corrupt, "{to}");
         }
-        if step == 5 {
-            fs::write(staging.join(CATALOG), "half").unwrap();
-        }
-        if step == 6 {
-            catalog.set_policy(Policy::BRIDGE);
-            save(&lib, &catalog).unwrap();
-        }
-
-        let writer = Writer::open(&lib).unwrap();
-        let (content, policy) = if step < 2 { ("old", Policy::Paper) } else { ("new", Policy::BRIDGE) };
-        assert_eq!(writer.library().catalog().policy, policy, "step {step}");
-        assert_eq!(Library::open(&lib).unwrap().catalog(), writer.library().catalog());
-        assert_eq!(writer.library().images(), catalog.images);
-        for name in &names {
-            assert_eq!(fs::read_to_string(map(name)).unwrap(), content, "step {step}");
-        }
-        assert_eq!(fs::read_dir(&staging).unwrap().count(), 0, "step {step}");
+    }
+    for version in [1, 3] {
+        fs::write(staging.join("commit.json"), format!("{{\"version\":{version},\"what\":0}}")).unwrap();
+        assert_eq!(Writer::open(library.dir()).unwrap_err().kind(), ErrorKind::Unsupported);
     }
 }
 
@@ -220,15 +218,13 @@ fn new_maps_are_there_once_their_journal_is() {
 fn a_disk_that_fails_among_the_renames_leaves_the_rest_to_the_next_writer() {
     let (_dir, library, _) = with_one_image();
     let map = library.dir().join(map_file("a"));
-    fs::write(&map, "old").unwrap();
     let mut writer = Writer::open(library.dir()).unwrap();
-    let change = writer.begin();
-    fs::write(change.stage_map("a").unwrap(), "new").unwrap();
-    assert_eq!(change.stage_map("z").unwrap_err().kind(), ErrorKind::NotFound);
+    let mut change = writer.begin();
+    fs::write(change.stage_over(&map_file("a")).unwrap(), "new").unwrap();
     // A directory in the place of the map: the rename fails.
     fs::remove_file(&map).unwrap();
     fs::create_dir(&map).unwrap();
-    change.commit_maps(Policy::BRIDGE).unwrap_err();
+    change.commit(|catalog| catalog.policy = Policy::BRIDGE).unwrap_err();
     drop(writer);
     assert!(Writer::open(library.dir()).is_err(), "and says so");
     fs::remove_dir(&map).unwrap();
@@ -238,14 +234,11 @@ fn a_disk_that_fails_among_the_renames_leaves_the_rest_to_the_next_writer() {
 }
 
 #[test]
-fn a_journal_of_maps_that_leads_out_of_the_library_is_refused() {
-    let (_dir, library, _) = with_one_image();
-    let staging = library.dir().join(STAGING);
-    let write = |version, name: &str| {
-        let images = vec![name.to_string()];
-        write_journal(&staging, REMAP, &RemapJournal { version, policy: Policy::Paper, images }).unwrap();
-        Writer::open(library.dir()).unwrap_err().kind()
-    };
-    assert_eq!(write(JOURNAL_VERSION, "../x"), ErrorKind::Corrupt);
-    assert_eq!(write(JOURNAL_VERSION + 1, "a"), ErrorKind::Unsupported);
+fn a_catalog_that_would_contradict_itself_is_not_published() {
+    let (dir, library, _) = with_one_image();
+    let raw = dir.path().join("b.raw");
+    fs::write(&raw, [1; 4096]).unwrap();
+    let mut writer = Writer::open(library.dir()).unwrap();
+    writer.begin().commit(with(record("a", 1, &raw))).unwrap_err();
+    assert_eq!(Library::open(library.dir()).unwrap().images().len(), 1);
 }
