@@ -24,11 +24,17 @@ const SIBLINGS: &[(&str, &str)] = &[("library", "fingerprint"), ("library", "ima
 const CRATES: &[(&str, &[&str])] = &[
     ("vhost", &["daemon"]),
     ("vhost_user_backend", &["daemon"]),
-    ("clap", &["cli"]),
+    ("clap", &["cli", "bin"]),
     ("indicatif", &["cli"]),
     ("io_uring", &["io"]),
     ("parquet", &["fingerprint"]),
     ("virtio_queue", &["device", "daemon"]),
+    // Of the binary `vmar-index`: no process with a guest's disk in it links these.
+    ("ballista", &["bin"]),
+    ("ballista_executor", &["bin"]),
+    ("ballista_scheduler", &["bin"]),
+    ("datafusion", &["bin"]),
+    ("tokio", &["bin"]),
 ];
 
 /// Lines of a file that still has one idea.
@@ -126,7 +132,7 @@ fn the_check_for_upward_imports_can_fail() {
 
 #[test]
 fn every_module_has_a_floor() {
-    let known: Vec<&str> = FLOORS.iter().flat_map(|f| f.iter().copied()).chain(["lib", "main"]).collect();
+    let known: Vec<&str> = FLOORS.iter().flat_map(|f| f.iter().copied()).chain(["lib", "main", "bin"]).collect();
     for (module, path, _) in all_sources() {
         assert!(known.contains(&module.as_str()), "{}: give {module} a floor", path.display());
     }

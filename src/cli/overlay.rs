@@ -243,7 +243,7 @@ pub(super) fn default_state_dir() -> PathBuf {
 }
 
 /// `12`, `12K`, `12M`, `12G`, `12T`: bytes, or powers of 1024.
-pub(super) fn parse_size(text: &str) -> Result<u64, String> {
+pub fn parse_size(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.char_indices().last() {
         Some((at, unit)) if !unit.is_ascii_digit() => {
             let power = "KMGT".find(unit.to_ascii_uppercase()).ok_or("the unit must be K, M, G or T")?;

@@ -5,9 +5,11 @@
 
 use super::contents::Contents;
 use super::images::Images;
+use super::offline::mean_length;
 use crate::error::Result;
 use crate::fingerprint::{Hash, Row};
 use crate::library::Policy;
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 /// Rows that are looked up at a time.
@@ -34,12 +36,17 @@ impl Choose {
     pub fn one(&self, images: &[u32]) -> u32 {
         let first = match self {
             Choose::Lowest => images.first(),
-            Choose::Preferred(preference) => {
-                let rank = |id: &&u32| (std::cmp::Reverse(preference.get(id).copied().unwrap_or(0)), **id);
-                images.iter().min_by_key(rank)
-            }
+            Choose::Preferred(_) => images.iter().min_by_key(|id| self.rank(**id)),
         };
         first.copied().unwrap_or_default()
+    }
+
+    /// By which all images are ordered: of those that hold a content, the one with the lowest is read.
+    pub fn rank(&self, id: u32) -> (Reverse<u64>, u32) {
+        match self {
+            Choose::Lowest => (Reverse(0), id),
+            Choose::Preferred(preference) => (Reverse(preference.get(&id).copied().unwrap_or(0)), id),
+        }
     }
 }
 
@@ -66,7 +73,7 @@ pub(super) fn run_length(image: u32, contents: &Contents, images: &Images) -> Re
     }
     shared.sort_unstable();
     let runs = shared.chunk_by(|a, b| a.checked_add(1) == Some(*b)).count() as u64;
-    Ok((shared.len() as u64 * 1000).checked_div(runs).unwrap_or(0))
+    Ok(mean_length(shared.len() as u64, runs))
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@
 //! - [`add`] puts images into a library, all or none,
 //! - [`lifecycle`] removes, updates and renames them, [`capture`] makes one of an overlay,
 //! - [`remap`] makes the maps anew, with another policy; [`rebuild`] makes everything anew, of the images,
+//! - [`offline`] makes a map of canonical addresses that somebody else found, an SQL engine for one,
 //! - [`verify`] reads everything again and compares; [`repair`] mends what it finds bad,
 //! - [`stats`] counts what is shared, [`matrix`] by two,
 //! - [`estimate`] guesses it for files that are in no library.
@@ -30,6 +31,7 @@ pub mod holders;
 mod images;
 pub mod lifecycle;
 pub mod matrix;
+pub mod offline;
 mod place;
 pub mod rebuild;
 pub mod remap;

@@ -81,7 +81,8 @@ impl Spool {
     }
 }
 
-fn each_window(pairs: &mut [Pair], give: &mut impl FnMut(&mut [Pair]) -> Result<()>) -> Result<()> {
+/// Sorts the pairs and gives those of each window: where a window ends, runs are cut.
+pub(super) fn each_window(pairs: &mut [Pair], give: &mut impl FnMut(&mut [Pair]) -> Result<()>) -> Result<()> {
     pairs.sort_unstable_by_key(|p| p.source);
     let window = |p: &Pair| u64::from(p.source) / WINDOW;
     pairs.chunk_by_mut(|a, b| window(a) == window(b)).try_for_each(give)

@@ -19,6 +19,7 @@ mod hosts;
 mod import;
 mod lifecycle;
 mod matrix;
+mod offline;
 mod oracle;
 mod repair;
 mod state;
