@@ -32,6 +32,7 @@ const BUFFER: usize = 1 << 16;
 /// Writes `OUT/NAME.map` for all images of the library: all of them, or none. Returns what there is to say of them.
 pub async fn run(library: &Library, engine: &Engine, policy: Policy, out: &Path) -> Result<String> {
     let began = Instant::now();
+    check_domains(library)?;
     let mut out = Out::open(out, library)?;
     for images in tables::domains(library) {
         let mut attempt = 1;
@@ -49,6 +50,20 @@ pub async fn run(library: &Library, engine: &Engine, policy: Policy, out: &Path)
     let seconds = began.elapsed().as_secs_f64();
     lines.push(format!("policy {policy}: {} maps of {rows} blocks in {seconds:.1} s", library.images().len()));
     Ok(lines.join("\n"))
+}
+
+/// What a private image finds in the public domain is not in its run: only `vmar` itself can make its map.
+fn check_domains(library: &Library) -> Result<()> {
+    let Some(public) = library.catalog().public_domain() else { return Ok(()) };
+    match library.images().iter().find(|r| r.domain != public) {
+        None => Ok(()),
+        Some(record) => {
+            let cause =
+                "is of a private sharing domain beside the public one, in which it is looked up by other fingerprints";
+            Err(Error::new(ErrorKind::Unsupported, format!("image {}", record.name), cause)
+                .mend("make the maps of this library with 'vmar library remap'"))
+        }
+    }
 }
 
 /// One statement, and a map for each of these images.

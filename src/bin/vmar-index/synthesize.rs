@@ -161,7 +161,7 @@ fn write_run(library: &Library, family: &Family, image: u32) -> Result<ImageReco
         image_id: image,
         generation: 1,
         size,
-        digest,
+        digest: Some(digest),
         algorithm: Algorithm::Sha1,
     };
     let mut writer = run::Writer::create(&library.dir().join(&file), &meta)?;
@@ -180,6 +180,7 @@ fn write_run(library: &Library, family: &Family, image: u32) -> Result<ImageReco
         blocks: family.blocks.into(),
         nonzero_blocks: rows.len() as u64,
         fingerprint: Algorithm::Sha1,
+        public_run: None,
         chunks: None,
         run: FileRef { file: file.into(), bytes: stamp.bytes, crc32c: stamp.crc32c },
     })

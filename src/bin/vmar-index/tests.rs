@@ -12,10 +12,10 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use vmar::ErrorKind;
 use vmar::fingerprint::{Algorithm, Hash, run};
-use vmar::indexer::add::{NewImage, add};
+use vmar::indexer::add::{NewImage, add, add_to};
 use vmar::indexer::remap::{remap, remap_by};
 use vmar::indexer::{MEMORY_DEFAULT, Silent, Work, stats};
-use vmar::library::{Library, Policy, Runs, Writer};
+use vmar::library::{Library, Policy, Runs, Writer, domain};
 
 static GO_ON: AtomicBool = AtomicBool::new(false);
 
@@ -126,12 +126,14 @@ fn each_domain_by_itself() {
     let dir = tempfile::tempdir().unwrap();
     let lib = dir.path().join("lib");
     Library::init(&lib, Policy::Paper, Algorithm::Sha1).unwrap();
-    let file = dir.path().join("f.raw");
-    fs::write(&file, [5; 40960]).unwrap();
     let mut writer = Writer::open(&lib).unwrap();
+    for domain in ["red", "blue"] {
+        domain::add(&mut writer, domain, false).unwrap();
+        fs::write(dir.path().join(domain), [5; 40960]).unwrap();
+    }
     for (name, domain) in [("a", "red"), ("b", "blue"), ("c", "red"), ("d", "blue")] {
-        writer.update(|catalog| catalog.domain = domain.to_string()).unwrap();
-        add(&mut writer, &[NewImage { name: name.to_string(), file: file.clone() }], &work()).unwrap();
+        let image = NewImage { name: name.to_string(), file: dir.path().join(domain) };
+        add_to(&mut writer, Some(domain), &[image], &work()).unwrap();
     }
     let library = Library::open(&lib).unwrap();
     assert_eq!(tables::domains(&library).len(), 2);
@@ -141,6 +143,11 @@ fn each_domain_by_itself() {
         let made = fs::read(out.join(format!("{}.map", record.name))).unwrap();
         assert!(made == fs::read(library.map_path(&record.name)).unwrap(), "{}", record.name);
     }
+    // What an image finds in the public domain is not in its run.
+    domain::publish(&mut writer, "red").unwrap();
+    let library = Library::open(&lib).unwrap();
+    let err = block_on(homes::run(&library, &Engine::default(), Policy::Paper, &out)).unwrap_err();
+    assert!(err.to_string().contains("image b: is of a private sharing domain beside the public one"), "{err}");
 }
 
 #[test]
@@ -180,7 +187,7 @@ fn clusters_are_those_of_stats() {
         (told.0, told.1) = (told.0 + 1, told.1 + i64::try_from(holders.len()).unwrap());
     }
     assert_eq!(found, want);
-    assert_eq!(found.len() as u64, stats::stats(&library).unwrap().clusters);
+    assert_eq!(found.len() as u64, stats::stats(&library, None).unwrap().clusters);
 }
 
 #[test]
