@@ -208,7 +208,10 @@ fn a_journal_that_leads_out_of_the_library_is_refused() {
             assert_eq!(Writer::open(library.dir()).unwrap_err().kind(), ErrorKind::Corrupt, "{to}");
         }
     }
-    for version in [1, 3] {
+    let older = "{\"version\":2,\"new\":[],\"replace\":[],\"remove\":[]}";
+    fs::write(staging.join("commit.json"), older).unwrap();
+    Writer::open(library.dir()).unwrap();
+    for version in [1, 4] {
         fs::write(staging.join("commit.json"), format!("{{\"version\":{version},\"what\":0}}")).unwrap();
         assert_eq!(Writer::open(library.dir()).unwrap_err().kind(), ErrorKind::Unsupported);
     }
