@@ -39,7 +39,7 @@ trap stop_cluster EXIT
 
 start_cluster() {
   local n at
-  RUST_LOG=warn,ballista_scheduler=info "$binaries/vmar-index" scheduler --bind "127.0.0.1:$port" --executor-timeout 6 \
+  RUST_LOG=warn,ballista_scheduler=info "$binaries/vmar-index" scheduler --bind "127.0.0.1:$port" --executor-timeout 10 \
     >"$workdir/scheduler.log" 2>&1 &
   scheduler=$!
   until (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do
@@ -47,13 +47,13 @@ start_cluster() {
     sleep 0.1
   done
   for n in 0 1; do
-    at=$((port + 10 + 2 * n))
+    at=$((port + 10 + n))
     rm -rf "$workdir/executor$n" && mkdir "$workdir/executor$n"
     RUST_LOG=warn,ballista_executor=info "$binaries/vmar-index" executor --scheduler "127.0.0.1:$port" \
-      --bind "127.0.0.1:$at" --work-dir "$workdir/executor$n" --memory 1G --tasks 1 --heartbeat 1 \
+      --bind "127.0.0.1:$at" --work-dir "$workdir/executor$n" --memory 1G --tasks 1 \
       >"$workdir/executor$n.log" 2>&1 &
     executors+=($!)
-    until grep -qs "registration succeed" "$workdir/executor$n.log"; do
+    until grep -qs "Starting poll work loop" "$workdir/executor$n.log"; do
       kill -0 "${executors[$n]}" 2>/dev/null || die "executor $n did not start: $(tail -1 "$workdir/executor$n.log")"
       sleep 0.1
     done
@@ -61,7 +61,7 @@ start_cluster() {
 }
 
 # Tasks in the log of an executor, of a stage or of all: begun, and finished. Their names are JOB/STAGE.ATTEMPT/PARTITION.ATTEMPT.
-begun() { grep -c "Execute task.*/${2:-[0-9]*}\.[0-9]*/" "$1" || true; }
+begun() { grep -c "Received task.*/${2:-[0-9]*}\.[0-9]*/" "$1" || true; }
 ended() { grep -c "Finished task.*/${2:-[0-9]*}\.[0-9]*/" "$1" || true; }
 
 # Highest resident set of a process so far, in MiB.
@@ -148,7 +148,7 @@ killed() {
   wait "${executors[1]}" 2>/dev/null || true
   others=$(ended "$workdir/executor0.log")
   echo "killed -9 after $(seconds_since "$began") s: $finished tasks of stage $stage done, in the middle of $(
-    grep 'Execute task' "$log" | tail -1 | sed 's/.*: //')"
+    grep 'Received task' "$log" | tail -1 | sed 's/.*: //')"
   wait "$pid" || die "the job failed: $(tail -1 "$workdir/run.log")"
   others=$(($(ended "$workdir/executor0.log") - others))
   [ "$others" -gt 0 ] || die "the other executor had nothing left to do"
@@ -178,7 +178,7 @@ for policy in bridge least-fragmented paper; do
   same_maps "$real/maps" "$workdir/real-cluster-$policy"
 done
 comparison_can_fail "$real/maps"
-killed 0 1 "$workdir/real-killed" run --library "$real" --policy paper --cluster "$url" --partitions 64
+killed 1 1 "$workdir/real-killed" run --library "$real" --policy paper --cluster "$url" --partitions 64
 same_maps "$real/maps" "$workdir/real-killed"
 same_maps "$workdir/real-embedded-paper" "$workdir/real-killed"
 
@@ -192,9 +192,9 @@ same_maps "$workdir/embedded" "$workdir/small"
 start_cluster
 measure "cluster" run --library "$large" --out "$workdir/cluster" --cluster "$url"
 same_maps "$workdir/embedded" "$workdir/cluster"
-# Stage 0 reads the runs, stage 1 sorts by content.
-reads=$(begun "$workdir/executor1.log" 0) sorts=$(begun "$workdir/executor1.log" 1)
-for at in "0 1" "0 $((reads / 2))" "1 $((sorts / 2))"; do
+# Stage 1 reads the runs, stage 2 sorts by content; a last one puts it in order of images.
+reads=$(begun "$workdir/executor1.log" 1) sorts=$(begun "$workdir/executor1.log" 2)
+for at in "1 1" "1 $((reads / 2))" "2 $((sorts / 2))"; do
   # shellcheck disable=SC2086 # two words
   killed $at "$workdir/killed" run --library "$large" --cluster "$url"
   same_maps "$workdir/embedded" "$workdir/killed"
