@@ -22,8 +22,8 @@ use vmar::units::{human_bytes, to_usize};
 use vmar::{Error, ErrorKind, Result};
 
 /// How often a job is given to a cluster before it counts as failed. The cluster itself repeats what a lost executor did,
-/// but not the sending of a result that was lost with it; and what it puts together of a stage that it took back can have
-/// rows twice (seen with Ballista 55), which [`Offline`] notices.
+/// but not the sending of a result that was lost with it; and of a stage that it took back it can make an answer
+/// that is wrong (seen with Ballista 55), which [`Offline`] notices.
 const ATTEMPTS: u32 = 3;
 /// Bytes of an address in the file.
 const ADDRESS_BYTES: u64 = 8;
