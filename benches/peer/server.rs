@@ -20,24 +20,24 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts a server, throttled from its first instruction, and waits until its socket is there.
+    /// Starts a server, within its limits from its first instruction, and waits until its socket is there.
     ///
     /// # Errors
     /// One line with the server's own words, if it cannot be started, ends, or has no socket after 20 s.
-    pub fn start(name: &str, mut command: Command, socket: &Path, throttle: Option<&Throttle>) -> Result<Server> {
+    pub fn start(name: &str, mut command: Command, socket: &Path, limits: &[&Throttle]) -> Result<Server> {
         let _ = std::fs::remove_file(socket);
         let log = socket.with_extension("log");
         let err = File::create(&log).map_err(|e| format!("{}: {e}", log.display()))?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(err);
-        let cgroup = throttle.map(Throttle::entrance);
-        // SAFETY: prctl and write are async-signal-safe, and the descriptor is open until the command is spawned. prctl lets
+        let groups: Vec<_> = limits.iter().map(|limit| limit.entrance()).collect();
+        // SAFETY: prctl and write are async-signal-safe, and the descriptors are open until the command is spawned. prctl lets
         // the server end with this program even if that is killed.
         unsafe {
             command.pre_exec(move || {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                match cgroup.map(|fd| libc::write(fd, c"0".as_ptr().cast(), 1)) {
-                    Some(..1) => Err(std::io::Error::last_os_error()),
-                    _ => Ok(()),
+                match groups.iter().all(|fd| libc::write(*fd, c"0".as_ptr().cast(), 1) == 1) {
+                    true => Ok(()),
+                    false => Err(std::io::Error::last_os_error()),
                 }
             });
         }

@@ -145,7 +145,7 @@ pub fn start(kind: Kind, rig: &Rig, scenario: &Scenario, qsd: &Path, throttle: O
         }
         _ => qsd_command(kind, rig, scenario, qsd, &raw, &socket),
     };
-    let mut server = Server::start(&kind.name(), command, &socket, throttle)?;
+    let mut server = Server::start(&kind.name(), command, &socket, throttle.as_slice())?;
     let client = connect(&mut server, &socket, scenario, read_only).map_err(say)?;
     Ok(Running { client, pid: Some(server.pid()), server: Some(server), holds: Some(holds) })
 }

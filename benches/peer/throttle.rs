@@ -1,4 +1,5 @@
-//! A limit on what servers read from the disk: a cgroup with the controller `blkio` (version 1) or `io` (version 2).
+//! Limits on servers: what they read from the disk (cgroup controller `blkio` of version 1, `io` of version 2), and the
+//! memory that they and the page cache they fill may take (`memory` of either).
 
 use crate::Result;
 use std::fs::File;
@@ -7,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// A cgroup for one server at a time; removed when dropped.
+/// A cgroup with a limit on what all processes in it do together; removed when dropped.
 #[derive(Debug)]
 pub struct Throttle {
     path: PathBuf,
@@ -21,22 +22,38 @@ impl Throttle {
     /// One line that says why this machine or user cannot have it.
     pub fn new(dir: &Path, bytes_per_s: u64) -> Result<Throttle> {
         let disk = disk(dir)?;
-        let mounts =
-            std::fs::read_to_string("/proc/self/mountinfo").map_err(|e| format!("/proc/self/mountinfo: {e}"))?;
-        let (root, knob, limit) = controller(&mounts, &disk, bytes_per_s)?;
-        let path = root.join(format!("vmar-peer.{}", std::process::id()));
+        let (root, is_first) = controller(&mounts()?, "blkio", "io")?;
+        let (knob, limit) = match is_first {
+            true => ("blkio.throttle.read_bps_device", format!("{disk} {bytes_per_s}")),
+            false => ("io.max", format!("{disk} rbps={bytes_per_s}")),
+        };
+        Throttle::make(&root.join(format!("vmar-disk.{}", std::process::id())), knob, &limit)
+    }
+
+    /// A cgroup whose processes have so many bytes of memory, page cache that they fill included.
+    ///
+    /// # Errors
+    /// One line that says why this machine or user cannot have it.
+    #[allow(dead_code, reason = "not every program that has this module limits memory")]
+    pub fn memory(bytes: u64) -> Result<Throttle> {
+        let (root, is_first) = controller(&mounts()?, "memory", "memory")?;
+        let knob = if is_first { "memory.limit_in_bytes" } else { "memory.max" };
+        Throttle::make(&root.join(format!("vmar-memory.{}", std::process::id())), knob, &bytes.to_string())
+    }
+
+    fn make(path: &Path, knob: &str, limit: &str) -> Result<Throttle> {
         let say = |path: &Path, e| format!("{}: {e}", path.display());
-        std::fs::create_dir(&path).map_err(|e| say(&path, e))?;
+        std::fs::create_dir(path).map_err(|e| say(path, e))?;
         let made = || {
             let knob = path.join(knob);
-            std::fs::write(&knob, &limit).map_err(|e| format!("{}: '{limit}': {e}", knob.display()))?;
+            std::fs::write(&knob, limit).map_err(|e| format!("{}: '{limit}': {e}", knob.display()))?;
             let procs = path.join("cgroup.procs");
             File::options().write(true).open(&procs).map_err(|e| say(&procs, e))
         };
         match made() {
-            Ok(procs) => Ok(Throttle { path, procs }),
+            Ok(procs) => Ok(Throttle { path: path.to_path_buf(), procs }),
             Err(why) => {
-                let _ = std::fs::remove_dir(&path);
+                let _ = std::fs::remove_dir(path);
                 Err(why)
             }
         }
@@ -78,8 +95,12 @@ fn disk(dir: &Path) -> Result<String> {
     Ok(number.trim().to_string())
 }
 
-/// The root of the controller's hierarchy, the file that takes a limit, and what to write there.
-fn controller(mounts: &str, disk: &str, bytes_per_s: u64) -> Result<(PathBuf, &'static str, String)> {
+fn mounts() -> Result<String> {
+    std::fs::read_to_string("/proc/self/mountinfo").map_err(|e| format!("/proc/self/mountinfo: {e}"))
+}
+
+/// The root of the controller's hierarchy, by its names in version 1 and 2, and whether it is one of version 1.
+fn controller(mounts: &str, first: &str, second: &str) -> Result<(PathBuf, bool)> {
     let mut unified = None;
     for line in mounts.lines() {
         // "36 35 98:0 /root /mount/point rw,noatime shared:1 - type source options"
@@ -87,9 +108,7 @@ fn controller(mounts: &str, disk: &str, bytes_per_s: u64) -> Result<(PathBuf, &'
         let Some(point) = mount.split(' ').nth(4).map(PathBuf::from) else { continue };
         let mut kind = kind.split(' ');
         match (kind.next(), kind.nth(1)) {
-            (Some("cgroup"), Some(options)) if options.split(',').any(|o| o == "blkio") => {
-                return Ok((point, "blkio.throttle.read_bps_device", format!("{disk} {bytes_per_s}")));
-            }
+            (Some("cgroup"), Some(options)) if options.split(',').any(|o| o == first) => return Ok((point, true)),
             (Some("cgroup2"), _) => unified = unified.or(Some(point)),
             _ => {}
         }
@@ -97,8 +116,8 @@ fn controller(mounts: &str, disk: &str, bytes_per_s: u64) -> Result<(PathBuf, &'
     let root = unified.ok_or("no cgroups are mounted")?;
     let enabled = root.join("cgroup.subtree_control");
     let text = std::fs::read_to_string(&enabled).unwrap_or_default();
-    if !text.split_whitespace().any(|name| name == "io") {
-        return Err(format!("the cgroup controller 'io' is not enabled: echo +io > {}", enabled.display()));
+    if !text.split_whitespace().any(|name| name == second) {
+        return Err(format!("the cgroup controller '{second}' is not enabled: echo +{second} > {}", enabled.display()));
     }
-    Ok((root, "io.max", format!("{disk} rbps={bytes_per_s}")))
+    Ok((root, false))
 }
