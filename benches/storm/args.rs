@@ -21,19 +21,38 @@ impl Scheme {
     }
 }
 
+/// Reads that are no boot (paper, section 4.2, overhead).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Sweep {
+    /// 3,000 chunks of 1 MiB at random places
+    Random,
+    /// 350 MiB in sequence, by 1 MiB
+    Sequential,
+}
+
 /// Boots many VMs from recorded traces, and measures time, page cache and disk reads. Prints one JSON object.
 #[derive(Debug, clap::Parser)]
 #[command(name = "storm", bin_name = "cargo bench --bench storm --")]
 pub struct Args {
-    /// Traces that `vmar serve --record` wrote with a library whose maps redirect nothing
-    #[arg(value_name = "TRACE", required = true)]
+    /// Traces that `vmar serve --record` wrote with a library whose maps redirect nothing. TRACE.app.json beside TRACE.trace
+    /// (qemu-scripts/record-boots.sh) says when the boot ended and an application began to load
+    #[arg(value_name = "TRACE", required_unless_present = "sweep")]
     pub traces: Vec<PathBuf>,
-    /// The library: that one, or a copy of it (`cp -a`) after `vmar library remap`
+    /// A library with the same images
     #[arg(long, value_name = "DIR")]
     pub library: PathBuf,
     /// How VMs get at their images
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, default_value_t = Scheme::Vmar)]
     pub scheme: Scheme,
+    /// No VMs: only say how many bytes of distinct contents these boots read, the least that any page cache must hold
+    #[arg(long)]
+    pub limit: bool,
+    /// No boots: this many non-zero bytes of --image, twice; the second time counts, from the page cache
+    #[arg(long, value_enum, requires = "image", conflicts_with_all = ["traces", "vms", "limit"])]
+    pub sweep: Option<Sweep>,
+    /// For --sweep
+    #[arg(long, value_name = "NAME")]
+    pub image: Option<String>,
     /// So many VMs; more than traces: several of one image
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub vms: usize,
@@ -46,7 +65,7 @@ pub struct Args {
     /// Each VM comes when the one before it is up
     #[arg(long, conflicts_with_all = ["interval", "poisson"])]
     pub one_by_one: bool,
-    /// For --poisson
+    /// For --poisson and --sweep random
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
     /// Bytes a second that all servers together may read from slow storage

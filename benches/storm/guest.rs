@@ -26,6 +26,17 @@ pub struct Guest {
 // SAFETY: libblkio's objects may be used by any thread, as long as by one at a time; `&mut` sees to that.
 unsafe impl Send for Guest {}
 
+/// What a boot took.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Played {
+    /// From the first pause to the last read.
+    pub total: Duration,
+    /// Of it, waiting for reads.
+    pub waited: Duration,
+    /// Of it, before the application began to load.
+    pub marked: Option<Duration>,
+}
+
 impl Guest {
     /// Connects to a VM's disk, for reads of at most `longest` bytes.
     ///
@@ -48,21 +59,26 @@ impl Guest {
         Ok(Guest { queue, region, slot, _blkio: blkio })
     }
 
-    /// Does the reads, and says how long it waited for them; `think` of each pause passes.
+    /// Does the reads; `think` of each pause passes.
     ///
     /// # Errors
     /// A read that failed or hangs.
-    pub fn replay(&mut self, boot: &Boot, think: f64) -> Result<Duration> {
-        let mut waited = Duration::ZERO;
-        for step in &boot.steps {
+    pub fn replay(&mut self, boot: &Boot, think: f64) -> Result<Played> {
+        let mut played = Played::default();
+        let start = Instant::now();
+        for (i, step) in boot.steps.iter().enumerate() {
+            if boot.mark == Some(i) {
+                played.marked = Some(start.elapsed());
+            }
             std::thread::sleep(step.pause.mul_f64(think));
             let asked = Instant::now();
             for reads in step.reads.chunks(SLOTS) {
                 self.read(reads)?;
             }
-            waited += asked.elapsed();
+            played.waited += asked.elapsed();
         }
-        Ok(waited)
+        played.total = start.elapsed();
+        Ok(played)
     }
 
     /// Compares some reads with the image.

@@ -27,7 +27,7 @@ mod throttle;
 use args::Args;
 use boot::Boot;
 use clap::Parser;
-use guest::Guest;
+use guest::{Guest, Played};
 use host::Host;
 use serde_json::json;
 use server::Server;
@@ -59,15 +59,38 @@ struct Up {
     // In this order they are dropped: a guest before its disk.
     guest: Guest,
     server: Server,
-    /// From its arrival to its last read.
+    /// From its arrival, the start of its server included: a customer waits for that as well.
     total: Duration,
-    /// Of it, waiting for reads.
-    waited: Duration,
+    played: Played,
+}
+
+impl Up {
+    /// Seconds until it was up; of a sweep, those of the second time.
+    fn boot_s(&self) -> f64 {
+        match self.played.marked {
+            Some(marked) => (self.total - (self.played.total - marked)).as_secs_f64(),
+            None => self.total.as_secs_f64(),
+        }
+    }
+
+    /// Seconds in which it loaded its application.
+    fn app_s(&self) -> Option<f64> {
+        self.played.marked.map(|marked| (self.played.total - marked).as_secs_f64())
+    }
 }
 
 fn measure(args: &Args) -> Result<()> {
     let host = Host::new(args)?;
-    let boots = args.traces.iter().map(|file| Boot::read(file, host.library())).collect::<Result<Vec<_>>>()?;
+    let boots = match (args.sweep, &args.image) {
+        (Some(sweep), Some(image)) => vec![Boot::sweep(host.library(), image, sweep, args.seed)?],
+        _ => args.traces.iter().map(|file| Boot::read(file, host.library())).collect::<Result<Vec<_>>>()?,
+    };
+    if args.limit {
+        let some: Vec<&Boot> = boots.iter().take(args.vms).collect();
+        let bytes = boot::distinct_bytes(&some)?;
+        println!("{}", json!({ "vms": args.vms, "limit_bytes": bytes }));
+        return Ok(());
+    }
     for vm in 0..args.vms {
         host.prepare(vm, &boots[vm % boots.len()])?;
     }
@@ -118,9 +141,13 @@ fn storm<T>(args: &Args, host: &Host, boots: &[Boot], then: impl FnOnce(Vec<Up>)
 fn boot(args: &Args, host: &Host, vm: usize, boot: &Boot) -> Result<Up> {
     let began = Instant::now();
     let (server, mut guest) = host.start(vm, boot)?;
-    let waited = guest.replay(boot, args.think)?;
-    // With the start of its server: a customer waits for that as well.
-    Ok(Up { server, guest, total: began.elapsed(), waited })
+    let mut played = guest.replay(boot, args.think)?;
+    let mut total = began.elapsed();
+    if args.sweep.is_some() {
+        played = guest.replay(boot, args.think)?;
+        total = played.total;
+    }
+    Ok(Up { guest, server, total, played })
 }
 
 /// What it came to, as JSON.
@@ -140,8 +167,9 @@ fn result(args: &Args, host: &Host, boots: &[Boot], mut ups: Vec<Up>) -> Result<
         up.guest.check(boot, &raw, args.check, vm as u64)?;
         up.server.check_alive()?;
     }
-    let seconds: Vec<f64> = ups.iter().map(|up| up.total.as_secs_f64()).collect();
-    let waited: Vec<f64> = ups.iter().map(|up| up.waited.as_secs_f64()).collect();
+    let seconds: Vec<f64> = ups.iter().map(Up::boot_s).collect();
+    let loads: Vec<f64> = ups.iter().filter_map(Up::app_s).collect();
+    let waited: Vec<f64> = ups.iter().map(|up| up.played.waited.as_secs_f64()).collect();
     let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;
     for up in ups {
         drop(up.guest);
@@ -153,6 +181,7 @@ fn result(args: &Args, host: &Host, boots: &[Boot], mut ups: Vec<Up>) -> Result<
         "memory": args.memory, "think": args.think, "warm": args.warm,
         "mean_s": mean(&seconds), "max_s": seconds.iter().copied().fold(0.0, f64::max),
         "mean_wait_s": mean(&waited), "boot_s": seconds,
+        "mean_app_s": (!loads.is_empty()).then(|| mean(&loads)), "app_s": loads,
         "images": (0..args.vms).map(|vm| boots[vm % boots.len()].image.as_str()).collect::<Vec<_>>(),
         "asked_bytes": (0..args.vms).map(|vm| boots[vm % boots.len()].bytes()).sum::<u64>(),
         "cached_bytes": cached, "read_bytes": read,
