@@ -112,6 +112,7 @@ pub mod overlay;
 pub mod redirect;
 
 pub mod device;
+pub mod report;
 
 pub mod daemon;
 

@@ -12,7 +12,7 @@ const FLOORS: &[&[&str]] = &[
     &["fingerprint", "cluster", "image", "index", "library"],
     &["map"],
     &["indexer", "overlay", "redirect"],
-    &["device"],
+    &["device", "report"],
     &["daemon"],
     &["cli"],
 ];
@@ -26,6 +26,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("vhost_user_backend", &["daemon"]),
     ("clap", &["cli", "bin"]),
     ("indicatif", &["cli"]),
+    ("plotters", &["report"]),
     ("io_uring", &["io"]),
     ("parquet", &["fingerprint"]),
     ("virtio_queue", &["device", "daemon"]),
