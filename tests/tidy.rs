@@ -32,6 +32,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("virtio_queue", &["device", "daemon"]),
     // Of the binary `vmar-index`: no process with a guest's disk in it links these.
     ("ballista", &["bin"]),
+    ("ballista_core", &["bin"]),
     ("ballista_executor", &["bin"]),
     ("ballista_scheduler", &["bin"]),
     ("datafusion", &["bin"]),

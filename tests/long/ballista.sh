@@ -39,7 +39,7 @@ trap stop_cluster EXIT
 
 start_cluster() {
   local n at
-  RUST_LOG=warn,ballista_scheduler=info "$binaries/vmar-index" scheduler --bind "127.0.0.1:$port" --executor-timeout 6 \
+  RUST_LOG=warn,ballista_scheduler=info "$binaries/vmar-index" scheduler --bind "127.0.0.1:$port" --executor-timeout 10 \
     >"$workdir/scheduler.log" 2>&1 &
   scheduler=$!
   until (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do
@@ -47,21 +47,22 @@ start_cluster() {
     sleep 0.1
   done
   for n in 0 1; do
-    at=$((port + 10 + 2 * n))
+    at=$((port + 10 + n))
     rm -rf "$workdir/executor$n" && mkdir "$workdir/executor$n"
     RUST_LOG=warn,ballista_executor=info "$binaries/vmar-index" executor --scheduler "127.0.0.1:$port" \
-      --bind "127.0.0.1:$at" --work-dir "$workdir/executor$n" --memory 1G --tasks 1 --heartbeat 1 \
+      --bind "127.0.0.1:$at" --work-dir "$workdir/executor$n" --memory 1G --tasks 1 \
       >"$workdir/executor$n.log" 2>&1 &
     executors+=($!)
-    until grep -qs "registration succeed" "$workdir/executor$n.log"; do
+    until grep -qs "Starting poll work loop" "$workdir/executor$n.log"; do
       kill -0 "${executors[$n]}" 2>/dev/null || die "executor $n did not start: $(tail -1 "$workdir/executor$n.log")"
       sleep 0.1
     done
   done
 }
 
-begun() { grep -c 'Execute task' "$1" || true; }
-done_() { grep -c 'Finished task' "$1" || true; }
+# Tasks in the log of an executor, of a stage or of all: begun, and finished. Their names are JOB/STAGE.ATTEMPT/PARTITION.ATTEMPT.
+begun() { grep -c "Received task.*/${2:-[0-9]*}\.[0-9]*/" "$1" || true; }
+ended() { grep -c "Finished task.*/${2:-[0-9]*}\.[0-9]*/" "$1" || true; }
 
 # Highest resident set of a process so far, in MiB.
 peak() { awk '/VmHWM/ { print int($2 / 1024) }' "/proc/$1/status" 2>/dev/null || true; }
@@ -104,6 +105,7 @@ comparison_can_fail() {
       byte)
         at=$(($(stat -c %s "$victim") / 2))
         byte=$(od -An -tu1 -j "$at" -N 1 "$victim")
+        # shellcheck disable=SC2059 # an escape of printf's own
         printf "\\x$(printf %02x $((byte ^ 1)))" | dd of="$victim" bs=1 seek="$at" conv=notrunc status=none
         ;;
       missing) rm "$victim" ;;
@@ -114,18 +116,18 @@ comparison_can_fail() {
   echo "  and the comparison sees a byte that differs, a map that is missing, one too many"
 }
 
-# True while executor 1 is in the middle of a task, and has finished so many.
+# True while executor 1 is in the middle of a task of this stage, and has finished so many of them.
 at_work() {
-  finished=$(done_ "$log") running=$(($(begun "$log") - finished))
-  [ "$finished" -ge "$1" ] && [ "$running" -gt 0 ]
+  finished=$(ended "$log" "$1") running=$(($(begun "$log" "$1") - finished))
+  [ "$finished" -ge "$2" ] && [ "$running" -gt 0 ]
 }
 
 seconds_since() { bc <<<"scale=1; ($(date +%s%N) - $1) / 1000000000"; }
 
-# The job again, and executor 1 killed while it works on a stage, after it has finished so many tasks of the job.
+# The job again, and executor 1 killed while it works on this stage, after it has finished so many tasks of it.
 killed() {
-  local after=$1 out=$2 log=$workdir/executor1.log pid finished running began others
-  shift 2
+  local stage=$1 after=$2 out=$3 log=$workdir/executor1.log pid finished running began others
+  shift 3
   stop_cluster
   start_cluster
   began=$(date +%s%N)
@@ -133,22 +135,22 @@ killed() {
   pid=$!
   while true; do
     kill -0 "$pid" 2>/dev/null || die "the job ended before there was anything to kill: take more --blocks"
-    if at_work "$after"; then
+    if at_work "$stage" "$after"; then
       # Held, it cannot end its task between the look at the log and its death.
       kill -STOP "${executors[1]}"
       sleep 0.05
-      if at_work "$after"; then break; fi
+      if at_work "$stage" "$after"; then break; fi
       kill -CONT "${executors[1]}"
     fi
     sleep 0.02
   done
   kill -9 "${executors[1]}"
   wait "${executors[1]}" 2>/dev/null || true
-  others=$(done_ "$workdir/executor0.log")
-  echo "killed -9 after $(seconds_since "$began") s: $finished tasks done, in the middle of $(
-    grep 'Execute task' "$log" | tail -1 | sed 's/.*: //')"
+  others=$(ended "$workdir/executor0.log")
+  echo "killed -9 after $(seconds_since "$began") s: $finished tasks of stage $stage done, in the middle of $(
+    grep 'Received task' "$log" | tail -1 | sed 's/.*: //')"
   wait "$pid" || die "the job failed: $(tail -1 "$workdir/run.log")"
-  others=$(($(done_ "$workdir/executor0.log") - others))
+  others=$(($(ended "$workdir/executor0.log") - others))
   [ "$others" -gt 0 ] || die "the other executor had nothing left to do"
   echo "  finished after $(seconds_since "$began") s: $others tasks by the other executor since; $(
     grep -c 'once more' "$workdir/run.log" || true) times asked for once more"
@@ -176,7 +178,7 @@ for policy in bridge least-fragmented paper; do
   same_maps "$real/maps" "$workdir/real-cluster-$policy"
 done
 comparison_can_fail "$real/maps"
-killed 1 "$workdir/real-killed" run --library "$real" --policy paper --cluster "$url" --partitions 64
+killed 1 1 "$workdir/real-killed" run --library "$real" --policy paper --cluster "$url" --partitions 64
 same_maps "$real/maps" "$workdir/real-killed"
 same_maps "$workdir/real-embedded-paper" "$workdir/real-killed"
 
@@ -190,10 +192,13 @@ same_maps "$workdir/embedded" "$workdir/small"
 start_cluster
 measure "cluster" run --library "$large" --out "$workdir/cluster" --cluster "$url"
 same_maps "$workdir/embedded" "$workdir/cluster"
-total=$(begun "$workdir/executor1.log")
-for after in 1 $((total / 2)) $((total * 3 / 4)); do
-  killed "$after" "$workdir/killed$after" run --library "$large" --cluster "$url"
-  same_maps "$workdir/embedded" "$workdir/killed$after"
+# Stage 1 reads the runs, stage 2 sorts by content; a last one puts it in order of images.
+reads=$(begun "$workdir/executor1.log" 1) sorts=$(begun "$workdir/executor1.log" 2)
+for at in "1 1" "1 $((reads / 2))" "2 $((sorts / 2))"; do
+  # shellcheck disable=SC2086 # two words
+  killed $at "$workdir/killed" run --library "$large" --cluster "$url"
+  same_maps "$workdir/embedded" "$workdir/killed"
+  rm -r "$workdir/killed"
 done
 echo "vmar-index on a Ballista cluster of a scheduler and two executor processes on loopback, one killed with -9 in the middle:" \
   "same maps as the embedded run, byte for byte."

@@ -5,6 +5,7 @@
 
 use super::session::runtime;
 use super::{engine_error, parse_size};
+use ballista_core::config::TaskSchedulingPolicy;
 use ballista_executor::executor_process::{ExecutorProcessConfig, start_executor_process};
 use ballista_scheduler::cluster::BallistaCluster;
 use ballista_scheduler::config::SchedulerConfig;
@@ -15,6 +16,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use vmar::{Error, ErrorKind, Result};
 
+/// Executors ask for tasks, as many as they have room for. If the scheduler sends them instead, which is the default, it
+/// keeps count of their room itself and loses count when it takes a stage back because another executor died: with every
+/// death it thinks somebody else busy for ever, and at last everybody, and the job stands still.
+const SCHEDULING: TaskSchedulingPolicy = TaskSchedulingPolicy::PullStaged;
+
 /// `vmar-index scheduler`.
 #[derive(Debug, clap::Args)]
 pub struct Scheduler {
@@ -24,8 +30,9 @@ pub struct Scheduler {
     /// Name or address by which executors find this machine (default: the one of --bind)
     #[arg(long, value_name = "HOST")]
     host: Option<String>,
-    /// An executor that was not heard of for so long is dead, and its work is given to others
-    #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(4..))]
+    /// An executor that was not heard of for so long is dead, and its work is given to others. A busy one says every 5
+    /// seconds that it is alive
+    #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(10..))]
     executor_timeout: u64,
 }
 
@@ -43,6 +50,7 @@ impl Scheduler {
             executor_timeout_seconds: self.executor_timeout,
             expire_dead_executor_interval_seconds: (self.executor_timeout / 4).max(1),
             no_executors_grace_period_seconds: self.executor_timeout,
+            scheduling_policy: SCHEDULING,
             ..SchedulerConfig::default()
         };
         let subject = format!("scheduler {}", self.bind);
@@ -57,7 +65,7 @@ pub struct Executor {
     /// The scheduler
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50050")]
     scheduler: String,
-    /// Address to hand out results on; the port above it is for the scheduler
+    /// Address to hand out results on
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:50051")]
     bind: SocketAddr,
     /// Name or address by which others find this machine (default: the one that they see)
@@ -72,9 +80,6 @@ pub struct Executor {
     /// Tasks at a time (default: one a core)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     tasks: Option<u16>,
-    /// Says so often that it is alive; well below the scheduler's --executor-timeout
-    #[arg(long, value_name = "SECONDS", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..))]
-    heartbeat: u64,
 }
 
 impl Executor {
@@ -84,9 +89,6 @@ impl Executor {
         let Some((host, port)) = self.scheduler.rsplit_once(':').and_then(|(h, p)| Some((h, p.parse().ok()?))) else {
             return Err(usage("is not HOST:PORT").mend("give both, as in 127.0.0.1:50050"));
         };
-        let Some(grpc_port) = self.bind.port().checked_add(1) else {
-            return Err(usage("has no port above its own").mend("give a lower port"));
-        };
         if !self.work_dir.is_dir() {
             return Err(Error::file(ErrorKind::NotFound, &self.work_dir, "no such directory").mend("make it"));
         }
@@ -95,11 +97,12 @@ impl Executor {
             scheduler_port: port,
             bind_host: self.bind.ip().to_string(),
             port: self.bind.port(),
-            grpc_port,
+            // Nobody calls an executor that asks by itself.
+            grpc_port: 0,
+            task_scheduling_policy: SCHEDULING,
             external_host: self.host.clone(),
             work_dir: Some(self.work_dir.to_string_lossy().into_owned()),
             memory_pool_size: self.memory,
-            executor_heartbeat_interval_seconds: self.heartbeat,
             // Whichever of the two is started first.
             scheduler_connect_timeout_seconds: 20,
             ..ExecutorProcessConfig::default()

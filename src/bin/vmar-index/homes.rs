@@ -22,7 +22,8 @@ use vmar::units::{human_bytes, to_usize};
 use vmar::{Error, ErrorKind, Result};
 
 /// How often a job is given to a cluster before it counts as failed. The cluster itself repeats what a lost executor did,
-/// but not the sending of a result that was lost with it.
+/// but not the sending of a result that was lost with it; and of a stage that it took back it can make an answer
+/// that is wrong (seen with Ballista 55), which [`Offline`] notices.
 const ATTEMPTS: u32 = 3;
 /// Bytes of an address in the file.
 const ADDRESS_BYTES: u64 = 8;
@@ -35,10 +36,12 @@ pub async fn run(library: &Library, engine: &Engine, policy: Policy, out: &Path)
     check_domains(library)?;
     let mut out = Out::open(out, library)?;
     for images in tables::domains(library) {
+        tables::check(library, &images)?;
         let mut attempt = 1;
         while let Err(err) = map_domain(library, engine, policy, &images, &mut out).await {
-            // What this process found wrong stays wrong; what became of a cluster is another matter the next time.
-            if engine.cluster.is_none() || err.kind() != ErrorKind::Io || attempt == ATTEMPTS {
+            // What is wrong in this process stays wrong; what becomes of a cluster is another matter the next time.
+            let is_of_cluster = engine.cluster.is_some() && matches!(err.kind(), ErrorKind::Io | ErrorKind::Corrupt);
+            if !is_of_cluster || attempt == ATTEMPTS {
                 return Err(err);
             }
             eprintln!("{err}: once more ({attempt} of {} times)", ATTEMPTS - 1);
@@ -167,7 +170,8 @@ pub fn numbers<const N: usize>(batch: &RecordBatch) -> Result<[&Int64Array; N]> 
     columns.and_then(|c| c.try_into().ok()).ok_or_else(|| wrong("its columns are others"))
 }
 
-fn wrong(cause: &str) -> Error {
+/// The engine gave an answer that cannot be.
+pub fn wrong(cause: &str) -> Error {
     Error::new(ErrorKind::Corrupt, "canonical addresses", format!("the answer of the engine is wrong: {cause}"))
         .mend("run it again; 'vmar library remap' needs no engine")
 }

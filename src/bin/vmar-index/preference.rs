@@ -1,6 +1,6 @@
 //! Which images the policy prefers, as `vmar library remap` with this policy would.
 
-use super::homes::numbers;
+use super::homes::{numbers, wrong};
 use super::session::Engine;
 use super::sql::FRAGMENTS;
 use super::{engine_error, tables};
@@ -28,7 +28,14 @@ pub async fn preference(
             Err(Error::new(ErrorKind::Usage, "policy most-used", "the library does not know which images are used")
                 .mend("tell it first: 'vmar library remap --policy most-used --traces FILE ...'"))
         }
-        Policy::LeastFragmented(_) => mean_lengths(library, engine, images).await,
+        Policy::LeastFragmented(_) => {
+            let lengths = mean_lengths(library, engine, images).await?;
+            // Unlike canonical addresses they cannot be checked, and an executor that dies can spoil them.
+            if engine.cluster.is_some() && mean_lengths(library, engine, images).await? != lengths {
+                return Err(wrong("the lengths of runs are others when asked again"));
+            }
+            Ok(lengths)
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::{engine_error, parse_size};
 use ballista::prelude::{SessionConfigExt, SessionContextExt};
+use ballista_core::config::BALLISTA_ADAPTIVE_PLANNER_ENABLED;
 use datafusion::execution::SessionStateBuilder;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
 use datafusion::execution::memory_pool::FairSpillPool;
@@ -62,6 +63,9 @@ impl Engine {
         let partitions = self.partitions.map_or(CLUSTER_PARTITIONS, usize::from);
         let mut config =
             SessionConfig::new_with_ballista().with_target_partitions(partitions).with_ballista_job_name("vmar-index");
+        // The planner that changes plans underway forgets a stage that has to be done again because an executor died after
+        // it, and the job stands still. There is nothing to adapt to: the size of everything is known.
+        config = config.set_bool(BALLISTA_ADAPTIVE_PLANNER_ENABLED, false);
         // As above: the memory of an executor has always an end.
         config.options_mut().optimizer.prefer_hash_join = false;
         let state = SessionStateBuilder::new().with_config(config).with_default_features().build();

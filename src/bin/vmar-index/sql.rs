@@ -29,6 +29,7 @@ pub async fn query(library: &Library, engine: &Engine, statement: &str, explain:
     let text = STATEMENTS.iter().find(|(name, _)| *name == statement).map_or(statement, |(_, text)| text);
     let catalog = library.catalog();
     for images in tables::domains(library) {
+        tables::check(library, &images)?;
         let images = in_order(images, catalog.policy, &catalog.preference);
         let ctx = engine.session().await?;
         tables::register(&ctx, library, &images).await?;

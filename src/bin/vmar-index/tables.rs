@@ -28,14 +28,16 @@ pub fn domains(library: &Library) -> Vec<Vec<&ImageRecord>> {
     out
 }
 
-/// Makes `blocks` and `images` of these images, of which there is at least one, in the order of the policy.
-///
-/// # Errors
-/// `Corrupt` when a run is not the one that the catalog names: the engine would not notice.
+/// Refuses runs that are not those that the catalog names: the engine would not notice.
+pub fn check(library: &Library, images: &[&ImageRecord]) -> Result<()> {
+    images.iter().try_for_each(|record| check_run(library, record))
+}
+
+/// Makes `blocks` and `images` of these images, of which there is at least one, in the order of the policy. Their runs
+/// passed [`check`].
 pub async fn register(ctx: &SessionContext, library: &Library, images: &[&ImageRecord]) -> Result<()> {
     let mut inputs = Vec::with_capacity(images.len());
     for (rank, record) in images.iter().enumerate() {
-        check_run(library, record)?;
         let path = library.run_path(record);
         let plan = rows_of(ctx, record, rank, &path).await.map_err(|e| engine_error(&path.to_string_lossy(), e))?;
         inputs.push(Arc::new(plan));
