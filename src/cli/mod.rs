@@ -14,6 +14,7 @@ pub mod overlay;
 pub mod repair;
 mod replay;
 pub mod report;
+mod running;
 pub mod serve;
 pub mod stats;
 pub mod tell;

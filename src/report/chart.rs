@@ -1,59 +1,51 @@
-//! Plots as SVG text: lines with error bars, and steps of distributions. The legend is the page's, so that it can never lie
-//! over a line.
+//! Plots of numbers over numbers: lines with error bars, steps of distributions, and a limit that is dashed.
 
+use super::canvas::{Canvas, Drawn, GREY, GRID, LINE, Scale, Side, TEXT, WIDTH, color, number, svg, width_of, wrap};
 use super::{Cell, Table};
-use crate::error::{Error, ErrorKind, Result};
-use plotters::prelude::*;
-use std::ops::Range;
+use crate::error::Result;
+use plotters::style::{BLACK, RGBColor};
 
-/// Pixels. Drawn for a narrow screen, a wide one only makes it larger.
-const SIZE: (u32, u32) = (560, 340);
-/// Colours of the series, in their order: apart from each other for colour-blind people too (Okabe and Ito).
-pub const COLORS: [&str; 8] =
-    ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"];
-/// Room on the axis behind the last point.
-const HEADROOM: f64 = 1.06;
+/// Height of the field that lines are in.
+const FIELD: f64 = 400.0;
+/// Around everything.
+const MARGIN: f64 = 14.0;
+/// Between ticks and their labels.
+const GAP: f64 = 10.0;
+/// Least room between two labels of the x axis.
+const BETWEEN: f64 = 18.0;
+/// Ticks of an axis, about.
+const TICKS: f64 = 6.0;
 
 /// A plot.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Chart {
     /// What goes to the right.
     pub x: Axis,
-    /// What goes up; from 0 unless it is logarithmic.
-    pub y: Axis,
+    /// What goes up, and its unit; from 0.
+    pub y: String,
     /// The lines.
     pub series: Vec<Series>,
-    /// A value that all are to be compared with, and what it is.
-    pub limit: Option<(f64, String)>,
 }
 
-/// An axis.
+/// The axis that goes to the right.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Axis {
     /// What, and its unit.
     pub label: String,
-    /// Powers of two are equally far apart.
+    /// Powers of two are equally far apart. Values are above 0 then.
     pub log: bool,
 }
 
-impl Axis {
-    /// With a linear scale.
-    pub fn linear(label: &str) -> Axis {
-        Axis { label: label.to_string(), log: false }
-    }
-
-    /// With a logarithmic scale; values below 1 are drawn at 1.
-    pub fn log(label: &str) -> Axis {
-        Axis { label: label.to_string(), log: true }
-    }
-
-    fn place(&self, value: f64) -> f64 {
-        if self.log { value.max(1.0).log2() } else { value }
-    }
-
-    fn tick(&self, place: f64) -> String {
-        number(if self.log { place.exp2() } else { place })
-    }
+/// How a line is drawn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Look {
+    /// From point to point, with markers and error bars.
+    #[default]
+    Line,
+    /// From each point on it stays level up to the next one: a distribution function. Up to 100.
+    Steps,
+    /// Dashed and black: what no scheme can pass.
+    Limit,
 }
 
 /// A line.
@@ -61,10 +53,12 @@ impl Axis {
 pub struct Series {
     /// Its name in the legend.
     pub name: String,
+    /// Number of its colour: the same scheme has the same one in all plots of a page.
+    pub color: usize,
+    /// How it is drawn.
+    pub look: Look,
     /// Its points, in order of x.
     pub points: Vec<Point>,
-    /// From each point on it stays level up to the next one: a distribution function.
-    pub steps: bool,
 }
 
 /// A point.
@@ -78,6 +72,17 @@ pub struct Point {
     pub deviation: f64,
 }
 
+/// An entry of a legend.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry<'a> {
+    /// The scheme.
+    pub name: &'a str,
+    /// Number of its colour.
+    pub color: usize,
+    /// How it is drawn; `None` for bars.
+    pub look: Option<Look>,
+}
+
 impl Chart {
     /// Its points, a row each.
     pub fn table(&self) -> Table {
@@ -87,13 +92,150 @@ impl Chart {
                 [Cell::text(&series.name)].into_iter().chain(numbers).collect()
             })
         });
-        let head = ["series", &self.x.label, &self.y.label, "standard deviation"].map(String::from).to_vec();
+        let head = ["series", &self.x.label, &self.y, "standard deviation"].map(String::from).to_vec();
         Table { head, rows: rows.collect(), ..Table::default() }
+    }
+
+    /// Draws it.
+    ///
+    /// # Errors
+    /// When the picture cannot be made.
+    pub fn svg(&self) -> Result<String> {
+        let legend: Vec<Entry<'_>> =
+            self.series.iter().map(|s| Entry { name: &s.name, color: s.color, look: Some(s.look) }).collect();
+        let (x, y) = self.scales();
+        let labels = y.ticks(TICKS);
+        let left = MARGIN + GAP + labels.iter().map(|(_, label)| width_of(label, TEXT)).fold(0.0, f64::max);
+        let above = wrap(&self.y, WIDTH - 2.0 * MARGIN, TEXT, 2);
+        let below = wrap(&self.x.label, WIDTH - left - MARGIN, TEXT, 2);
+        let top = MARGIN + above.len() as f64 * LINE + 12.0;
+        let bottom = top + FIELD;
+        let under = bottom + GAP + LINE + below.len() as f64 * LINE;
+        let right = WIDTH - 2.0 * MARGIN;
+        svg(WIDTH, under + legend_height(&legend) + MARGIN, |canvas| {
+            for (i, line) in above.iter().enumerate() {
+                canvas.text((MARGIN, MARGIN + (i as f64 + 0.5) * LINE), line, Side::Right, TEXT, BLACK)?;
+            }
+            for (value, label) in &labels {
+                let at = y.place(*value, bottom, top);
+                canvas.line(&[(left, at), (right, at)], if *value == 0.0 { GREY } else { GRID }, 2)?;
+                canvas.text((left - GAP, at), label, Side::Left, TEXT, GREY)?;
+            }
+            for (value, label) in self.x_ticks(x, left, right) {
+                let at = x.place(value, left, right);
+                canvas.line(&[(at, bottom), (at, bottom + 8.0)], GREY, 2)?;
+                canvas.text((at, bottom + GAP + LINE / 2.0), &label, Side::Both, TEXT, GREY)?;
+            }
+            for (i, line) in below.iter().enumerate() {
+                let at = ((left + right) / 2.0, bottom + GAP + (i as f64 + 1.5) * LINE);
+                canvas.text(at, line, Side::Both, TEXT, BLACK)?;
+            }
+            for series in &self.series {
+                let place = |px: f64, py: f64| (x.place(px, left, right), y.place(py, bottom, top));
+                draw_series(canvas, series, place, right)?;
+            }
+            draw_legend(canvas, under, &legend)
+        })
+    }
+
+    fn scales(&self) -> (Scale, Scale) {
+        let points = || self.series.iter().flat_map(|s| &s.points);
+        let low = points().map(|p| p.x).fold(f64::INFINITY, f64::min);
+        let high = points().map(|p| p.x).fold(f64::NEG_INFINITY, f64::max);
+        let is_steps = self.series.iter().any(|s| s.look == Look::Steps);
+        let x = match (self.x.log, high > low) {
+            (true, true) if is_steps => Scale { from: low, to: high, log: true },
+            (true, true) => {
+                // A little room beside the first and the last point.
+                let room = (high / low).powf(0.04);
+                Scale { from: low / room, to: high * room, log: true }
+            }
+            (false, true) => {
+                let room = if is_steps { 0.0 } else { 0.04 * (high - low) };
+                Scale { from: low - room, to: high + room, log: false }
+            }
+            // One point, or none.
+            (log, false) if low.is_finite() => {
+                let room = (low.abs() / 2.0).max(0.5);
+                Scale { from: if log { low / 2.0 } else { low - room }, to: low + room, log }
+            }
+            (log, false) => Scale { from: 1.0, to: 2.0, log },
+        };
+        let y = match is_steps {
+            true => Scale { from: 0.0, to: 100.0, log: false },
+            false => Scale::from_zero(points().flat_map(|p| [p.y + p.deviation, p.y.min(0.0)])),
+        };
+        (x, y)
+    }
+
+    /// Where something was measured, if there is room for that, and round numbers otherwise.
+    fn x_ticks(&self, scale: Scale, left: f64, right: f64) -> Vec<(f64, String)> {
+        let points = self.series.iter().filter(|s| s.look == Look::Line).flat_map(|s| &s.points);
+        let mut measured: Vec<f64> = points.map(|p| p.x).collect();
+        measured.sort_by(f64::total_cmp);
+        measured.dedup();
+        let measured: Vec<(f64, String)> = measured.into_iter().map(|x| (x, number(x))).collect();
+        let mut tries = vec![measured];
+        tries.extend([8.0, 6.0, 4.0, 3.0, 2.0].map(|count| scale.ticks(count)));
+        let has_room = |ticks: &Vec<(f64, String)>| {
+            let span = |(x, label): &(f64, String)| {
+                let (middle, half) = (scale.place(*x, left, right), width_of(label, TEXT) / 2.0);
+                (middle - half, middle + half)
+            };
+            let spans: Vec<(f64, f64)> = ticks.iter().map(span).collect();
+            let inside = spans.iter().all(|s| s.1 <= WIDTH);
+            !ticks.is_empty() && inside && spans.iter().zip(spans.iter().skip(1)).all(|(a, b)| a.1 + BETWEEN <= b.0)
+        };
+        tries.into_iter().find(has_room).unwrap_or_default()
     }
 }
 
-/// The share of values that are at most so large, as a line of steps.
-pub fn distribution(name: &str, values: impl IntoIterator<Item = (f64, u64)>) -> Series {
+fn draw_series(canvas: &Canvas<'_>, series: &Series, place: impl Fn(f64, f64) -> (f64, f64), right: f64) -> Drawn {
+    let places: Vec<(f64, f64)> = series.points.iter().map(|p| place(p.x, p.y)).collect();
+    let paint = color(series.color);
+    match series.look {
+        Look::Steps => {
+            let mut path = steps(&places, place(1.0, 0.0).1);
+            path.extend(path.last().map(|&(_, y)| (right, y)));
+            canvas.line(&path, paint, 4)
+        }
+        Look::Limit => match places.as_slice() {
+            // Of one point there is a level, not a line.
+            [(_, y)] => canvas.dashed(&[(place_left(&place, series), *y), (right, *y)], BLACK, 3),
+            _ => canvas.dashed(&places, BLACK, 3),
+        },
+        Look::Line => {
+            canvas.line(&places, paint, 4)?;
+            for (point, at) in series.points.iter().zip(&places) {
+                if point.deviation > 0.0 {
+                    let end = |y: f64| (at.0, place(point.x, y.max(point.y.min(0.0))).1);
+                    canvas.error_bar(end(point.y - point.deviation), end(point.y + point.deviation), paint)?;
+                }
+                canvas.marker(*at, series.color, paint)?;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// The left end of a limit of one point, as far from it as there is room to its left.
+fn place_left(place: &impl Fn(f64, f64) -> (f64, f64), series: &Series) -> f64 {
+    series.points.first().map_or(0.0, |p| (place(p.x, p.y).0 - 200.0).max(100.0))
+}
+
+/// The corners of a line that stays level from each place to the next.
+fn steps(places: &[(f64, f64)], floor: f64) -> Vec<(f64, f64)> {
+    let mut out = Vec::with_capacity(2 * places.len());
+    let mut level = floor;
+    for &(x, y) in places {
+        out.extend([(x, level), (x, y)]);
+        level = y;
+    }
+    out
+}
+
+/// The share of values that are at most so large, as a line of steps; each value counts as often as its weight says.
+pub fn distribution(name: &str, color: usize, values: impl IntoIterator<Item = (f64, u64)>) -> Series {
     let mut values: Vec<(f64, u64)> = values.into_iter().filter(|(_, weight)| *weight > 0).collect();
     values.sort_by(|a, b| a.0.total_cmp(&b.0));
     let total: u64 = values.iter().map(|(_, weight)| weight).sum();
@@ -107,140 +249,111 @@ pub fn distribution(name: &str, values: impl IntoIterator<Item = (f64, u64)>) ->
             _ => points.push(Point { x, y, deviation: 0.0 }),
         }
     }
-    Series { name: name.to_string(), points, steps: true }
+    Series { name: name.to_string(), color, look: Look::Steps, points }
 }
 
-/// A number with as many digits as matter.
-pub fn number(value: f64) -> String {
-    match value.abs() {
-        0.0 => "0".to_string(),
-        v if v >= 1e9 => format!("{:.1}G", value / 1e9),
-        v if v >= 1e6 => format!("{:.1}M", value / 1e6),
-        v if v >= 1e4 => format!("{:.0}k", value / 1e3),
-        v if v >= 100.0 => format!("{value:.0}"),
-        v if v >= 1.0 => format!("{value:.1}").trim_end_matches(".0").to_string(),
-        _ => format!("{value:.2}"),
-    }
-}
+/// Width of the sample of a line before its name.
+const SAMPLE: f64 = 56.0;
+/// Between two names.
+const APART: f64 = 36.0;
 
-/// Draws it.
-///
-/// # Errors
-/// `Usage` when it has no point.
-pub fn svg(chart: &Chart) -> Result<String> {
-    let mut out = String::new();
-    let area = SVGBackend::with_string(&mut out, SIZE).into_drawing_area();
-    let drawn = draw(&area, chart);
-    drop(area);
-    drawn.map_err(|e| Error::new(ErrorKind::Usage, format!("plot of {}", chart.y.label), e))?;
-    // As wide as the page has room for.
-    let (width, height) = SIZE;
-    let fixed = format!("<svg width=\"{width}\" height=\"{height}\"");
-    Ok(out.replacen(&fixed, "<svg role=\"img\"", 1))
-}
-
-fn bounds(chart: &Chart) -> Option<(Range<f64>, Range<f64>)> {
-    let points = || chart.series.iter().flat_map(|s| &s.points);
-    let xs = || points().map(|p| chart.x.place(p.x));
-    let tops = points().map(|p| p.y + p.deviation).chain(chart.limit.iter().map(|(value, _)| *value));
-    let (left, right) = (xs().reduce(f64::min)?, xs().reduce(f64::max)?);
-    let top = tops.map(|y| chart.y.place(y)).reduce(f64::max)?;
-    let right = if right > left { right } else { left + 1.0 };
-    let left = if chart.x.log { left } else { left.min(0.0) };
-    Some((left..left + (right - left) * 1.02, 0.0..if top > 0.0 { top * HEADROOM } else { 1.0 }))
-}
-
-type Drawn = std::result::Result<(), Box<dyn std::error::Error>>;
-
-fn draw(area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>, chart: &Chart) -> Drawn {
-    let (x, y) = bounds(chart).ok_or("there is nothing to draw")?;
-    area.fill(&WHITE)?;
-    let mut plot = ChartBuilder::on(area)
-        .margin(8)
-        .x_label_area_size(44)
-        .y_label_area_size(58)
-        .build_cartesian_2d(x.clone(), y)?;
-    plot.configure_mesh()
-        .x_desc(&chart.x.label)
-        .y_desc(&chart.y.label)
-        .x_labels(8)
-        .y_labels(7)
-        .x_label_formatter(&|v| chart.x.tick(*v))
-        .y_label_formatter(&|v| chart.y.tick(*v))
-        .label_style(("sans-serif", 14))
-        .axis_desc_style(("sans-serif", 15))
-        .light_line_style(WHITE)
-        .draw()?;
-    if let Some((value, _)) = &chart.limit {
-        let level = chart.y.place(*value);
-        plot.draw_series(DashedLineSeries::new([(x.start, level), (x.end, level)], 6, 4, BLACK.stroke_width(1)))?;
-    }
-    for (series, color) in chart.series.iter().zip(colors()) {
-        let place = |p: &Point| (chart.x.place(p.x), chart.y.place(p.y));
-        let places: Vec<(f64, f64)> = series.points.iter().map(place).collect();
-        plot.draw_series(LineSeries::new(path(&places, series.steps), color.stroke_width(2)))?;
-        if series.steps {
-            continue;
+/// The rows of a legend: each entry, and where it begins.
+fn legend_rows<'e>(entries: &'e [Entry<'e>]) -> Vec<Vec<(f64, &'e Entry<'e>)>> {
+    let mut rows: Vec<Vec<(f64, &Entry<'_>)>> = vec![Vec::new()];
+    let mut x = MARGIN;
+    for entry in entries {
+        let width = SAMPLE + width_of(entry.name, TEXT).min(WIDTH - 2.0 * MARGIN - SAMPLE);
+        if x > MARGIN && x + width > WIDTH - MARGIN {
+            rows.push(Vec::new());
+            x = MARGIN;
         }
-        plot.draw_series(places.iter().map(|at| Circle::new(*at, 4, color.filled())))?;
-        for (point, (x, _)) in series.points.iter().zip(&places).filter(|(p, _)| p.deviation > 0.0) {
-            let ends = [point.y - point.deviation, point.y + point.deviation].map(|y| (*x, chart.y.place(y.max(0.0))));
-            plot.draw_series([PathElement::new(ends, color.stroke_width(1))])?;
+        if let Some(row) = rows.last_mut() {
+            row.push((x, entry));
+        }
+        x += width + APART;
+    }
+    rows.retain(|row| !row.is_empty());
+    rows
+}
+
+/// How much room a legend takes.
+pub fn legend_height(entries: &[Entry<'_>]) -> f64 {
+    legend_rows(entries).len() as f64 * (LINE + 4.0) + 8.0
+}
+
+/// Draws a legend from that height on, below the plot, where it can never lie over a line.
+pub fn draw_legend(canvas: &Canvas<'_>, top: f64, entries: &[Entry<'_>]) -> Drawn {
+    for (number, row) in legend_rows(entries).into_iter().enumerate() {
+        let y = top + 8.0 + (number as f64 + 0.5) * (LINE + 4.0);
+        for (x, entry) in row {
+            let paint: RGBColor = color(entry.color);
+            let sample = [(x, y), (x + SAMPLE - 12.0, y)];
+            match entry.look {
+                Some(Look::Limit) => canvas.dashed(&sample, BLACK, 3)?,
+                Some(Look::Steps) => canvas.line(&sample, paint, 4)?,
+                Some(Look::Line) => {
+                    canvas.line(&sample, paint, 4)?;
+                    canvas.marker((x + (SAMPLE - 12.0) / 2.0, y), entry.color, paint)?;
+                }
+                None => canvas.rect((x, y - 9.0), (x + SAMPLE - 20.0, y + 9.0), paint)?,
+            }
+            let name = super::canvas::fit(entry.name, WIDTH - MARGIN - x - SAMPLE, TEXT);
+            canvas.text((x + SAMPLE, y), &name, Side::Right, TEXT, BLACK)?;
         }
     }
-    area.present()?;
     Ok(())
-}
-
-/// The corners of the line.
-fn path(places: &[(f64, f64)], steps: bool) -> Vec<(f64, f64)> {
-    if !steps {
-        return places.to_vec();
-    }
-    let mut out = Vec::with_capacity(2 * places.len());
-    let mut level = 0.0;
-    for &(x, y) in places {
-        out.extend([(x, level), (x, y)]);
-        level = y;
-    }
-    out
-}
-
-fn colors() -> impl Iterator<Item = RGBColor> {
-    let part = |color: &str, at: usize| color.get(at..at + 2).and_then(|hex| u8::from_str_radix(hex, 16).ok()).unwrap_or(0);
-    COLORS.iter().cycle().map(move |c| RGBColor(part(c, 1), part(c, 3), part(c, 5)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn line(name: &str, points: &[(f64, f64)]) -> Series {
+        let points = points.iter().map(|&(x, y)| Point { x, y, deviation: 0.5 }).collect();
+        Series { name: name.into(), points, ..Series::default() }
+    }
+
     #[test]
     fn a_distribution_ends_at_100() {
-        let series = distribution("x", [(4.0, 1), (1.0, 2), (4.0, 1), (9.0, 0)]);
+        let series = distribution("x", 0, [(4.0, 1), (1.0, 2), (4.0, 1), (9.0, 0)]);
         let at = |x, y| Point { x, y, deviation: 0.0 };
         assert_eq!(series.points, [at(1.0, 50.0), at(4.0, 100.0)]);
-        assert_eq!(path(&[(1.0, 50.0), (4.0, 100.0)], true), [(1.0, 0.0), (1.0, 50.0), (4.0, 50.0), (4.0, 100.0)]);
+        assert_eq!(steps(&[(1.0, 50.0), (4.0, 100.0)], 0.0), [(1.0, 0.0), (1.0, 50.0), (4.0, 50.0), (4.0, 100.0)]);
     }
 
     #[test]
-    fn numbers_are_short() {
-        let all: Vec<String> = [0.0, 0.25, 1.0, 9.96, 12.5, 640.0, 12_000.0, 2_500_000.0].map(number).to_vec();
-        assert_eq!(all, ["0", "0.25", "1", "10", "12.5", "640", "12k", "2.5M"]);
+    fn a_plot_has_its_labels_and_names_stay_text() {
+        let series = vec![line("<script>", &[(1.0, 1.0), (2.0, 4.0), (4.0, 16.0)])];
+        let chart = Chart { x: Axis { label: "VMs".into(), log: false }, y: "boot (s)".into(), series };
+        let text = chart.svg().unwrap();
+        assert!(text.starts_with("<svg ") && text.trim_end().ends_with("</svg>"), "{text}");
+        assert!(text.contains("VMs") && text.contains("boot (s)") && text.contains("&lt;script&gt;"), "{text}");
+        assert!(!text.contains("<script"), "{text}");
     }
 
     #[test]
-    fn what_has_no_point_is_no_plot() {
-        assert!(svg(&Chart::default()).is_err());
+    fn ticks_stand_where_was_measured_unless_they_would_touch() {
+        let ticks = |points: &[(f64, f64)], log| {
+            let chart =
+                Chart { x: Axis { label: String::new(), log }, y: String::new(), series: vec![line("a", points)] };
+            let labels = chart.x_ticks(chart.scales().0, 80.0, 800.0);
+            labels.into_iter().map(|(_, label)| label).collect::<Vec<_>>()
+        };
+        assert_eq!(ticks(&[(1.0, 1.0), (4.0, 2.0), (12.0, 3.0)], false), ["1", "4", "12"]);
+        assert_eq!(ticks(&[(1.0, 1.0), (2.0, 1.0), (100.0, 2.0)], false), ["0", "20", "40", "60", "80", "100"]);
+        assert_eq!(ticks(&[(1.0, 1.0), (2.0, 1.0), (100.0, 2.0)], true), ["1", "2", "100"]);
+        assert_eq!(ticks(&[(3.0, 1.0)], false), ["3"]);
     }
 
     #[test]
-    fn a_plot_has_its_labels_and_scales_with_the_page() {
-        let points = (1..5).map(|i| Point { x: f64::from(i), y: f64::from(i * i), deviation: 0.5 }).collect();
-        let series = vec![Series { name: "vmar".into(), points, steps: false }];
-        let chart = Chart { x: Axis::linear("VMs"), y: Axis::log("seconds"), series, limit: Some((3.0, "limit".into())) };
-        let text = svg(&chart).unwrap();
-        assert!(text.starts_with("<svg role=\"img\" viewBox=\"0 0 560 340\""), "{}", &text[..80]);
-        assert!(text.contains("VMs") && text.contains("seconds"));
+    fn plots_of_one_point_or_of_none_are_drawn() {
+        for log in [false, true] {
+            for points in [&[][..], &[(7.0, 0.0)]] {
+                let x = Axis { label: "x".into(), log };
+                let chart = Chart { x, y: "y".into(), series: vec![line("a", points)] };
+                let text = chart.svg().unwrap();
+                assert!(!text.contains("NaN") && !text.contains("2147483647"), "{text}");
+            }
+        }
     }
 }

@@ -1,228 +1,268 @@
-//! What a library looks like: figures 8 to 11 of the paper on its images, who shares with whom, and what each image costs.
+//! What the images of a library have in common: figure 11 of the paper on them, what each image costs, who shares with whom,
+//! and which could be one.
 
-use super::chart::{Axis, Chart, distribution, number};
-use super::{Cell, Part, Section, Table};
+use super::chart::{Axis, Chart, Series, distribution};
+use super::maps::{self, Looked};
+use super::relations::Square;
+use super::{Cell, Part, Picture, Plot, Section, Table, percent, ratio};
+use crate::cluster::Clusters;
 use crate::error::Result;
-use crate::indexer::matrix::{Matrix, matrix};
-use crate::indexer::stats::{Stats, indexed_clusters, mean_search_depths, stats};
-use crate::indexer::{read_map, target_of};
-use crate::library::Library;
-use crate::map::Entry;
+use crate::indexer::matrix::{Line, Matrix, Pair, matrix};
+use crate::indexer::stats::{Stats, clusters, stats_of};
+use crate::library::{ImageRecord, Library};
 use crate::units::{BLOCK_SIZE, human_bytes};
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 
-/// Bytes of an entry of a block map.
-const ENTRY_BYTES: u64 = 16;
-/// Pairs of images that are listed.
+/// Pairs of images that the page lists; the CSV file has all.
 const PAIRS_MAX: usize = 25;
-/// Images up to which all pairs are shown in a square.
-const SQUARE_MAX: usize = 24;
-/// From this share of common contents on (Jaccard), two images could be one.
+/// Images up to which all pairs are shown in a square: more are not legible.
+const SQUARE_MAX: usize = 40;
+/// From this share of the contents of both on, two images could be one.
 const NEARLY_ONE: f64 = 0.9;
+/// From this share of the contents of an image on, another one nearly contains it.
+const NEARLY_INSIDE: f64 = 0.95;
+/// Pairs below this are no candidates.
+const LIKE_MIN: f64 = 0.5;
 
-/// The sections.
+/// What was counted.
+struct Counted<'l> {
+    library: &'l Library,
+    figures: Stats,
+    clusters: Clusters,
+    pairs: Matrix,
+    looked: Vec<Looked>,
+}
+
+/// The sections, of one sharing domain or of all. What images of different domains have in common is never looked at.
 ///
 /// # Errors
 /// When a map or a run of the library cannot be read.
 pub fn sections(library: &Library, domain: Option<&str>) -> Result<Vec<Section>> {
-    let figures = stats(library, domain)?;
-    let pairs = matrix(library, domain)?;
-    let clusters = indexed_clusters(library, domain)?;
-    let cost = Section {
-        title: "What each image costs".into(),
-        text: format!(
-            "{} images, {} of data, {} of it distinct: {} that VMs of different images can share. A content that only one \
-             image holds is what that image costs.",
-            figures.images.len(),
-            human_bytes(figures.nonzero_blocks * BLOCK_SIZE),
-            human_bytes(figures.unique_blocks * BLOCK_SIZE),
-            percent(figures.shared_ge2_images),
-        ),
-        parts: vec![Part::Table(cost(&figures, &clusters))],
-    };
-    Ok(vec![cost, similar(&figures, &clusters), sharing(&pairs), maps(library, &figures)?])
-}
-
-fn percent(share: f64) -> String {
-    format!("{:.1}%", 100.0 * share)
-}
-
-fn ratio(part: u64, whole: u64) -> f64 {
-    if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
+    let clusters = clusters(library, domain)?;
+    let figures = stats_of(library, domain, &clusters)?;
+    if figures.images.is_empty() {
+        let text = "There is no image in it yet: 'vmar image add NAME=FILE'.".to_string();
+        return Ok(vec![Section { title: "The library".into(), parts: vec![Part::Note(text)], ..Section::default() }]);
+    }
+    let looked = maps::look(library, &figures)?;
+    let counted = Counted { library, figures, clusters, pairs: matrix(library, domain)?, looked };
+    Ok(vec![
+        counted.costs()?,
+        counted.similarity(),
+        counted.sharing(),
+        counted.candidates(),
+        maps::section(library, &counted.looked),
+    ])
 }
 
 fn bytes(blocks: u64, most: u64) -> Cell {
     Cell::bar((blocks * BLOCK_SIZE) as f64, human_bytes(blocks * BLOCK_SIZE), ratio(blocks, most))
 }
 
-fn cost(figures: &Stats, clusters: &[(Vec<u32>, u64)]) -> Table {
-    let alone: BTreeMap<u32, u64> = clusters
-        .iter()
-        .filter_map(|(images, contents)| match images.as_slice() {
-            [image] => Some((*image, *contents)),
-            _ => None,
-        })
-        .collect();
-    let own = |id: u32| alone.get(&id).copied().unwrap_or(0);
-    let most = figures.images.iter().map(|i| i.nonzero_blocks).max().unwrap_or(0);
-    let row = |image: &crate::indexer::stats::ImageStats| {
-        vec![
-            Cell::text(&image.name),
-            bytes(image.nonzero_blocks, most),
-            bytes(own(image.id), most),
-            Cell::number(
-                ratio(image.redirected_blocks, image.nonzero_blocks),
-                percent(ratio(image.redirected_blocks, image.nonzero_blocks)),
+impl Counted<'_> {
+    /// What each image costs.
+    fn costs(&self) -> Result<Section> {
+        let figures = &self.figures;
+        let text = format!(
+            "{} images hold {} of data, {} of it distinct; {} of the blocks have a content that at least two images hold. What \
+             an image alone holds is what a host pays for it: the rest it has anyway, for other images. So much memory is \
+             free again when nobody reads the image any more.",
+            figures.images.len(),
+            human_bytes(figures.nonzero_blocks * BLOCK_SIZE),
+            human_bytes(figures.unique_blocks * BLOCK_SIZE),
+            percent(figures.shared_ge2_images),
+        );
+        let title = "What each image costs".into();
+        Ok(Section { title, text, parts: vec![Part::Table(self.cost_table()?)] })
+    }
+
+    fn cost_table(&self) -> Result<Table> {
+        let mut alone: BTreeMap<u32, u64> = BTreeMap::new();
+        for cluster in self.clusters.clusters() {
+            if let [image] = *cluster.images {
+                alone.insert(image, cluster.contents);
+            }
+        }
+        let mut lent: BTreeMap<&str, u64> = BTreeMap::new();
+        for (name, blocks) in self.looked.iter().flat_map(|l| &l.read_from) {
+            *lent.entry(name).or_default() += blocks;
+        }
+        let place = |name: &str| (0u32..).zip(self.library.images()).find(|(_, r)| r.name == name).map(|(n, _)| n);
+        let most = self.figures.images.iter().map(|i| i.nonzero_blocks).max().unwrap_or(0);
+        let mut rows = Vec::new();
+        for image in &self.figures.images {
+            let record = self.library.image(&image.name)?;
+            let own = place(&image.name).and_then(|place| alone.get(&place)).copied().unwrap_or(0);
+            let freed = freed_bytes(self.library, record) + image.map_bytes;
+            rows.push(vec![
+                Cell::text(&image.name),
+                bytes(image.nonzero_blocks, most),
+                bytes(own, most),
+                Cell::share(ratio(image.redirected_blocks, image.nonzero_blocks)),
+                bytes(lent.get(image.name.as_str()).copied().unwrap_or(0), most),
+                Cell::number(freed as f64, human_bytes(freed)),
+            ]);
+        }
+        let head = [
+            "image",
+            "data",
+            "held by no other",
+            "read from others",
+            "others read from it",
+            "freed on disk by removal",
+        ];
+        let caption = "Bars: of the largest image's data. On disk: fingerprints and map, and the raw file if vmar made it; other \
+                       raw files stay where they are.";
+        let head = head.map(String::from).to_vec();
+        Ok(Table { id: "library-images".into(), caption: caption.into(), head, rows, rows_max: 0 })
+    }
+
+    /// Figure 11.
+    fn similarity(&self) -> Section {
+        let figures = &self.figures;
+        let copies =
+            distribution("", 0, self.clusters.by_copies().map(|(copies, contents)| (copies as f64, copies * contents)));
+        let holders = distribution("", 0, self.clusters.clusters().iter().map(|c| (c.images.len() as f64, c.blocks)));
+        let above = |series: &Series, most: f64| {
+            let below = series.points.iter().rev().find(|p| p.x <= most).map_or(0.0, |p| p.y);
+            format!("{:.1}%", 100.0 - below)
+        };
+        let chart = |label: &str, log: bool, mut series: Series| {
+            series.name = "non-zero blocks".into();
+            let x = Axis { label: label.into(), log };
+            Picture::Lines(Chart { x, y: "share of the non-zero blocks (%)".into(), series: vec![series] })
+        };
+        let at_least_nine = above(&copies, 8.0);
+        let copies = chart("blocks of the library with the same content, at most", true, copies);
+        let holders = chart("images with the same content, at most", false, holders);
+        let mut a = Plot::new(
+            "library-duplicates",
+            "Figure 11a: how often the content of a block is there, in one image or in several.",
+            copies,
+        );
+        let mut b = Plot::new("library-holders", "Figure 11b: how many images hold the content of a block.", holders);
+        a.told = vec![
+            ("Paper".into(), "more than 60% at least twice, 10% more than eight times".into()),
+            ("Ours".into(), format!("{} and {at_least_nine}", percent(figures.duplicated_ge2))),
+        ];
+        b.told = vec![
+            ("Paper".into(), "more than 50% in at least two images, about 25% in more than three".into()),
+            (
+                "Ours".into(),
+                format!("{} and {}", percent(figures.shared_ge2_images), percent(figures.shared_gt3_images)),
             ),
-            Cell::number(image.entries as f64, image.entries.to_string()),
-            Cell::number(image.map_bytes as f64, human_bytes(image.map_bytes)),
-        ]
-    };
-    Table {
-        id: "images".into(),
-        caption: "Bars: of the largest image's data.".into(),
-        head: ["image", "data", "held by no other", "read from others", "map entries", "map"].map(String::from).to_vec(),
-        rows: figures.images.iter().map(row).collect(),
+        ];
+        Section {
+            title: "Similarity".into(),
+            text: format!("{} clusters: distinct sets of images that hold some content.", figures.clusters),
+            parts: vec![Part::Plot(a), Part::Plot(b)],
+        }
+    }
+
+    /// Who shares with whom.
+    fn sharing(&self) -> Section {
+        let mut parts = Vec::new();
+        if (2..=SQUARE_MAX).contains(&self.pairs.images.len()) {
+            let caption = "Of the blocks of an image (row), how many have a content that another image (column, numbered as the \
+                           rows) holds too: percent.";
+            parts.push(Part::Plot(Plot::new("library-matrix", caption, Picture::Square(square(&self.pairs)))));
+        }
+        parts.extend(maps::bands(&self.looked).map(Part::Plot));
+        parts.push(Part::Table(self.pair_table()));
+        Section {
+            title: "Who shares with whom".into(),
+            text: "VMs of images that share much belong on one host: the second one finds in memory what the first one read."
+                .into(),
+            parts,
+        }
+    }
+
+    fn unique(&self, name: &str) -> u64 {
+        self.pairs.images.iter().find(|l| l.name == name).map_or(0, |l| l.unique_blocks)
+    }
+
+    /// Of what either has, how much both have.
+    fn likeness(&self, p: &Pair) -> f64 {
+        ratio(p.contents, (self.unique(&p.a) + self.unique(&p.b)).saturating_sub(p.contents))
+    }
+
+    fn pair_table(&self) -> Table {
+        let mut pairs: Vec<&Pair> = self.pairs.pairs.iter().collect();
+        pairs.sort_by_key(|p| std::cmp::Reverse(p.contents));
+        let most = pairs.first().map_or(0, |p| p.contents);
+        let row = |p: &&Pair| {
+            vec![Cell::text(&p.a), Cell::text(&p.b), bytes(p.contents, most), Cell::share(self.likeness(p))]
+        };
+        Table {
+            id: "library-pairs".into(),
+            caption: "What every two images have in common, most first.".into(),
+            head: ["image", "and", "distinct data in common", "of what either has"].map(String::from).to_vec(),
+            rows: pairs.iter().map(row).collect(),
+            rows_max: PAIRS_MAX,
+        }
+    }
+
+    /// Pairs that could be one image.
+    fn candidates(&self) -> Section {
+        let mut found: Vec<(f64, &Pair, String)> = Vec::new();
+        for pair in &self.pairs.pairs {
+            let likeness = self.likeness(pair);
+            let (in_b, in_a) = (ratio(pair.contents, self.unique(&pair.a)), ratio(pair.contents, self.unique(&pair.b)));
+            let advice = match () {
+                () if likeness >= NEARLY_ONE => "nearly the same: one of them may do for both".to_string(),
+                () if in_b >= NEARLY_INSIDE => format!("{} is nearly contained in {}", pair.a, pair.b),
+                () if in_a >= NEARLY_INSIDE => format!("{} is nearly contained in {}", pair.b, pair.a),
+                () if likeness >= LIKE_MIN => "alike: look whether both are needed".to_string(),
+                () => continue,
+            };
+            found.push((likeness, pair, advice));
+        }
+        found.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let row = |(likeness, pair, advice): &(f64, &Pair, String)| {
+            let share = |name: &str| Cell::share(ratio(pair.contents, self.unique(name)));
+            let advice = Cell::text(advice);
+            let names = [Cell::text(&pair.a), Cell::text(&pair.b)];
+            names.into_iter().chain([Cell::share(*likeness), share(&pair.a), share(&pair.b), advice]).collect()
+        };
+        let head = ["image", "and", "of what either has", "of the first", "of the second", "advice"];
+        let table = Table {
+            id: "library-candidates".into(),
+            caption: "Shares are of distinct contents.".into(),
+            head: head.map(String::from).to_vec(),
+            rows: found.iter().map(row).collect(),
+            rows_max: PAIRS_MAX,
+        };
+        let none = format!("No two images have {} of their contents in common.", percent(LIKE_MIN));
+        Section {
+            title: "Candidates to merge".into(),
+            text: "Images so alike that one of them may do. That is about upkeep: what they share costs a host nothing twice."
+                .into(),
+            parts: vec![if found.is_empty() { Part::Note(none) } else { Part::Table(table) }],
+        }
     }
 }
 
-/// Figure 11.
-fn similar(figures: &Stats, clusters: &[(Vec<u32>, u64)]) -> Section {
-    let by_holders = distribution("contents", clusters.iter().map(|(images, contents)| (images.len() as f64, *contents)));
-    let chart = Chart {
-        x: Axis::linear("images that hold a content, at most"),
-        y: Axis::linear("% of distinct contents"),
-        series: vec![by_holders],
-        limit: None,
-    };
-    let row = |what: &str, ours: f64| vec![Cell::text(what), Cell::number(ours, percent(ours))];
-    let table = Table {
-        id: "similarity".into(),
-        caption: "Of the non-zero blocks (paper, figure 11).".into(),
-        head: ["content held", "share of blocks"].map(String::from).to_vec(),
-        rows: vec![
-            row("at least twice, in one image or several", figures.duplicated_ge2),
-            row("by at least two images", figures.shared_ge2_images),
-            row("by more than three images", figures.shared_gt3_images),
-        ],
-    };
-    Section {
-        title: "Similarity".into(),
-        text: format!("{} clusters: distinct sets of images that hold some content.", figures.clusters),
-        parts: vec![
-            Part::Table(table),
-            Part::Plot { id: "holders".into(), caption: "How many images hold a content.".into(), chart },
-        ],
-    }
+/// Bytes of the files that go with an image, its map left out.
+fn freed_bytes(library: &Library, record: &ImageRecord) -> u64 {
+    let on_disk = |path| std::fs::metadata(path).map_or(0, |meta| meta.blocks() * 512);
+    let raw = if record.owned() { on_disk(library.image_path(record)) } else { 0 };
+    raw + record.files().map(|f| on_disk(library.dir().join(&f.file))).sum::<u64>()
 }
 
-fn sharing(found: &Matrix) -> Section {
-    let unique: BTreeMap<&str, u64> = found.images.iter().map(|l| (l.name.as_str(), l.unique_blocks)).collect();
-    let of = |name: &str| unique.get(name).copied().unwrap_or(0);
-    let likeness = |p: &crate::indexer::matrix::Pair| ratio(p.contents, of(&p.a) + of(&p.b) - p.contents);
-    let mut pairs: Vec<_> = found.pairs.iter().collect();
-    pairs.sort_by_key(|p| std::cmp::Reverse(p.contents));
-    let most = pairs.first().map_or(0, |p| p.contents);
-    let row = |p: &&crate::indexer::matrix::Pair| {
-        let hint = if likeness(p) >= NEARLY_ONE { "could be one image" } else { "" };
-        vec![
-            Cell::text(&p.a),
-            Cell::text(&p.b),
-            bytes(p.contents, most),
-            Cell::number(likeness(p), percent(likeness(p))),
-            Cell::text(hint),
-        ]
-    };
-    let listed = Table {
-        id: "pairs".into(),
-        caption: format!("The {} pairs that share most, of {}.", pairs.len().min(PAIRS_MAX), pairs.len()),
-        head: ["image", "and", "distinct data in common", "of both", ""].map(String::from).to_vec(),
-        rows: pairs.iter().take(PAIRS_MAX).map(row).collect(),
-    };
-    let mut parts = vec![Part::Table(listed)];
-    if (2..=SQUARE_MAX).contains(&found.images.len()) {
-        parts.push(Part::Table(square(found)));
-    }
-    Section {
-        title: "Who shares with whom".into(),
-        text: "VMs of images that share much belong on one host: the second one finds in memory what the first one read."
-            .into(),
-        parts,
-    }
-}
-
-fn square(found: &Matrix) -> Table {
+fn square(found: &Matrix) -> Square {
     let mut held: BTreeMap<(&str, &str), u64> = BTreeMap::new();
     for pair in &found.pairs {
         held.insert((&pair.a, &pair.b), pair.blocks_of_a);
         held.insert((&pair.b, &pair.a), pair.blocks_of_b);
     }
-    let row = |line: &crate::indexer::matrix::Line| {
-        let cell = |other: &crate::indexer::matrix::Line| {
-            let share = ratio(held.get(&(line.name.as_str(), other.name.as_str())).copied().unwrap_or(0), line.nonzero_blocks);
-            match other.id == line.id {
-                true => Cell::text("–"),
-                false => Cell::bar(share, format!("{:.0}%", 100.0 * share), share),
-            }
-        };
-        let name = Cell::text(format!("{} ({})", line.name, line.id));
-        [name].into_iter().chain(found.images.iter().map(cell)).collect()
+    let share = |of: &Line, by: &Line| match of.id == by.id {
+        true => 1.0,
+        false => ratio(held.get(&(of.name.as_str(), by.name.as_str())).copied().unwrap_or(0), of.nonzero_blocks),
     };
-    let numbers = found.images.iter().map(|l| format!("({})", l.id));
-    Table {
-        id: "matrix".into(),
-        caption: "Of the blocks of an image (row), how many have a content that another one (column) holds too.".into(),
-        head: ["image".to_string()].into_iter().chain(numbers).collect(),
-        rows: found.images.iter().map(row).collect(),
+    let row = |of: &Line| found.images.iter().map(|by| share(of, by)).collect();
+    Square {
+        names: found.images.iter().map(|l| l.name.clone()).collect(),
+        shares: found.images.iter().map(row).collect(),
     }
-}
-
-/// Figures 8, 9 and 10.
-fn maps(library: &Library, figures: &Stats) -> Result<Section> {
-    let mut by_entry: BTreeMap<u32, u64> = BTreeMap::new();
-    let mut sizes = Vec::new();
-    let mut depths = Vec::new();
-    for image in &figures.images {
-        let record = library.image(&image.name)?;
-        let map = read_map(library, record)?;
-        debug_assert_eq!(map.source(), target_of(record));
-        map.entries().for_each(|e: Entry| *by_entry.entry(e.len).or_default() += 1);
-        let [plain, sections] = mean_search_depths(&map);
-        depths.push((image.name.clone(), plain, sections));
-        sizes.push((image.name.clone(), image.nonzero_blocks * ENTRY_BYTES, image.map_bytes));
-    }
-    let entries = distribution("entries", by_entry.iter().map(|(len, count)| (f64::from(*len), *count)));
-    let blocks = distribution("blocks in them", by_entry.iter().map(|(len, count)| (f64::from(*len), count * u64::from(*len))));
-    let chart = Chart {
-        x: Axis::log("blocks of an entry, at most"),
-        y: Axis::linear("%"),
-        series: vec![entries, blocks],
-        limit: None,
-    };
-    let most = sizes.iter().map(|(_, before, _)| *before).max().unwrap_or(0);
-    let row = |((name, before, after), (_, plain, sections)): (&(String, u64, u64), &(String, f64, f64))| {
-        vec![
-            Cell::text(name),
-            Cell::bar(*before as f64, human_bytes(*before), ratio(*before, most)),
-            Cell::bar(*after as f64, human_bytes(*after), ratio(*after, most)),
-            Cell::number(*plain, number(*plain)),
-            Cell::number(*sections, number(*sections)),
-        ]
-    };
-    let table = Table {
-        id: "maps".into(),
-        caption: "Size of the block maps (paper, figure 8), and probes a look-up (figure 10). The paper: mostly under 5 MB for \
-                  32 GB, 18.5 probes by binary search, 0.2 by sections and filter."
-            .into(),
-        head: ["image", "an entry a block", "merged", "binary search", "by sections"].map(String::from).to_vec(),
-        rows: sizes.iter().zip(&depths).map(row).collect(),
-    };
-    Ok(Section {
-        title: "Block maps".into(),
-        text: format!("Policy {}: which copy of a content is read.", library.catalog().policy),
-        parts: vec![
-            Part::Table(table),
-            Part::Plot { id: "entries".into(), caption: "Entries by their length (paper, figure 9).".into(), chart },
-        ],
-    })
 }
