@@ -1,15 +1,19 @@
 //! Plots of numbers over words: bars that lie, so that long words stand before them unbroken, with error bars and values.
 
-use super::canvas::{GREY, GRID, LINE, Scale, Side, TEXT, WIDTH, color, number, svg, width_of, wrap};
+use super::canvas::{
+    Canvas, Drawn, GREY, GRID, LINE, Scale, Side, TEXT, WIDTH, color, number, rough, svg, width_of, wrap,
+};
 use super::chart::{Entry, Look, Point, draw_legend, legend_height};
 use super::{Cell, Table};
 use crate::error::Result;
-use plotters::style::BLACK;
+use plotters::style::{BLACK, RGBColor};
 
 /// Around everything.
 const MARGIN: f64 = 14.0;
 /// Thickness of a bar, with the gap to the next one.
-const BAR: f64 = 26.0;
+const BAR: f64 = 29.0;
+/// Height of the values behind the bars.
+const TOLD: f64 = 25.0;
 /// Between two words.
 const BETWEEN: f64 = 16.0;
 /// The most that words may take.
@@ -41,6 +45,12 @@ pub struct Group {
     pub values: Vec<Option<Point>>,
 }
 
+impl Group {
+    fn entry(&self) -> Entry<'_> {
+        Entry { name: &self.name, color: self.color, look: self.is_limit.then_some(Look::Limit) }
+    }
+}
+
 impl Bars {
     /// Its values, a row each.
     pub fn table(&self) -> Table {
@@ -61,83 +71,118 @@ impl Bars {
     /// # Errors
     /// When the picture cannot be made.
     pub fn svg(&self) -> Result<String> {
-        let look = |g: &Group| g.is_limit.then_some(Look::Limit);
-        let legend: Vec<Entry<'_>> =
-            self.series.iter().map(|g| Entry { name: &g.name, color: g.color, look: look(g) }).collect();
-        let bars: Vec<&Group> = self.series.iter().filter(|g| !g.is_limit).collect();
-        let scale = Scale::from_zero(
-            self.series.iter().flat_map(|g| &g.values).flatten().flat_map(|p| [p.y + p.deviation, p.y.min(0.0)]),
-        );
-        let names: Vec<Vec<String>> = self.words.iter().map(|w| wrap(w, WORDS_MAX, TEXT, 2)).collect();
-        let left = MARGIN + 12.0 + names.iter().flatten().map(|n| width_of(n, TEXT)).fold(0.0, f64::max);
-        let told = bars.iter().flat_map(|g| &g.values).flatten().map(|p| width_of(&label(p), TEXT)).fold(0.0, f64::max);
-        let right = WIDTH - MARGIN - told - 12.0;
-        let thick = |name: &Vec<String>| (bars.len() as f64 * BAR).max(name.len() as f64 * LINE).max(BAR) + BETWEEN;
-        let above = wrap(&self.x, WIDTH - 2.0 * MARGIN, TEXT, 2);
-        let top = MARGIN + above.len() as f64 * LINE + 8.0;
-        let bottom = top + names.iter().map(thick).sum::<f64>();
-        let below = wrap(&self.y, WIDTH - 2.0 * MARGIN, TEXT, 2);
-        let under = bottom + 10.0 + LINE + below.len() as f64 * LINE;
-        svg(WIDTH, under + legend_height(&legend) + MARGIN, |canvas| {
-            for (i, line) in above.iter().enumerate() {
-                canvas.text((MARGIN, MARGIN + (i as f64 + 0.5) * LINE), line, Side::Right, TEXT, BLACK)?;
+        let legend: Vec<Entry<'_>> = self.series.iter().map(Group::entry).collect();
+        let frame = self.frame();
+        svg(WIDTH, frame.under + legend_height(&legend) + MARGIN, |canvas| {
+            self.draw_axes(canvas, &frame)?;
+            let mut top = frame.top;
+            for (word, name) in frame.names.iter().enumerate() {
+                let height = self.height_of(name);
+                self.draw_word(canvas, &frame, word, (top, top + height))?;
+                top += height;
             }
-            for (value, text) in ticks(scale, left, right) {
-                let at = scale.place(value, left, right);
-                canvas.line(&[(at, top), (at, bottom)], if value == 0.0 { GREY } else { GRID }, 2)?;
-                canvas.text((at, bottom + 10.0 + LINE / 2.0), &text, Side::Both, TEXT, GREY)?;
-            }
-            for (i, line) in below.iter().enumerate() {
-                let at = (WIDTH / 2.0, bottom + 10.0 + (i as f64 + 1.5) * LINE);
-                canvas.text(at, line, Side::Both, TEXT, BLACK)?;
-            }
-            let mut y = top;
-            for (word, name) in names.iter().enumerate() {
-                let height = thick(name);
-                let middle = y + height / 2.0;
-                for (i, line) in name.iter().enumerate() {
-                    let at = middle + (i as f64 - (name.len() as f64 - 1.0) / 2.0) * LINE;
-                    canvas.text((left - 12.0, at), line, Side::Left, TEXT, BLACK)?;
-                }
-                let mut from = middle - bars.len() as f64 * BAR / 2.0;
-                let zero = scale.place(0.0, left, right);
-                for group in &bars {
-                    if let Some(Some(p)) = group.values.get(word) {
-                        let at = from + BAR / 2.0;
-                        canvas.rect(
-                            (zero, from + 2.0),
-                            (scale.place(p.y, left, right), from + BAR - 2.0),
-                            color(group.color),
-                        )?;
-                        let end = |v: f64| (scale.place(v, left, right), at);
-                        if p.deviation > 0.0 {
-                            canvas.error_bar(
-                                end((p.y - p.deviation).max(p.y.min(0.0))),
-                                end(p.y + p.deviation),
-                                BLACK,
-                            )?;
-                        }
-                        let behind = end((p.y + p.deviation).max(0.0)).0 + 12.0;
-                        canvas.text((behind, at), &label(p), Side::Right, TEXT * 0.9, BLACK)?;
-                    }
-                    from += BAR;
-                }
-                for limit in self.series.iter().filter(|g| g.is_limit) {
-                    if let Some(Some(p)) = limit.values.get(word) {
-                        let at = scale.place(p.y, left, right);
-                        canvas.dashed(&[(at, y + 4.0), (at, y + height - 4.0)], BLACK, 3)?;
-                    }
-                }
-                y += height;
-            }
-            draw_legend(canvas, under, &legend)
+            draw_legend(canvas, frame.under, &legend)
         })
     }
+
+    /// Those that are bars.
+    fn bars(&self) -> impl Iterator<Item = &Group> {
+        self.series.iter().filter(|g| !g.is_limit)
+    }
+
+    /// The room of a word with its bars.
+    fn height_of(&self, name: &[String]) -> f64 {
+        (self.bars().count() as f64 * BAR).max(name.len() as f64 * LINE).max(BAR) + BETWEEN
+    }
+
+    fn frame(&self) -> Frame {
+        let values = self.series.iter().flat_map(|g| &g.values).flatten();
+        let scale = Scale::from_zero(values.flat_map(|p| [p.y + p.deviation, p.y.min(0.0)]));
+        let names: Vec<Vec<String>> = self.words.iter().map(|w| wrap(w, WORDS_MAX, TEXT, 3)).collect();
+        let left = MARGIN + 12.0 + names.iter().flatten().map(|n| width_of(n, TEXT)).fold(0.0, f64::max);
+        let told = self.bars().flat_map(|g| &g.values).flatten().map(|p| width_of(&label(p), TOLD));
+        let right = WIDTH - MARGIN - 12.0 - told.fold(0.0, f64::max);
+        let above = wrap(&self.x, WIDTH - 2.0 * MARGIN, TEXT, 2);
+        let below = wrap(&self.y, WIDTH - 2.0 * MARGIN, TEXT, 2);
+        let top = MARGIN + above.len() as f64 * LINE + 8.0;
+        let bottom = top + names.iter().map(|name| self.height_of(name)).sum::<f64>();
+        let under = bottom + 10.0 + LINE + below.len() as f64 * LINE;
+        Frame { scale, names, left, right, top, bottom, under, above, below }
+    }
+
+    fn draw_axes(&self, canvas: &Canvas<'_>, f: &Frame) -> Drawn {
+        for (i, line) in f.above.iter().enumerate() {
+            canvas.text((MARGIN, MARGIN + (i as f64 + 0.5) * LINE), line, Side::Right, TEXT, BLACK)?;
+        }
+        for (value, text) in ticks(f.scale, f.left, f.right) {
+            let at = f.place(value);
+            canvas.line(&[(at, f.top), (at, f.bottom)], if value == 0.0 { GREY } else { GRID }, 2)?;
+            canvas.text((at, f.bottom + 10.0 + LINE / 2.0), &text, Side::Both, TEXT, GREY)?;
+        }
+        for (i, line) in f.below.iter().enumerate() {
+            let at = (WIDTH / 2.0, f.bottom + 10.0 + (i as f64 + 1.5) * LINE);
+            canvas.text(at, line, Side::Both, TEXT, BLACK)?;
+        }
+        Ok(())
+    }
+
+    fn draw_word(&self, canvas: &Canvas<'_>, f: &Frame, word: usize, (top, bottom): (f64, f64)) -> Drawn {
+        let middle = (top + bottom) / 2.0;
+        let name = f.names.get(word).map_or(&[][..], Vec::as_slice);
+        for (i, line) in name.iter().enumerate() {
+            let at = middle + (i as f64 - (name.len() as f64 - 1.0) / 2.0) * LINE;
+            canvas.text((f.left - 12.0, at), line, Side::Left, TEXT, BLACK)?;
+        }
+        let value = |group: &Group| group.values.get(word).copied().flatten();
+        let mut y = middle - self.bars().count() as f64 * BAR / 2.0;
+        for group in self.bars() {
+            if let Some(p) = value(group) {
+                draw_bar(canvas, f, &p, y, color(group.color))?;
+            }
+            y += BAR;
+        }
+        for p in self.series.iter().filter(|g| g.is_limit).filter_map(value) {
+            let at = f.place(p.y);
+            canvas.dashed(&[(at, top + 4.0), (at, bottom - 4.0)], BLACK, 3)?;
+        }
+        Ok(())
+    }
+}
+
+/// Where the parts of a plot are.
+struct Frame {
+    scale: Scale,
+    names: Vec<Vec<String>>,
+    left: f64,
+    right: f64,
+    top: f64,
+    bottom: f64,
+    /// Below the name of the axis.
+    under: f64,
+    above: Vec<String>,
+    below: Vec<String>,
+}
+
+impl Frame {
+    fn place(&self, value: f64) -> f64 {
+        self.scale.place(value, self.left, self.right)
+    }
+}
+
+fn draw_bar(canvas: &Canvas<'_>, f: &Frame, p: &Point, top: f64, paint: RGBColor) -> Drawn {
+    let middle = top + BAR / 2.0;
+    canvas.rect((f.place(p.y.min(0.0)), top + 2.0), (f.place(p.y.max(0.0)), top + BAR - 2.0), paint)?;
+    if p.deviation > 0.0 {
+        let low = (p.y - p.deviation).max(p.y.min(0.0));
+        canvas.error_bar((f.place(low), middle), (f.place(p.y + p.deviation), middle), BLACK)?;
+    }
+    let behind = f.place((p.y + p.deviation).max(0.0)) + 12.0;
+    canvas.text((behind, middle), &label(p), Side::Right, TOLD, BLACK)
 }
 
 fn label(p: &Point) -> String {
     match p.deviation > 0.0 {
-        true => format!("{} ± {}", number(p.y), number(p.deviation)),
+        true => format!("{} ± {}", number(p.y), rough(p.deviation)),
         false => number(p.y),
     }
 }

@@ -8,9 +8,9 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 /// Width of a picture in its own units. A column of the page is half as many pixels wide, so that edges are sharp.
 pub const WIDTH: f64 = 840.0;
 /// Height of small text.
-pub const TEXT: f64 = 25.0;
+pub const TEXT: f64 = 28.0;
 /// From one line of it to the next.
-pub const LINE: f64 = 32.0;
+pub const LINE: f64 = 35.0;
 /// Colour of grids.
 pub const GRID: RGBColor = RGBColor(224, 224, 224);
 /// Colour of what is said beside the plot.
@@ -187,27 +187,40 @@ pub fn fit(text: &str, width: f64, size: f64) -> String {
     while !out.is_empty() && (out.len() + 1) as f64 * size * LETTER > width {
         out.pop();
     }
-    out.into_iter().chain(['…']).collect()
+    let cut: String = out.into_iter().collect();
+    format!("{}…", cut.trim_end())
 }
 
-/// The text in at most so many lines of that width; what is left over ends in an ellipsis.
+/// The text in at most so many lines of that width, broken between words, and in words that are wider; what is left over
+/// ends in an ellipsis.
 pub fn wrap(text: &str, width: f64, size: f64, lines_max: usize) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
-    for word in text.split_whitespace() {
-        let joined = lines.last().map(|line| format!("{line} {word}"));
+    for (part, between) in parts(text, width, size) {
+        let joined = lines.last().map(|line| format!("{line}{between}{part}"));
         match joined {
-            Some(joined) if width_of(&joined, size) <= width => {
+            Some(joined) if width_of(&joined, size) <= width || lines.len() == lines_max => {
                 lines.pop();
                 lines.push(joined);
             }
-            Some(joined) if lines.len() == lines_max => {
-                lines.pop();
-                lines.push(joined);
-            }
-            _ => lines.push(word.to_string()),
+            _ => lines.push(part.to_string()),
         }
     }
     lines.iter().map(|line| fit(line, width, size)).collect()
+}
+
+/// The words, and what is between each and the one before. A word that is too wide is cut behind its signs.
+fn parts(text: &str, width: f64, size: f64) -> Vec<(&str, &'static str)> {
+    let mut out = Vec::new();
+    for word in text.split_whitespace() {
+        match width_of(word, size) <= width {
+            true => out.push((word, " ")),
+            false => {
+                let pieces = word.split_inclusive(['-', '_', '.', ',', '/', ':', '@', '=']);
+                out.extend(pieces.enumerate().map(|(i, piece)| (piece, if i == 0 { " " } else { "" })));
+            }
+        }
+    }
+    out
 }
 
 /// A number with as many digits as matter.
@@ -223,6 +236,17 @@ pub fn number(value: f64) -> String {
         v if v >= 1e6 => format!("{:.1}M", value / 1e6),
         v if v >= 1e5 => format!("{:.0}k", value / 1e3),
         _ => trim(format!("{value:.digits$}")),
+    }
+}
+
+/// A deviation: two digits are all that it is worth.
+pub fn rough(value: f64) -> String {
+    match value.abs() {
+        v if v >= 9.95 || v == 0.0 => number(value.round()),
+        v if v >= 0.995 => format!("{value:.1}"),
+        v if v >= 0.0995 => format!("{value:.2}"),
+        v if v >= 0.000_995 => trim(format!("{value:.4}")),
+        _ => format!("{value:.0e}"),
     }
 }
 
@@ -337,6 +361,10 @@ mod tests {
         assert_eq!(wrap("one two three", width_of("one two", 10.0), 10.0, 3), ["one two", "three"]);
         assert_eq!(wrap("one two three four", width_of("one two", 10.0), 10.0, 2), ["one two", "three…"]);
         assert_eq!(fit("abcdef", width_of("abc", 10.0), 10.0), "ab…");
+        assert_eq!(
+            wrap("openjdk-17.0-headless", width_of("openjdk-17.", 10.0), 10.0, 3),
+            ["openjdk-17.", "0-headless"]
+        );
         assert!(wrap("", 10.0, 10.0, 2).is_empty());
     }
 }

@@ -83,6 +83,33 @@ pub struct Entry<'a> {
     pub look: Option<Look>,
 }
 
+impl Entry<'_> {
+    fn of_series(series: &Series) -> Entry<'_> {
+        Entry { name: &series.name, color: series.color, look: Some(series.look) }
+    }
+}
+
+/// Where the parts of a plot are.
+struct Frame {
+    x: Scale,
+    y: Scale,
+    left: f64,
+    right: f64,
+    top: f64,
+    bottom: f64,
+    /// Below the name of the x axis.
+    under: f64,
+    labels: Vec<(f64, String)>,
+    above: Vec<String>,
+    below: Vec<String>,
+}
+
+impl Frame {
+    fn place(&self, x: f64, y: f64) -> (f64, f64) {
+        (self.x.place(x, self.left, self.right), self.y.place(y, self.bottom, self.top))
+    }
+}
+
 impl Chart {
     /// Its points, a row each.
     pub fn table(&self) -> Table {
@@ -101,8 +128,18 @@ impl Chart {
     /// # Errors
     /// When the picture cannot be made.
     pub fn svg(&self) -> Result<String> {
-        let legend: Vec<Entry<'_>> =
-            self.series.iter().map(|s| Entry { name: &s.name, color: s.color, look: Some(s.look) }).collect();
+        let legend: Vec<Entry<'_>> = self.series.iter().map(Entry::of_series).collect();
+        let frame = self.frame();
+        svg(WIDTH, frame.under + legend_height(&legend) + MARGIN, |canvas| {
+            self.draw_axes(canvas, &frame)?;
+            for series in &self.series {
+                draw_series(canvas, series, &frame)?;
+            }
+            draw_legend(canvas, frame.under, &legend)
+        })
+    }
+
+    fn frame(&self) -> Frame {
         let (x, y) = self.scales();
         let labels = y.ticks(TICKS);
         let left = MARGIN + GAP + labels.iter().map(|(_, label)| width_of(label, TEXT)).fold(0.0, f64::max);
@@ -111,31 +148,28 @@ impl Chart {
         let top = MARGIN + above.len() as f64 * LINE + 12.0;
         let bottom = top + FIELD;
         let under = bottom + GAP + LINE + below.len() as f64 * LINE;
-        let right = WIDTH - 2.0 * MARGIN;
-        svg(WIDTH, under + legend_height(&legend) + MARGIN, |canvas| {
-            for (i, line) in above.iter().enumerate() {
-                canvas.text((MARGIN, MARGIN + (i as f64 + 0.5) * LINE), line, Side::Right, TEXT, BLACK)?;
-            }
-            for (value, label) in &labels {
-                let at = y.place(*value, bottom, top);
-                canvas.line(&[(left, at), (right, at)], if *value == 0.0 { GREY } else { GRID }, 2)?;
-                canvas.text((left - GAP, at), label, Side::Left, TEXT, GREY)?;
-            }
-            for (value, label) in self.x_ticks(x, left, right) {
-                let at = x.place(value, left, right);
-                canvas.line(&[(at, bottom), (at, bottom + 8.0)], GREY, 2)?;
-                canvas.text((at, bottom + GAP + LINE / 2.0), &label, Side::Both, TEXT, GREY)?;
-            }
-            for (i, line) in below.iter().enumerate() {
-                let at = ((left + right) / 2.0, bottom + GAP + (i as f64 + 1.5) * LINE);
-                canvas.text(at, line, Side::Both, TEXT, BLACK)?;
-            }
-            for series in &self.series {
-                let place = |px: f64, py: f64| (x.place(px, left, right), y.place(py, bottom, top));
-                draw_series(canvas, series, place, right)?;
-            }
-            draw_legend(canvas, under, &legend)
-        })
+        Frame { x, y, left, right: WIDTH - 2.0 * MARGIN, top, bottom, under, labels, above, below }
+    }
+
+    fn draw_axes(&self, canvas: &Canvas<'_>, f: &Frame) -> Drawn {
+        for (i, line) in f.above.iter().enumerate() {
+            canvas.text((MARGIN, MARGIN + (i as f64 + 0.5) * LINE), line, Side::Right, TEXT, BLACK)?;
+        }
+        for (value, label) in &f.labels {
+            let at = f.y.place(*value, f.bottom, f.top);
+            canvas.line(&[(f.left, at), (f.right, at)], if *value == 0.0 { GREY } else { GRID }, 2)?;
+            canvas.text((f.left - GAP, at), label, Side::Left, TEXT, GREY)?;
+        }
+        for (value, label) in self.x_ticks(f.x, f.left, f.right) {
+            let at = f.x.place(value, f.left, f.right);
+            canvas.line(&[(at, f.bottom), (at, f.bottom + 8.0)], GREY, 2)?;
+            canvas.text((at, f.bottom + GAP + LINE / 2.0), &label, Side::Both, TEXT, GREY)?;
+        }
+        for (i, line) in f.below.iter().enumerate() {
+            let at = ((f.left + f.right) / 2.0, f.bottom + GAP + (i as f64 + 1.5) * LINE);
+            canvas.text(at, line, Side::Both, TEXT, BLACK)?;
+        }
+        Ok(())
     }
 
     fn scales(&self) -> (Scale, Scale) {
@@ -190,25 +224,25 @@ impl Chart {
     }
 }
 
-fn draw_series(canvas: &Canvas<'_>, series: &Series, place: impl Fn(f64, f64) -> (f64, f64), right: f64) -> Drawn {
-    let places: Vec<(f64, f64)> = series.points.iter().map(|p| place(p.x, p.y)).collect();
+fn draw_series(canvas: &Canvas<'_>, series: &Series, frame: &Frame) -> Drawn {
+    let places: Vec<(f64, f64)> = series.points.iter().map(|p| frame.place(p.x, p.y)).collect();
     let paint = color(series.color);
     match series.look {
         Look::Steps => {
-            let mut path = steps(&places, place(1.0, 0.0).1);
-            path.extend(path.last().map(|&(_, y)| (right, y)));
+            let mut path = steps(&places, frame.bottom);
+            path.extend(path.last().map(|&(_, y)| (frame.right, y)));
             canvas.line(&path, paint, 4)
         }
         Look::Limit => match places.as_slice() {
             // Of one point there is a level, not a line.
-            [(_, y)] => canvas.dashed(&[(place_left(&place, series), *y), (right, *y)], BLACK, 3),
+            [(_, y)] => canvas.dashed(&[(frame.left, *y), (frame.right, *y)], BLACK, 3),
             _ => canvas.dashed(&places, BLACK, 3),
         },
         Look::Line => {
             canvas.line(&places, paint, 4)?;
             for (point, at) in series.points.iter().zip(&places) {
                 if point.deviation > 0.0 {
-                    let end = |y: f64| (at.0, place(point.x, y.max(point.y.min(0.0))).1);
+                    let end = |y: f64| (at.0, frame.place(point.x, y.max(point.y.min(0.0))).1);
                     canvas.error_bar(end(point.y - point.deviation), end(point.y + point.deviation), paint)?;
                 }
                 canvas.marker(*at, series.color, paint)?;
@@ -216,11 +250,6 @@ fn draw_series(canvas: &Canvas<'_>, series: &Series, place: impl Fn(f64, f64) ->
             Ok(())
         }
     }
-}
-
-/// The left end of a limit of one point, as far from it as there is room to its left.
-fn place_left(place: &impl Fn(f64, f64) -> (f64, f64), series: &Series) -> f64 {
-    series.points.first().map_or(0.0, |p| (place(p.x, p.y).0 - 200.0).max(100.0))
 }
 
 /// The corners of a line that stays level from each place to the next.
@@ -256,52 +285,71 @@ pub fn distribution(name: &str, color: usize, values: impl IntoIterator<Item = (
 const SAMPLE: f64 = 56.0;
 /// Between two names.
 const APART: f64 = 36.0;
+/// Lines that a name may take.
+const NAME_LINES: usize = 3;
 
-/// The rows of a legend: each entry, and where it begins.
-fn legend_rows<'e>(entries: &'e [Entry<'e>]) -> Vec<Vec<(f64, &'e Entry<'e>)>> {
-    let mut rows: Vec<Vec<(f64, &Entry<'_>)>> = vec![Vec::new()];
-    let mut x = MARGIN;
+/// An entry in its place.
+struct Placed<'e> {
+    entry: &'e Entry<'e>,
+    x: f64,
+    lines: Vec<String>,
+}
+
+/// The rows of a legend, as many entries in each as there is room for.
+fn legend_rows<'e>(entries: &'e [Entry<'e>]) -> Vec<Vec<Placed<'e>>> {
+    let mut rows: Vec<Vec<Placed<'_>>> = Vec::new();
+    let mut x = WIDTH;
     for entry in entries {
-        let width = SAMPLE + width_of(entry.name, TEXT).min(WIDTH - 2.0 * MARGIN - SAMPLE);
-        if x > MARGIN && x + width > WIDTH - MARGIN {
+        let lines = wrap(entry.name, WIDTH - 2.0 * MARGIN - SAMPLE, TEXT, NAME_LINES);
+        let width = SAMPLE + lines.iter().map(|line| width_of(line, TEXT)).fold(0.0, f64::max);
+        if x + width > WIDTH - MARGIN {
             rows.push(Vec::new());
             x = MARGIN;
         }
         if let Some(row) = rows.last_mut() {
-            row.push((x, entry));
+            row.push(Placed { entry, x, lines });
         }
         x += width + APART;
     }
-    rows.retain(|row| !row.is_empty());
     rows
+}
+
+fn row_height(row: &[Placed<'_>]) -> f64 {
+    row.iter().map(|placed| placed.lines.len()).max().unwrap_or(0) as f64 * LINE + 4.0
 }
 
 /// How much room a legend takes.
 pub fn legend_height(entries: &[Entry<'_>]) -> f64 {
-    legend_rows(entries).len() as f64 * (LINE + 4.0) + 8.0
+    legend_rows(entries).iter().map(|row| row_height(row)).sum::<f64>() + 8.0
 }
 
 /// Draws a legend from that height on, below the plot, where it can never lie over a line.
 pub fn draw_legend(canvas: &Canvas<'_>, top: f64, entries: &[Entry<'_>]) -> Drawn {
-    for (number, row) in legend_rows(entries).into_iter().enumerate() {
-        let y = top + 8.0 + (number as f64 + 0.5) * (LINE + 4.0);
-        for (x, entry) in row {
-            let paint: RGBColor = color(entry.color);
-            let sample = [(x, y), (x + SAMPLE - 12.0, y)];
-            match entry.look {
-                Some(Look::Limit) => canvas.dashed(&sample, BLACK, 3)?,
-                Some(Look::Steps) => canvas.line(&sample, paint, 4)?,
-                Some(Look::Line) => {
-                    canvas.line(&sample, paint, 4)?;
-                    canvas.marker((x + (SAMPLE - 12.0) / 2.0, y), entry.color, paint)?;
-                }
-                None => canvas.rect((x, y - 9.0), (x + SAMPLE - 20.0, y + 9.0), paint)?,
+    let mut y = top + 8.0 + LINE / 2.0;
+    for row in legend_rows(entries) {
+        for placed in &row {
+            draw_sample(canvas, (placed.x, y), placed.entry)?;
+            for (i, line) in placed.lines.iter().enumerate() {
+                canvas.text((placed.x + SAMPLE, y + i as f64 * LINE), line, Side::Right, TEXT, BLACK)?;
             }
-            let name = super::canvas::fit(entry.name, WIDTH - MARGIN - x - SAMPLE, TEXT);
-            canvas.text((x + SAMPLE, y), &name, Side::Right, TEXT, BLACK)?;
         }
+        y += row_height(&row);
     }
     Ok(())
+}
+
+fn draw_sample(canvas: &Canvas<'_>, (x, y): (f64, f64), entry: &Entry<'_>) -> Drawn {
+    let paint: RGBColor = color(entry.color);
+    let sample = [(x, y), (x + SAMPLE - 12.0, y)];
+    match entry.look {
+        Some(Look::Limit) => canvas.dashed(&sample, BLACK, 3),
+        Some(Look::Steps) => canvas.line(&sample, paint, 4),
+        Some(Look::Line) => {
+            canvas.line(&sample, paint, 4)?;
+            canvas.marker((x + (SAMPLE - 12.0) / 2.0, y), entry.color, paint)
+        }
+        None => canvas.rect((x, y - 9.0), (x + SAMPLE - 20.0, y + 9.0), paint),
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Claims: what the paper says, what was to be reached, and what came out. Always computed of the points, never written down.
 
-use super::canvas::number;
+use super::canvas::{number, rough};
 use super::points::{Evaluation, Mean, X};
 use super::{Cell, Part, Section, Table};
 use serde::{Deserialize, Serialize};
@@ -205,7 +205,9 @@ impl Judged {
             (Some(ours), None) => told(ours, &self.unit),
             (Some(ours), Some(deviation)) => {
                 let bare = told(ours, if self.unit == "%" { "%" } else { "" });
-                format!("{} ± {}", bare.trim_end_matches('%'), told(deviation, &self.unit))
+                let unit =
+                    if self.unit == "%" || self.unit.is_empty() { &self.unit } else { &format!(" {}", self.unit) };
+                format!("{} ± {}{unit}", bare.trim_end_matches('%'), rough(deviation))
             }
         }
     }
@@ -236,10 +238,8 @@ pub(super) fn section(judged: &[Judged]) -> Section {
         rows: judged.iter().map(row).collect(),
         rows_max: 0,
     };
-    let text = format!(
-        "Of {} claims with a target, {met} are met and {short} fall short; {missing} were not measured.",
-        met + short + missing
-    );
+    let all = met + short + missing;
+    let text = format!("Of {all} claims with a target: {met} met, {short} short, {missing} not measured.");
     Section { title: "Paper, target, ours".into(), text, parts: vec![Part::Table(table)] }
 }
 
@@ -299,7 +299,7 @@ mod tests {
         assert_eq!(ours(Form::Ratio, Some("on-demand")), "0.2 ± 0.0316 ×");
         assert_eq!(ours(Form::Percent, Some("on-demand")), "20 ± 3.2%");
         assert_eq!(ours(Form::Less, Some("on-demand")), "80 ± 3.2%");
-        assert_eq!(ours(Form::Percent, None), "2 ± 0.1%");
+        assert_eq!(ours(Form::Percent, None), "2 ± 0.14%");
         let judged = claim(Form::Ratio, Some("on-demand"), None, Some(0.2)).judge(&evaluation);
         assert_eq!((judged.verdict, judged.sentence().as_str()), (Verdict::Met, "boot time: 0.2 ± 0.0316 × (met)"));
         assert_eq!(claim(Form::Value, None, None, None).judge(&evaluation).verdict, Verdict::NoTarget);
@@ -311,6 +311,6 @@ mod tests {
         let claims = [Some(60.0), Some(95.0), None].map(|least| claim(Form::Less, Some("on-demand"), least, None));
         let judged: Vec<Judged> = claims.iter().map(|c| c.judge(&evaluation)).collect();
         let section = section(&judged);
-        assert!(section.text.starts_with("Of 2 claims with a target, 1 are met and 1 fall short"), "{}", section.text);
+        assert!(section.text.starts_with("Of 2 claims with a target: 1 met, 1 short, 0 not"), "{}", section.text);
     }
 }

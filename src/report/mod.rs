@@ -68,6 +68,11 @@ impl Plot {
         let data = Table { id: id.to_string(), ..picture.table() };
         Plot { id: id.to_string(), caption: caption.into(), told: Vec::new(), picture, data }
     }
+
+    /// Whether it needs more room than others.
+    pub fn is_large(&self) -> bool {
+        matches!(self.picture, Picture::Square(_) | Picture::Bands(_))
+    }
 }
 
 /// What can be drawn.
@@ -160,7 +165,7 @@ impl Cell {
 
     /// A number with a bar of so much.
     pub fn bar(value: f64, text: impl Into<String>, share: f64) -> Cell {
-        Cell::Number { text: text.into(), value, bar: Some(share.clamp(0.0, 1.0)) }
+        Cell::Number { text: text.into(), value, bar: (share > 0.0).then(|| share.clamp(0.0, 1.0)) }
     }
 
     /// A share, 0 to 1, as a percentage.

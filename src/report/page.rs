@@ -13,12 +13,13 @@ h2{font-size:1.25rem;line-height:1.25;margin:2.2rem 0 .4rem;border-bottom:2px so
 p{max-width:48rem;margin:.4rem 0}
 nav{font-size:.9rem;display:flex;flex-wrap:wrap;gap:.1rem 1rem;margin:.6rem 0}a{color:#0058a0}
 .plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,23rem),1fr));gap:.4rem 1.4rem;align-items:start}
-figure{margin:.8rem 0;min-width:0;break-inside:avoid}figure.large{grid-column:1/-1;max-width:52rem}
+.plots.two{grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr))}.plots.two figure{max-width:40rem}
+figure{margin:.8rem 0;min-width:0;break-inside:avoid}
 svg{width:100%;height:auto;display:block}
 figcaption{font-size:.9rem;color:#333;margin-top:.3rem}figcaption span{display:block}figcaption b{font-weight:600}
-.wide{overflow-x:auto;margin:.8rem 0}.large .wide svg{min-width:34rem}
+.wide{overflow-x:auto;margin:.8rem 0}.wide.many svg{min-width:34rem}
 table{border-collapse:collapse;font-size:.88rem;line-height:1.35}
-caption{text-align:left;color:#333;font-size:.9rem;padding-bottom:.3rem}
+p.caption{color:#333;font-size:.9rem;margin:1rem 0 -.4rem}
 th,td{padding:.25rem .6rem;border-bottom:1px solid #e4e4e4;text-align:left;vertical-align:top;white-space:nowrap}
 th{vertical-align:bottom;white-space:normal;min-width:4.2rem;overflow-wrap:normal}
 td.n,th.n{text-align:right}td.t{white-space:normal;min-width:13rem}
@@ -30,9 +31,10 @@ tr.sum td{border-top:2px solid #888;font-weight:600}
 @media print{@page{margin:14mm}body{max-width:none;padding:0;font-size:10.5pt;color:#000}nav{display:none}
 h2{break-after:avoid;margin-top:0}section{break-before:page}section:first-of-type{break-before:auto}
 .plots{display:block}.plots figure{display:inline-block;width:48%;margin:0 .5% 1rem;vertical-align:top}
-.plots figure.large{display:block;width:100%;max-width:none}.large .wide svg{min-width:0}svg{max-height:21cm}
-.wide{overflow:visible}table{font-size:7.5pt;width:100%}th,td{white-space:normal;padding:.12rem .3rem;min-width:0!important}
-thead{display:table-header-group}tr{break-inside:avoid}figcaption,caption,.note,.open{color:#000}}
+.plots.two figure{width:82%}.wide.many svg{min-width:0!important}svg{max-height:21cm}
+.wide{overflow:visible}table{font-size:7.5pt;width:100%}th,td{white-space:normal;padding:.12rem .3rem;min-width:0!important;overflow-wrap:normal}td.n{white-space:nowrap}
+table.dense{font-size:5.5pt}table.dense th,table.dense td{padding:.1rem .15rem;white-space:normal;overflow-wrap:anywhere}
+thead{display:table-header-group}tr{break-inside:avoid}p.caption{break-after:avoid;margin-bottom:.1rem}figcaption,.caption,.note,.open{color:#000}}
 ";
 
 /// What is on the page.
@@ -80,9 +82,11 @@ fn put_section(out: &mut String, number: usize, section: &Section) -> Result<()>
             Part::Table(table) => put_table(out, table),
             Part::Note(text) => put(out, format_args!("<p class=\"note\">{}</p>\n", escape(text))),
             Part::Plot(plot) => {
-                out.push_str("<div class=\"plots\">\n");
+                let is_large = plot.is_large();
+                out.push_str(if is_large { "<div class=\"plots two\">\n" } else { "<div class=\"plots\">\n" });
                 put_plot(out, plot)?;
-                while let Some(Part::Plot(next)) = parts.next_if(|p| matches!(p, Part::Plot(_))) {
+                let alike = |p: &&Part| matches!(p, Part::Plot(next) if next.is_large() == is_large);
+                while let Some(Part::Plot(next)) = parts.next_if(alike) {
                     put_plot(out, next)?;
                 }
                 out.push_str("</div>\n");
@@ -94,13 +98,12 @@ fn put_section(out: &mut String, number: usize, section: &Section) -> Result<()>
 }
 
 fn put_plot(out: &mut String, plot: &Plot) -> Result<()> {
-    let is_large = matches!(plot.picture, Picture::Square(_) | Picture::Bands(_));
     let svg = inline(&plot.picture.svg()?, &plot.caption);
     let id = escape(&plot.id);
-    match is_large {
-        true => put(out, format_args!("<figure id=\"{id}\" class=\"large\"><div class=\"wide\">{svg}</div>")),
-        false => put(out, format_args!("<figure id=\"{id}\">{svg}")),
-    }
+    // Of so many rows the text would be too small where the page is narrow.
+    let many = matches!(&plot.picture, Picture::Square(square) if square.names.len() > ROWS_MAX);
+    let class = if many { "wide many" } else { "wide" };
+    put(out, format_args!("<figure id=\"{id}\"><div class=\"{class}\">{svg}</div>"));
     put(out, format_args!("<figcaption>{}", escape(&plot.caption)));
     for (name, text) in &plot.told {
         put(out, format_args!("<span><b>{}:</b> {}</span>", escape(name), escape(text)));
@@ -123,12 +126,22 @@ fn inline(svg: &str, caption: &str) -> String {
     )
 }
 
+/// Rows of a square that are legible on a phone.
+const ROWS_MAX: usize = 20;
+
+/// Columns that fit on paper in letters of the usual size.
+const COLUMNS_MAX: usize = 10;
+
 /// Text that is longer may be broken.
 const WORDS: usize = 28;
 
 fn put_table(out: &mut String, table: &Table) {
     let id = escape(&table.id);
-    put(out, format_args!("<div class=\"wide\"><table id=\"{id}\"><caption>{}</caption>", escape(&table.caption)));
+    if !table.caption.is_empty() {
+        put(out, format_args!("<p class=\"caption\" id=\"{id}-caption\">{}</p>", escape(&table.caption)));
+    }
+    let dense = if table.head.len() > COLUMNS_MAX { " class=\"dense\"" } else { "" };
+    put(out, format_args!("<div class=\"wide\"><table{dense} id=\"{id}\" aria-describedby=\"{id}-caption\">"));
     let is_number = |column: usize| table.rows.iter().any(|r| matches!(r.get(column), Some(Cell::Number { .. })));
     if table.head.iter().any(|name| !name.is_empty()) {
         out.push_str("<thead><tr>");

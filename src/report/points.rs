@@ -346,7 +346,7 @@ impl Description {
 impl Tabled {
     fn table(&self) -> Table {
         let cell = |value: &Value| match value {
-            Value::Number(v) => Cell::number(*v, if v.fract() == 0.0 { v.to_string() } else { number(*v) }),
+            Value::Number(v) => Cell::number(*v, as_given(*v)),
             Value::Word(word) => Cell::text(word),
             Value::Nothing(()) => Cell::text("–"),
         };
@@ -358,6 +358,12 @@ impl Tabled {
             rows_max: 0,
         }
     }
+}
+
+/// A number of a table, with at most three digits behind the point.
+fn as_given(value: f64) -> String {
+    let rounded = (value * 1000.0).round() / 1000.0;
+    if rounded == 0.0 { value.to_string() } else { rounded.to_string() }
 }
 
 fn section_of<'s>(sections: &'s mut Vec<Section>, first: usize, title: &str) -> &'s mut Section {
