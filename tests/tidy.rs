@@ -133,6 +133,18 @@ fn the_check_for_upward_imports_can_fail() {
 }
 
 #[test]
+fn nothing_that_serves_imports_reports() {
+    let wrong: Vec<String> = all_sources()
+        .iter()
+        .filter(|(module, ..)| !["cli", "report"].contains(&module.as_str()))
+        .flat_map(|(_, path, text)| imports(text).into_iter().map(move |(line, name)| (path, line, name)))
+        .filter(|(.., name)| name == "report")
+        .map(|(path, line, _)| format!("{}:{line}", path.display()))
+        .collect();
+    assert!(wrong.is_empty(), "{wrong:?}");
+}
+
+#[test]
 fn every_module_has_a_floor() {
     let known: Vec<&str> = FLOORS.iter().flat_map(|f| f.iter().copied()).chain(["lib", "main", "bin"]).collect();
     for (module, path, _) in all_sources() {
