@@ -145,7 +145,7 @@ impl Chart {
         let left = MARGIN + GAP + labels.iter().map(|(_, label)| width_of(label, TEXT)).fold(0.0, f64::max);
         let above = wrap(&self.y, WIDTH - 2.0 * MARGIN, TEXT, 2);
         let below = wrap(&self.x.label, WIDTH - left - MARGIN, TEXT, 2);
-        let top = MARGIN + above.len() as f64 * LINE + 12.0;
+        let top = MARGIN + above.len() as f64 * LINE + 28.0;
         let bottom = top + FIELD;
         let under = bottom + GAP + LINE + below.len() as f64 * LINE;
         Frame { x, y, left, right: WIDTH - 2.0 * MARGIN, top, bottom, under, labels, above, below }

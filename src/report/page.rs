@@ -15,7 +15,7 @@ nav{font-size:.9rem;display:flex;flex-wrap:wrap;gap:.1rem 1rem;margin:.6rem 0}a{
 .plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,23rem),1fr));gap:.4rem 1.4rem;align-items:start}
 .plots.two{grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr))}.plots.two figure{max-width:40rem}
 figure{margin:.8rem 0;min-width:0;break-inside:avoid}
-svg{width:100%;height:auto;display:block}
+svg{width:100%;height:auto;display:block}figure .wide{margin:0}
 figcaption{font-size:.9rem;color:#333;margin-top:.3rem}figcaption span{display:block}figcaption b{font-weight:600}
 .wide{overflow-x:auto;margin:.8rem 0}.wide.many svg{min-width:34rem}
 table{border-collapse:collapse;font-size:.88rem;line-height:1.35}
@@ -31,7 +31,7 @@ tr.sum td{border-top:2px solid #888;font-weight:600}
 @media print{@page{margin:14mm}body{max-width:none;padding:0;font-size:10.5pt;color:#000}nav{display:none}
 h2{break-after:avoid;margin-top:0}section{break-before:page}section:first-of-type{break-before:auto}
 .plots{display:block}.plots figure{display:inline-block;width:48%;margin:0 .5% 1rem;vertical-align:top}
-.plots.two figure{width:82%}.wide.many svg{min-width:0!important}svg{max-height:21cm}
+.plots.two figure{display:block;width:82%}.wide.many svg{min-width:0!important}svg{max-height:21cm}
 .wide{overflow:visible}table{font-size:7.5pt;width:100%}th,td{white-space:normal;padding:.12rem .3rem;min-width:0!important;overflow-wrap:normal}td.n{white-space:nowrap}
 table.dense{font-size:5.5pt}table.dense th,table.dense td{padding:.1rem .15rem;white-space:normal;overflow-wrap:anywhere}
 thead{display:table-header-group}tr{break-inside:avoid}p.caption{break-after:avoid;margin-bottom:.1rem}figcaption,.caption,.note,.open{color:#000}}
