@@ -75,11 +75,14 @@ fn of_library(dir: &Path, domain: Option<&str>) -> Result<Vec<Section>> {
 
 /// Names of the plots on the page.
 fn ids(sections: &[Section]) -> Vec<&str> {
-    let plot = |part| match part {
-        &Part::Plot(ref plot) => Some(plot.id.as_str()),
-        _ => None,
-    };
-    sections.iter().flat_map(|s| &s.parts).filter_map(plot).collect()
+    sections.iter().flat_map(|s| &s.parts).filter_map(plot_id).collect()
+}
+
+fn plot_id(part: &Part) -> Option<&str> {
+    match part {
+        Part::Plot(plot) => Some(&plot.id),
+        Part::Table(_) | Part::Note(_) => None,
+    }
 }
 
 fn write_files(dir: &Path, sections: &[Section]) -> Result<()> {

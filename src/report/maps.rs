@@ -61,7 +61,7 @@ fn look_at(library: &Library, record: &ImageRecord) -> Result<Looked> {
         read_from.insert(library.image_by_id(target.image)?.name.clone(), blocks);
     }
     let totals = map.totals();
-    let filtered = with_filter(&map).map_err(|e| e.at(&library.map_path(&record.name)))?;
+    let filtered = with_filter(&map).map_err(|e| e.at(library.map_path(&record.name)))?;
     let depths = [
         // A binary search among so many entries.
         f64::from(totals.nonzero_blocks.checked_ilog2().map_or(0, |log| log + 1)),
