@@ -12,7 +12,7 @@ const FLOORS: &[&[&str]] = &[
     &["fingerprint", "cluster", "image", "index", "library"],
     &["map"],
     &["indexer", "overlay", "redirect"],
-    &["device"],
+    &["device", "report"],
     &["daemon"],
     &["cli"],
 ];
@@ -26,6 +26,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("vhost_user_backend", &["daemon"]),
     ("clap", &["cli", "bin"]),
     ("indicatif", &["cli"]),
+    ("plotters", &["report"]),
     ("io_uring", &["io"]),
     ("parquet", &["fingerprint"]),
     ("virtio_queue", &["device", "daemon"]),
@@ -129,6 +130,18 @@ fn the_check_for_upward_imports_can_fail() {
     );
     assert_eq!(upward_imports("io", "use crate::{error::Error, daemon::serve};").len(), 1);
     assert!(upward_imports("redirect", "use crate::map::Map; // crate::daemon").is_empty());
+}
+
+#[test]
+fn nothing_that_serves_imports_reports() {
+    let wrong: Vec<String> = all_sources()
+        .iter()
+        .filter(|(module, ..)| !["cli", "report"].contains(&module.as_str()))
+        .flat_map(|(_, path, text)| imports(text).into_iter().map(move |(line, name)| (path, line, name)))
+        .filter(|(.., name)| name == "report")
+        .map(|(path, line, _)| format!("{}:{line}", path.display()))
+        .collect();
+    assert!(wrong.is_empty(), "{wrong:?}");
 }
 
 #[test]

@@ -13,6 +13,8 @@ pub mod output;
 pub mod overlay;
 pub mod repair;
 mod replay;
+pub mod report;
+mod running;
 pub mod serve;
 pub mod stats;
 pub mod tell;
@@ -83,6 +85,8 @@ enum Verb {
     Trace(trace::Verb),
     /// Similarity and map sizes of a library
     Stats(stats::Args),
+    /// A page with plots: of an evaluation, of a library
+    Report(report::Args),
     /// Be a VM's disk: the vhost-user-blk backend
     Serve(serve::Args),
     /// Ask a running server, by its control socket
@@ -149,6 +153,7 @@ pub fn main() -> ExitCode {
         Verb::Overlay(verb) => overlay::run(common, verb),
         Verb::Trace(verb) => trace::run(common, verb),
         Verb::Stats(args) => stats::run(common, args),
+        Verb::Report(args) => report::run(common, &args),
         Verb::Serve(args) => serve::run(common, args),
         Verb::Control(args) => control::run(common, args),
     };

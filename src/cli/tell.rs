@@ -120,12 +120,12 @@ fn tell_one(library: &Library, name: &str, info: &LeaseInfo, control: &Path) -> 
     let named: Vec<Value> = targets.iter().enumerate().map(named).collect();
     let request = json!({"execute": "reload", "arguments": {"map": 0, "targets": named}});
     let fds: Vec<_> = files.iter().map(File::as_fd).collect();
-    let stream = connect(control)?;
+    let stream = connect(control, ANSWER_TIME)?;
     ask_by(&stream, control, &request, &fds)
 }
 
 /// Connects, but not for ever: a server may be stopped, with others waiting before us.
-fn connect(path: &Path) -> Result<UnixStream> {
+pub(super) fn connect(path: &Path, answer_time: Duration) -> Result<UnixStream> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
     let failed = |e: std::io::Error| Error::io(path, "reach the server", e);
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -147,6 +147,6 @@ fn connect(path: &Path) -> Result<UnixStream> {
     let stream = UnixStream::from(socket);
     stream.set_nonblocking(false).map_err(failed)?;
     stream.set_write_timeout(Some(REACH_TIME)).map_err(failed)?;
-    stream.set_read_timeout(Some(ANSWER_TIME)).map_err(failed)?;
+    stream.set_read_timeout(Some(answer_time)).map_err(failed)?;
     Ok(stream)
 }

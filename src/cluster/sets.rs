@@ -1,6 +1,6 @@
 //! Interned sets of images, with what each set holds.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// What the images of one set, and no others, have in common.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +19,8 @@ pub struct Clusters {
     numbers: HashMap<Box<[u32]>, usize>,
     clusters: Vec<Cluster>,
     blocks_of_repeated: u64,
+    /// Contents by the number of blocks that hold them.
+    by_copies: BTreeMap<u64, u64>,
 }
 
 impl Clusters {
@@ -39,6 +41,7 @@ impl Clusters {
             cluster.contents += 1;
             cluster.blocks += copies;
         }
+        *self.by_copies.entry(copies).or_default() += 1;
         if copies >= 2 {
             self.blocks_of_repeated += copies;
         }
@@ -58,6 +61,11 @@ impl Clusters {
     /// Blocks, all copies counted.
     pub fn blocks(&self) -> u64 {
         self.clusters.iter().map(|c| c.blocks).sum()
+    }
+
+    /// How many blocks hold a content, and how many contents that many blocks hold; ascending (figure 11a).
+    pub fn by_copies(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.by_copies.iter().map(|(copies, contents)| (*copies, *contents))
     }
 
     /// Share of the blocks whose content exists at least twice, inside one image or in several (figure 11a).
@@ -104,6 +112,7 @@ mod tests {
         assert_eq!(clusters.contents(), 10);
         assert_eq!(clusters.blocks(), 22);
         assert_eq!(clusters.clusters()[0], Cluster { images: [0, 1, 2].into(), contents: 2, blocks: 9 });
+        assert_eq!(clusters.by_copies().collect::<Vec<_>>(), [(1, 4), (2, 3), (3, 2), (6, 1)]);
         assert_eq!(clusters.share_repeated(), 18.0 / 22.0);
         assert_eq!(clusters.share_in_images(2), 18.0 / 22.0);
         assert_eq!(clusters.share_in_images(3), 9.0 / 22.0);

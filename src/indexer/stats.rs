@@ -65,7 +65,11 @@ pub struct ImageStats {
 /// Counts, in one pass over all runs; memory does not grow with them. Of one sharing domain, or the sums of all: what images
 /// of different domains have in common is never looked at.
 pub fn stats(library: &Library, domain: Option<&str>) -> Result<Stats> {
-    let clusters = clusters(library, domain)?;
+    stats_of(library, domain, &clusters(library, domain)?)
+}
+
+/// [`stats`], of the clusters of that domain, or of all.
+pub fn stats_of(library: &Library, domain: Option<&str>, clusters: &Clusters) -> Result<Stats> {
     let images = of_domain(library, domain).map(|(_, r)| image_stats(library, r)).collect::<Result<_>>()?;
     Ok(Stats {
         policy: library.catalog().policy.name().to_string(),
@@ -160,19 +164,21 @@ pub fn shares_of(library: &Library, record: &ImageRecord) -> Result<Vec<(ImageId
 }
 
 /// Mean number of probes that a lookup makes, under two schemes of the paper's figure 10, in this order: binary search among
-/// all entries, section index. All blocks of the image count alike (the
-/// paper's means are over the blocks that a booting guest reads); of a large image an even sample is taken.
+/// all entries, section index.
 pub fn mean_search_depths(map: &Map<impl AsRef<[u8]>>) -> [f64; 2] {
+    [Scheme::Plain, Scheme::Sections].map(|scheme| mean_search_depth(map, scheme))
+}
+
+/// Mean number of probes that a lookup makes under a scheme of the paper's figure 10. All blocks of the image count alike (the
+/// paper's means are over the blocks that a booting guest reads); of a large image an even sample is taken.
+pub fn mean_search_depth(map: &Map<impl AsRef<[u8]>>, scheme: Scheme) -> f64 {
     const SAMPLES_MAX: u64 = 1 << 20;
     let blocks = map.totals().blocks;
     let step = blocks.div_ceil(SAMPLES_MAX).max(1);
-    let sample =
-        || (0..blocks).step_by(usize::try_from(step).unwrap_or(usize::MAX)).filter_map(|b| u32::try_from(b).ok());
-    [Scheme::Plain, Scheme::Sections].map(|scheme| {
-        let (sum, count) = sample()
-            .fold((0u64, 0u64), |(sum, count), block| (sum + u64::from(map.search_depth_by(scheme, block)), count + 1));
-        sum as f64 / count.max(1) as f64
-    })
+    let sample = (0..blocks).step_by(usize::try_from(step).unwrap_or(usize::MAX)).filter_map(|b| u32::try_from(b).ok());
+    let (sum, count) = sample
+        .fold((0u64, 0u64), |(sum, count), block| (sum + u64::from(map.search_depth_by(scheme, block)), count + 1));
+    sum as f64 / count.max(1) as f64
 }
 
 /// Opens the fingerprints of an image.
