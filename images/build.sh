@@ -556,7 +556,8 @@ inside_image() {
     cp "$root/boot/vmlinuz-$version" "$tmp/$name.vmlinuz"
     cp "$root/boot/initrd.img-$version" "$tmp/$name.initrd"
     echo "$cmdline" >"$tmp/$name.cmdline"
-    printf '%s=%s\n' name "$name" role "$role" release "$release" kernel "$version" fs "$fs" >"$tmp/$name.info"
+    printf '%s=%s\n' name "$name" role "$role" release "$release" kernel "$version" fs "$fs" packet yes \
+        >"$tmp/$name.info"
     [ -z "$role_app" ] || echo app=yes >>"$tmp/$name.info"
     [ -z "$pins" ] || echo "pinned=${pinned[*]}" >>"$tmp/$name.info"
     [ -z "$use" ] || make_use

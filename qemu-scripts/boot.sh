@@ -92,6 +92,7 @@ if [ -n "$app" ]; then
     app_cpu=$(cpu_json "$vm_app_ms" "$cpu" "$(vm_cpu "$dir")")
     say "$name: application loaded in $(as_seconds "$vm_app_ms") s (by the guest's clock $vm_app_s s)"
 fi
+[ -z "$packet" ] || ! has_packet "$name" || vm_wait_packets 20 "$dir"
 packet_ms=$(vm_packet_ms "$dir")
 [ -z "$packet" ] || say "$name: $([ "$packet_ms" = null ] && echo "no packet came" ||
     echo "its packet came after $(as_seconds "$packet_ms") s")"

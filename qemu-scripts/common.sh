@@ -393,6 +393,24 @@ vm_listen() {
     done
 }
 
+# has_packet NAME: whether the guest of this image sends a packet when it is asked for one.
+has_packet() {
+    grep -qsx 'packet=yes' "$vm_images/$1.info"
+}
+
+# vm_wait_packets SECONDS DIR...: no longer than this for the packets of all these VMs. A packet may come after the marker,
+# as no service waits for the network.
+vm_wait_packets() {
+    local left=$(($1 * 5)) dir
+    shift
+    for dir; do
+        while [ "$left" -gt 0 ] && [ "$(vm_packet_ms "$dir")" = null ]; do
+            left=$((left - 1))
+            sleep 0.2
+        done
+    done
+}
+
 # vm_packet_ms DIR: how long after the start of the VM its packet came, or null.
 vm_packet_ms() {
     local dir=$1

@@ -222,6 +222,14 @@ device_bytes=null
 per_image=$(fincore --json --bytes --output FILE,RES "${raws[@]}" |
     jq '[.fincore[] | {name: (.file | sub(".*/"; "") | rtrimstr(".raw")), bytes: (.res | tonumber)}]')
 
+# What was to be measured is measured; a packet may come after the marker.
+if [ -n "$packet" ]; then
+    late=()
+    for ((i = 0; i < count; i++)); do
+        ! has_packet "${image_of[i]}" || late+=("${folder[i]}")
+    done
+    vm_wait_packets 20 "${late[@]}"
+fi
 vm_stop_all || die "a VM or its vmar did not end well (logs: $dir)"
 
 # The least that any sharing of the base's content can cost: each block content that was read, once.

@@ -4,7 +4,7 @@
 role_kernel=newest
 role_size=3G
 role_packages="postgresql default-jre-headless ecj libtomcat10-java libspring-web-java libspring-orm-java libhibernate3-java
-    libeclipselink-java libnetty-java liblucene8-java libbcprov-java libicu4j-java maven gradle groovy scala jruby clojure"
+    libeclipselink-java libnetty-java maven gradle groovy scala clojure"
 role_apt_options=--no-install-recommends
 
 # Starts the database and asks it something that reads a whole table, then has Java read every archive of the class path,
