@@ -24,6 +24,12 @@ usage: qemu-scripts/boot.sh --name NAME [--mode plain|vmar] [option...]
   --workdir DIR     logs go here (default: a new directory below /tmp)
   --json FILE       write the result there too
 
+JSON: boot_ms (host's clock, from its start to its boot marker), guest_seconds (the guest's, which a busy host
+can mislead), packet_ms (to its packet; null: none came), cpu; app_ms (from boot marker to the end of the load; null: no
+application), app_guest_seconds, app_cpu. Of cpu and app_cpu, over that time: qemu_ms and server_ms (CPU of the processes),
+vcpu_ms (CPU of the virtual CPU's thread), runqueue_ms (it could run and had no processor), idle_ms (the rest: it waited for
+the disk or a timer).
+
 VMAR_ACCEL=kvm|tcg chooses the accelerator, VMAR_BIN the vmar binary. Exit status 0: the marker came.
 EOF
 }

@@ -396,6 +396,12 @@ vm_listen() {
     done
 }
 
+vm_deaf() {
+    [ -n "${vm_listener:-}" ] || return 0
+    kill "$vm_listener" 2>/dev/null || true
+    wait "$vm_listener" 2>/dev/null || true
+}
+
 # has_packet NAME: whether the guest of this image sends a packet when it is asked for one.
 has_packet() {
     grep -qsx 'packet=yes' "$vm_images/$1.info"
@@ -469,7 +475,7 @@ vm_stop_all() {
 
 # Whatever ends the script, no VM survives it.
 vm_guard() {
-    trap 'vm_stop_all || true; [ -z "${vm_listener:-}" ] || kill "$vm_listener" 2>/dev/null || true' EXIT
+    trap 'vm_stop_all || true; vm_deaf' EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM HUP
 }

@@ -26,6 +26,12 @@ have reached their boot marker (with --app, have loaded their application, too) 
   --workdir DIR     overlays and logs (default: a new directory below /tmp)
   --json FILE       write what was measured there too
 
+JSON, of each VM: boot_ms (host's clock, from its start to its boot marker), guest_seconds (the guest's, which a busy host
+can mislead), packet_ms (to its packet; null: none came), cpu; app_ms (from boot marker to the end of the load; null: no
+application), app_guest_seconds, app_cpu. Of cpu and app_cpu, over that time: qemu_ms and server_ms (CPU of the processes),
+vcpu_ms (CPU of the virtual CPU's thread), runqueue_ms (it could run and had no processor), idle_ms (the rest: it waited for
+the disk or a timer).
+
 Image files are dropped from the page cache first, nothing else is. Do not change or read them meanwhile.
 EOF
 }
