@@ -23,6 +23,8 @@ NAME.initrd and NAME.cmdline for a boot without boot loader, in DIR; NAME.info s
                 (default: the role's)
   fs=F          ext4 or xfs (default: the role's, else ext4)
   size=S        virtual size of this disk (default: the role's, else --size)
+  pin=P:V[+..]  take package P, and what else its source package makes, in version V: newest, older (the oldest that the
+                archive has) or how a version begins, such as 15.18
   use=U         make NAME.use.tar as well: what qemu-scripts/capture.sh runs in the guest, see use/U.sh
 
   --out DIR     where images and caches go (default: \$VMAR_IMAGES_DIR, else build/images of the repository)
@@ -159,7 +161,7 @@ parse_size() {
     [ "$size_mib" -ge 1536 ] || die "size $1 is too small; 1536M is the least that holds a system"
 }
 
-# read_spec [NAME=]ROLE[,KEY=VALUE...]: sets name, role, release, kernel_choice, fs, size_mib, use and variant, and the
+# read_spec [NAME=]ROLE[,KEY=VALUE...]: sets name, role, release, kernel_choice, fs, size_mib, pins, use and variant, and the
 # role's own variables and function. A role sees $release, the one that is asked for or this machine's.
 # shellcheck disable=SC2034 # some are for one side of the sandbox only
 read_spec() {
@@ -169,7 +171,7 @@ read_spec() {
     name=${name%%=*}
     IFS=, read -ra options <<<"${spec#"${spec%%,*}"}"
     local asked_release='' asked_kernel='' asked_fs='' asked_size=''
-    use=''
+    use='' pins=''
     for option in "${options[@]}"; do
         case $option in
             '') ;;
@@ -177,17 +179,20 @@ read_spec() {
             kernel=?*) asked_kernel=${option#*=} ;;
             fs=?*) asked_fs=${option#*=} ;;
             size=?*) asked_size=${option#*=} ;;
+            pin=?*) pins=${option#*=} ;;
             use=?*) use=${option#*=} ;;
-            *) die "$spec: cannot read '$option'; say release=, kernel=, fs=, size= or use=" ;;
+            *) die "$spec: cannot read '$option'; say release=, kernel=, fs=, size=, pin= or use=" ;;
         esac
     done
     [[ $name =~ ^[a-z0-9][a-z0-9-]*$ ]] || die "$spec: the name is also the host's name: small letters, digits and -"
     [ -f "$here/roles/$role.sh" ] || die "no role $role; there are: $(roles | tr '\n' ' ')"
+    [[ -z $pins || $pins =~ ^[^:+]+:[^:+]+(\+[^:+]+:[^:+]+)*$ ]] ||
+        die "$spec: pin=$pins: say PACKAGE:VERSION, several joined by +"
     [ -z "$use" ] || [ -f "$here/use/$use.sh" ] || die "$spec: there is no images/use/$use.sh"
 
     release=${asked_release:-$machine}
     role_release='' role_kernel=newest role_fs=ext4 role_size='' role_packages='' role_apt_options='' role_units=''
-    role_debconf=''
+    role_debconf='' role_app=''
     role_configure() { :; }
     # shellcheck source=/dev/null
     . "$here/roles/$role.sh"
@@ -399,6 +404,34 @@ update_lists() {
     cp "$sources" "$stamp"
 }
 
+# Writes apt's preferences for $pins, and what came of it to $pinned. A package that the archive has in one version only is
+# taken in this one: archives drop old versions, and an image then differs less than was asked for, which the log, the
+# person who waits and NAME.info are told.
+pin_packages() {
+    local pin package want all version source
+    pinned=()
+    for pin in ${pins//+/ }; do
+        package=${pin%:*} want=${pin#*:}
+        mapfile -t all < <(in_image apt-cache madison "$package" | awk '{ print $3 }' | awk '!seen[$0]++')
+        [ ${#all[@]} -gt 0 ] || { echo "pin=$pins: the archive has no $package"; return 1; }
+        case $want in
+            newest) version=${all[0]} ;;
+            older)
+                version=${all[-1]}
+                [ ${#all[@]} -gt 1 ] || step "note: the archive has $package in one version only, $version: no older one"
+                ;;
+            *)
+                version=$(printf '%s\n' "${all[@]}" | awk -v v="$want" 'index($0, v) == 1 { print; exit }')
+                [ -n "$version" ] || { echo "pin=$pins: the archive has $package in ${all[*]} only"; return 1; }
+                ;;
+        esac
+        source=$(in_image apt-cache show "$package=$version" | sed -n 's/^Source: \([^ ]*\).*/\1/p' | head -n 1)
+        printf 'Package: src:%s\nPin: version %s\nPin-Priority: 1001\n\n' "${source:-$package}" "$version" \
+            >>"$root/etc/apt/preferences.d/99vmar-build"
+        pinned+=("$package=$version")
+    done
+}
+
 # What a guest is to do later, and the packages for it: NAME.use.tar, which a guest unpacks from a second disk.
 make_use() {
     local dir=$tmp/use deb
@@ -440,7 +473,13 @@ configure_system() {
     install -m 0755 "$here/guest/vmar-marker" "$root/usr/local/sbin/vmar-marker"
     install -m 0644 "$here/guest/vmar-marker.service" "$root/etc/systemd/system/vmar-marker.service"
     printf 'name=%s\nunits="%s"\n' "$name" "${role_units:-}" >"$root/etc/vmar-image"
-    in_image systemctl enable vmar-marker.service
+    install -m 0755 "$here/guest/vmar-packet" "$root/usr/local/sbin/vmar-packet"
+    install -m 0644 "$here/guest/vmar-packet.service" "$root/etc/systemd/system/vmar-packet.service"
+    in_image systemctl enable vmar-marker.service vmar-packet.service
+    [ -z "$role_app" ] ||
+        install -m 0755 /dev/stdin "$root/usr/local/sbin/vmar-app" <<<"#!/bin/sh -eu
+# What loads the application of this machine, see vmar-marker.
+$role_app"
 }
 
 # GRUB, put in place by hand: grub-install wants to see partitions, and a loop device with an offset has none. The first
@@ -503,7 +542,8 @@ inside_image() {
     local tools=()
     [ "$fs" != xfs ] || tools=(xfsprogs)
     in_image apt-get install -y --no-install-recommends "${tools[@]}" "$kernel"
-    step "${role_packages}"
+    pin_packages
+    step "$(echo $role_packages "${pinned[@]}")"
     [ -z "$role_debconf" ] || in_image debconf-set-selections <<<"$role_debconf"
     # shellcheck disable=SC2086
     in_image apt-get install -y $role_apt_options $role_packages
@@ -516,10 +556,14 @@ inside_image() {
     cp "$root/boot/vmlinuz-$version" "$tmp/$name.vmlinuz"
     cp "$root/boot/initrd.img-$version" "$tmp/$name.initrd"
     echo "$cmdline" >"$tmp/$name.cmdline"
-    printf '%s=%s\n' name "$name" role "$role" release "$release" kernel "$version" fs "$fs" >"$tmp/$name.info"
+    printf '%s=%s\n' name "$name" role "$role" release "$release" kernel "$version" fs "$fs" packet yes \
+        >"$tmp/$name.info"
+    [ -z "$role_app" ] || echo app=yes >>"$tmp/$name.info"
+    [ -z "$pins" ] || echo "pinned=${pinned[*]}" >>"$tmp/$name.info"
     [ -z "$use" ] || make_use
 
-    rm -f "$root/usr/sbin/policy-rc.d" "$root/etc/apt/apt.conf.d/99vmar-build" "$root/etc/resolv.conf"
+    rm -f "$root/usr/sbin/policy-rc.d" "$root/etc/apt/apt.conf.d/99vmar-build" "$root/etc/resolv.conf" \
+        "$root/etc/apt/preferences.d/99vmar-build"
     umount "$root/var/lib/apt/lists" "$root/var/cache/apt" "$root/tmp" "$root/run" "$root/sys" "$root/proc"
     sync -f "$root"
     fstrim "$root"

@@ -23,15 +23,26 @@ corpus=(
     python13=python,release=trixie
 )
 captured=(db13-used=db13)
+# An application stack in two versions of the database and two of Java and its server's libraries, each with each: what the
+# VMAR paper did with two other products. Versions are the newest, and the oldest that the archive still has.
+java_newest=openjdk-17-jre-headless:newest+libtomcat10-java:newest
+java_older=openjdk-17-jre-headless:older+libtomcat10-java:older
+apps=(
+    "app1=app,release=bookworm,pin=postgresql-15:newest+$java_newest"
+    "app2=app,release=bookworm,pin=postgresql-15:newest+$java_older"
+    "app3=app,release=bookworm,kernel=older,pin=postgresql-15:older+$java_newest"
+    "app4=app,release=bookworm,kernel=older,pin=postgresql-15:older+$java_older"
+)
 
 usage() {
     cat <<EOF
-usage: images/corpus.sh --out DIR [--no-captured] [--drop-caches] [--list] [NAME...]
+usage: images/corpus.sh --out DIR [--apps] [--no-captured] [--drop-caches] [--list] [NAME...]
 
 Builds the images of the corpus (all, or those named) in DIR, then those that are captured after use, and prints a table.
 What is there stays, so a run that was interrupted goes on where it was.
 
   --out DIR       where images and caches go: about 0.7 GiB an image, and 2 GiB of caches
+  --apps          the four images with an application stack belong to the corpus, too: 1.2 GiB each
   --no-captured   leave out the captured ones: they boot a VM for some minutes and need the vmar binary (VMAR_BIN, else
                   cargo builds it) and QEMU
   --drop-caches   remove the base systems and packages that were kept, when all is built
@@ -50,9 +61,14 @@ out='' drop='' capture=1 names=()
 while [ $# -gt 0 ]; do
     case $1 in
         --out) out=${2:?--out needs a directory}; shift ;;
+        --apps) corpus+=("${apps[@]}") ;;
         --no-captured) capture='' ;;
         --drop-caches) drop=1 ;;
-        --list) printf '%s\n' "${corpus[@]}" "${captured[@]/%/ (captured after use)}"; exit 0 ;;
+        --list)
+            printf '%s\n' "${corpus[@]}" "${captured[@]/%/ (captured after use)}"
+            [[ " ${corpus[*]}" = *" app1="* ]] || printf '%s\n' "${apps[@]/%/ (with --apps)}"
+            exit 0
+            ;;
         -h | --help) usage; exit 0 ;;
         -*) usage >&2; exit 2 ;;
         *) names+=("$1") ;;
@@ -77,7 +93,7 @@ wanted() {
 
 for name in "${names[@]}"; do
     printf '%s\n' "${corpus[@]}" "${captured[@]}" | grep -q "^$name=" ||
-        die "the corpus has no $name; there are: $(printf '%s ' "${corpus[@]%%=*}" "${captured[@]%%=*}")"
+        die "the corpus has no $name; there are: $(printf '%s ' "${corpus[@]%%=*}" "${captured[@]%%=*}")and, with --apps, ${apps[*]%%=*}"
 done
 
 specs=() all=()

@@ -146,7 +146,7 @@ wait_gone() {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One VM. Its folder holds overlay.qcow2, serial.log, qemu.log, qemu.pid, and with vmar vmar.log, vmar.pid, trace.
+# One VM. Its folder holds overlay.qcow2, serial.log, qemu.log, qemu.pid, packet-id, and with vmar vmar.log, vmar.pid, trace.
 #
 # Settings, global because a script has one way to run its VMs:
 vm_images=${VMAR_IMAGES_DIR:-$repo/build/images} # where NAME.raw and its kernel are
@@ -154,16 +154,19 @@ vm_library=${VMAR_LIBRARY:-}                     # vmar's library
 vm_boot=kernel                                   # kernel: QEMU loads it; disk: SeaBIOS and the boot loader do
 vm_memory=512                                    # MiB
 vm_append=                                       # more for the kernel command line
+vm_app=                                          # 1: guests load their application when they are up
 vm_record=1                                      # empty: vmar serve records no trace
 vm_devices=()                                    # more for QEMU's command line
 vm_dirs=()                                       # what vm_stop_all stops
+vm_packets=                                      # set by vm_listen: what packets came
+vm_port=                                         # set by vm_listen: where guests say that they can be reached
 
 # A folder that no other script run uses. Sockets are named by full path, which the kernel limits to 107 characters.
 vm_folder() {
     local dir=$1
     mkdir -p "$dir/state"
     [ ${#dir} -le 90 ] || die "$dir: too long a path for a socket in it; choose a shorter --workdir"
-    rm -f "$dir"/{serial.log,qemu.log,vmar.log,trace,qemu.pid,vmar.pid,blk.sock,began}
+    rm -f "$dir"/{serial.log,qemu.log,vmar.log,trace,qemu.pid,vmar.pid,blk.sock,began,packet-id}
 }
 
 # vm_overlay MODE NAME FILE: a fresh overlay, made by whoever will use it.
@@ -197,8 +200,16 @@ vm_serve() {
 # vm_start MODE NAME DIR OVERLAY: starts the VM in the background.
 # shellcheck disable=SC2054 # QEMU's commas
 vm_start() {
-    local mode=$1 name=$2 dir=$3 overlay=$4 accel disk kernel=() reconnect='reconnect=1'
+    local mode=$1 name=$2 dir=$3 overlay=$4 accel disk kernel=() net=() reconnect='reconnect=1'
+    local words=$vm_append${vm_app:+ vmar.app=1} calm=''
     vm_dirs+=("$dir")
+    if [ -n "$vm_port" ]; then
+        # 10.0.2.2 is this host in QEMU's own network. No boot ROM: nobody boots from there.
+        vm_started=$((vm_started + 1))
+        echo "$vm_started" >"$dir/packet-id"
+        words+=" vmar.packet=10.0.2.2:$vm_port/$vm_started"
+        net=(-netdev user,id=net0 -device virtio-net-pci,netdev=net0,romfile=)
+    fi
     now_ms >"$dir/began"
     case $mode in
         plain)
@@ -213,12 +224,15 @@ vm_start() {
             ;;
         *) die "mode $mode: say plain or vmar" ;;
     esac
+    # Early on the kernel counts the ticks of a moment. An emulated processor that gets no share of a busy host in it sees
+    # none, and the kernel would panic: "IO-APIC + timer doesn't work".
+    [ "$VMAR_ACCEL" != tcg ] || calm=' no_timer_check'
     case $vm_boot in
         kernel)
             kernel=(-kernel "$vm_images/$name.vmlinuz" -initrd "$vm_images/$name.initrd"
-                -append "$(cat "$vm_images/$name.cmdline") panic=-1${vm_append:+ $vm_append}")
+                -append "$(cat "$vm_images/$name.cmdline") panic=-1$calm${words:+ $words}")
             ;;
-        disk) [ -z "$vm_append" ] || die "a boot from disk takes its kernel command line from the disk" ;;
+        disk) [ -z "$words" ] || die "a boot from disk takes its kernel command line from the disk" ;;
         *) die "boot $vm_boot: say kernel or disk" ;;
     esac
     # TCG seems not to notice when another process writes over code that it has translated. Guests that clear a page
@@ -226,10 +240,10 @@ vm_start() {
     accel=$VMAR_ACCEL
     [ "$accel" != tcg ] || accel=tcg,tb-size=256
     # Both modes get the same machine, also the shared memory that only vhost-user needs.
-    qemu-system-x86_64 -name "vmar-$name" -nodefaults -display none -no-reboot \
+    qemu-system-x86_64 -name "vmar-$name,debug-threads=on" -nodefaults -display none -no-reboot \
         -machine q35,memory-backend=ram0 -object "memory-backend-memfd,id=ram0,size=${vm_memory}M,share=on" \
         -m "${vm_memory}M" -smp 1 -accel "$accel" "${disk[@]}" "${kernel[@]}" "${vm_devices[@]}" \
-        -device virtio-rng-pci \
+        -device virtio-rng-pci "${net[@]}" \
         -serial "file:$dir/serial.log" >"$dir/qemu.log" 2>&1 </dev/null 9>&- &
     echo $! >"$dir/qemu.pid"
 }
@@ -272,6 +286,155 @@ vm_wait_up() {
     done
 }
 
+# has_app NAME: whether this image has an application that its guest loads with vmar.app=1.
+has_app() {
+    grep -qsx 'app=yes' "$vm_images/$1.info"
+}
+
+# vm_app_state DIR: loading | loaded SECONDS | failed WHY
+vm_app_state() {
+    local dir=$1 line
+    line=$(grep -aE '^VMAR-APP-(OK [^ ]+ [0-9]+\.[0-9][0-9]|FAIL )' "$dir/serial.log" 2>/dev/null |
+        head -n 1 | tr -d '\r' || true)
+    case $line in
+        "VMAR-APP-OK "*) echo "loaded ${line##* }" ;;
+        VMAR-*) echo "failed the guest says: $line" ;;
+        *)
+            if kill -0 "$(cat "$dir/qemu.pid")" 2>/dev/null; then
+                echo loading
+            else
+                echo "failed QEMU ended while the application was loading: $(tail -n 1 "$dir/qemu.log")"
+            fi
+            ;;
+    esac
+}
+
+# shellcheck disable=SC2034 # vm_app_ms and vm_app_s are for the caller
+# vm_wait_app DIR TIMEOUT: after vm_wait_up; sets vm_app_ms (on the host, from the boot marker on) and vm_app_s (what the
+# guest says).
+vm_wait_app() {
+    local dir=$1 timeout=$2 up state
+    up=$(($(cat "$dir/began") + vm_boot_ms))
+    while :; do
+        state=$(vm_app_state "$dir")
+        vm_app_ms=$(($(now_ms) - up))
+        case $state in
+            loaded*) vm_app_s=${state#loaded }; return 0 ;;
+            failed*) die "${state#failed } (logs: $dir)" ;;
+        esac
+        [ "$vm_app_ms" -lt $((timeout * 1000)) ] || die "the application was not loaded after $timeout s (logs: $dir)"
+        sleep 0.2
+    done
+}
+
+# vm_cpu DIR: four numbers of the VM since its start, in milliseconds: the CPU time of QEMU and of its vmar (0 without), the
+# CPU time of the virtual CPU's thread, and how long that thread was ready to run and had no processor (null if the kernel
+# does not say). What is left of the clock the virtual CPU was idle: it waited for the disk or for a timer. Under TCG this
+# tells a guest that is slow to compute from one that is slow to read.
+vm_cpu() {
+    local dir=$1 pid task comm what line ms=(0 0) vcpu=0 queue=null hz
+    hz=$(getconf CLK_TCK)
+    for what in 0:qemu 1:vmar; do
+        [ -e "$dir/${what#*:}.pid" ] || continue
+        pid=$(<"$dir/${what#*:}.pid")
+        line=$(cat "/proc/$pid/stat" 2>/dev/null) || continue
+        # shellcheck disable=SC2086 # words, after the name in parentheses
+        set -- ${line##*) }
+        ms[${what%:*}]=$(((${12} + ${13}) * 1000 / hz))
+    done
+    pid=$(<"$dir/qemu.pid")
+    for task in /proc/"$pid"/task/*; do
+        comm=$(cat "$task/comm" 2>/dev/null) || continue
+        [[ $comm = "CPU 0/"* ]] || continue
+        line=$(cat "$task/schedstat" 2>/dev/null || true)
+        if [ -n "$line" ] && [ "${line%% *}" != 0 ]; then
+            # shellcheck disable=SC2086
+            set -- $line
+            vcpu=$(($1 / 1000000)) queue=$(($2 / 1000000))
+        else
+            line=$(cat "$task/stat" 2>/dev/null) || continue
+            # shellcheck disable=SC2086
+            set -- ${line##*) }
+            vcpu=$(((${12} + ${13}) * 1000 / hz))
+        fi
+    done
+    echo "${ms[*]} $vcpu $queue"
+}
+
+# cpu_json MS BEFORE AFTER: what vm_cpu said at two times that are MS apart, as JSON. BEFORE may be "0 0 0 0".
+cpu_json() {
+    jq -cn --argjson ms "$1" --argjson a "[${2// /,}]" --argjson b "[${3// /,}]" '
+        [range(4) as $i | if $b[$i] == null then null else $b[$i] - ($a[$i] // 0) end]
+        | {qemu_ms: .[0], server_ms: .[1], vcpu_ms: .[2], runqueue_ms: .[3],
+            idle_ms: ([$ms - .[2] - (.[3] // 0), 0] | max)}'
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The packet by which a guest tells that it can be reached
+
+# vm_listen FILE: from now on VMs get a network and are asked to send a packet; FILE has a line "MILLISECONDS WORDS" for each
+# that came.
+vm_started=0
+vm_listen() {
+    local left=20
+    vm_packets=$1
+    need socat:socat
+    : >"$vm_packets"
+    while :; do
+        vm_port=$((20000 + RANDOM % 12000))
+        # The port may be taken: then socat ends at once.
+        socat -u "UDP4-RECV:$vm_port,bind=127.0.0.1" STDOUT 2>"$vm_packets.log" </dev/null 9>&- > >(
+            while read -r line; do
+                echo "$(now_ms) $line"
+            done >>"$vm_packets"
+        ) &
+        vm_listener=$!
+        sleep 0.2
+        ! kill -0 "$vm_listener" 2>/dev/null || return 0
+        left=$((left - 1))
+        [ "$left" -gt 0 ] || die "could not listen for packets: $(tail -n 1 "$vm_packets.log")"
+    done
+}
+
+vm_deaf() {
+    [ -n "${vm_listener:-}" ] || return 0
+    kill "$vm_listener" 2>/dev/null || true
+    wait "$vm_listener" 2>/dev/null || true
+}
+
+# has_packet NAME: whether the guest of this image sends a packet when it is asked for one.
+has_packet() {
+    grep -qsx 'packet=yes' "$vm_images/$1.info"
+}
+
+# vm_wait_packets SECONDS DIR...: no longer than this for the packets of all these VMs. A packet may come after the marker,
+# as no service waits for the network.
+vm_wait_packets() {
+    local left=$(($1 * 5)) dir
+    shift
+    for dir; do
+        while [ "$left" -gt 0 ] && [ "$(vm_packet_ms "$dir")" = null ]; do
+            left=$((left - 1))
+            sleep 0.2
+        done
+    done
+}
+
+# vm_packet_ms DIR: how long after the start of the VM its packet came, or null.
+vm_packet_ms() {
+    local dir=$1
+    if [ -z "$vm_packets" ] || [ ! -e "$dir/packet-id" ]; then
+        echo null
+        return 0
+    fi
+    awk -v id="$(<"$dir/packet-id")" -v began="$(<"$dir/began")" '
+        $2 == "VMAR-UP" && $4 == id { print $1 - began; found = 1; exit }
+        END { if (!found) print "null" }' "$vm_packets"
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The end of VMs
+
 # vm_wait_off DIR TIMEOUT: until the guest has powered itself off.
 vm_wait_off() {
     wait_gone "$(cat "$1/qemu.pid")" $(($2 * 10)) || die "the guest has not powered off after $2 s (logs: $1)"
@@ -312,7 +475,7 @@ vm_stop_all() {
 
 # Whatever ends the script, no VM survives it.
 vm_guard() {
-    trap 'vm_stop_all || true' EXIT
+    trap 'vm_stop_all || true; vm_deaf' EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM HUP
 }

@@ -17,16 +17,19 @@ its boot marker, and keeps the trace of base reads as NAME.trace in --out. A tra
                  of the names. If it is not there it is made, with maps that redirect nothing: only then is a trace in
                  the image's own addresses, and \`vmar trace replay\` can try other policies (\`vmar library remap\`) on it
   --boot HOW     kernel: QEMU loads the kernel (default); disk: through the boot loader
+  --app          images that have an application load it, and their trace goes on until they have. NAME.app.json says where
+                 in the trace's time the boot ended (boot_us) and the load did (app_us), as seen on the serial port
   --memory MIB   the guest's memory (default $vm_memory)
   --timeout S    for each boot (default 600)
   --workdir DIR  overlays and logs (default: a new directory below /tmp); overlays are removed after each boot
 EOF
 }
 
-out='' timeout=600 dir='' names=()
+out='' timeout=600 dir='' app='' names=()
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage; exit 0 ;;
+        --app) app=1; shift; continue ;;
         --*) [ $# -ge 2 ] || { usage >&2; exit 2; } ;;
         *) names+=("$1"); shift; continue ;;
     esac
@@ -92,12 +95,28 @@ for name in "${names[@]}"; do
     work=$dir/$name
     vm_folder "$work"
     vm_overlay vmar "$name" "$work/overlay.qcow2"
+    vm_app=
+    [ -z "$app" ] || ! has_app "$name" || vm_app=1
     vm_start vmar "$name" "$work" "$work/overlay.qcow2"
     vm_wait_up "$work" "$timeout"
+    loaded=''
+    if [ -n "$vm_app" ]; then
+        vm_wait_app "$work" "$timeout"
+        loaded=", application loaded in $(as_seconds "$vm_app_ms") s (guest: $vm_app_s s)"
+    fi
     # Only a server that ends by itself closes its trace with a trailer.
     vm_stop_all || die "$name: the VM or its vmar did not end well (logs: $work)"
     rm -f "$work/overlay.qcow2"
+    rm -f "$out/$name.app.json"
+    if [ -n "$vm_app" ]; then
+        # Written first: where the trace is, what belongs to it is.
+        "$vmar" trace show "$work/trace" --json | jq --arg name "$name" --argjson up "$(($(<"$work/began") + vm_boot_ms))" \
+            --argjson app "$vm_app_ms" --argjson boot_s "$vm_guest_s" --argjson app_s "$vm_app_s" '
+            ($up * 1000 - (.start_ns / 1000 | floor)) as $boot_us
+            | {$name, $boot_us, app_us: ($boot_us + $app * 1000), guest_seconds: $boot_s, app_guest_seconds: $app_s}' \
+            >"$out/$name.app.json" || die "could not read the trace $work/trace"
+    fi
     mv "$work/trace" "$out/$name.trace"
-    say "$name: up after $(as_seconds "$vm_boot_ms") s (by the guest's clock $vm_guest_s s)"
+    say "$name: up after $(as_seconds "$vm_boot_ms") s (by the guest's clock $vm_guest_s s)$loaded"
 done
 "$vmar" trace stat "${traces[@]}"

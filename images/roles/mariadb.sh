@@ -3,3 +3,5 @@
 role_kernel=older
 role_packages="mariadb-server"
 role_units="mariadb.service"
+# Reads its own tables.
+role_app='mariadb-check --check --databases mysql sys'

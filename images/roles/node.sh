@@ -5,6 +5,9 @@ role_packages="nodejs node-express"
 role_apt_options=--no-install-recommends
 role_units="vmar-app.service"
 
+# Every module that is installed.
+role_app='find /usr/share/nodejs -type f -name "*.js" -exec cat {} + >/dev/null'
+
 role_configure() {
     local root=$1
     install -D -m 0644 /dev/stdin "$root/srv/app/app.js" <<'JS'

@@ -6,6 +6,9 @@ role_packages="python3 python3-numpy python3-pandas"
 role_apt_options=--no-install-recommends
 role_units="vmar-solver.service"
 
+# The library for tables, which the service does not need.
+role_app='python3 -c "import pandas; print(pandas.DataFrame({1: [1, 2, 3]}).describe())"'
+
 role_configure() {
     local root=$1
     install -D -m 0755 /dev/stdin "$root/usr/local/bin/vmar-solver" <<'PY'

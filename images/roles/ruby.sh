@@ -5,6 +5,9 @@ role_packages="ruby ruby-sinatra puma"
 role_apt_options=--no-install-recommends
 role_units="vmar-app.service"
 
+# Every library that is installed.
+role_app='find /usr/lib/ruby /usr/share/rubygems-integration -type f -exec cat {} + >/dev/null'
+
 role_configure() {
     local root=$1
     install -D -m 0644 /dev/stdin "$root/srv/app/config.ru" <<'RUBY'
