@@ -37,6 +37,8 @@ pub struct Hot {
     map: MmapRaw,
     /// A bit a page, in memory that costs nothing as long as it is zero.
     warm: MmapRaw,
+    /// The kernel tells us which pages are in the cache.
+    told: bool,
     broken: AtomicBool,
     start: Instant,
     /// Until when no page becomes warm, and how long that was; in milliseconds since `start`.
@@ -64,6 +66,7 @@ impl Hot {
         Ok(Hot {
             map,
             warm,
+            told: super::cold::may_ask(file)?,
             broken: AtomicBool::new(false),
             start: Instant::now(),
             cold_until: AtomicU64::new(0),
@@ -158,6 +161,12 @@ impl Hot {
             let told = unsafe { libc::mincore(from.cast(), len, pages.as_mut_ptr()) };
             told == 0 && pages[..len.div_ceil(1 << PAGE_BITS)].iter().all(|page| page & 1 == 1)
         })
+    }
+
+    /// The pages of a range that are not in the page cache, as {start, length}; `offset` is a multiple of a page. `None` when
+    /// that cannot be known. Fetches nothing.
+    pub fn absent(&self, offset: u64, len: u64) -> Option<Vec<(u64, u64)>> {
+        if self.told { super::cold::absent(&self.map, offset, len) } else { None }
     }
 
     /// What another thread marks meanwhile may stay or go: it was in the cache a moment ago.
