@@ -429,6 +429,94 @@ impl Window {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::OnError;
+    use std::io::Write;
+
+    const PAGES: u64 = 512;
+
+    /// A file that is not in the page cache, as the base that is read.
+    fn cold() -> (tempfile::NamedTempFile, Arc<Current>) {
+        let mut file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        file.write_all(&vec![7; PAGES as usize * 4096]).unwrap();
+        file.as_file().sync_all().unwrap();
+        rustix::fs::fadvise(file.as_file(), 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        let base = Base::flat(file.path(), false).unwrap();
+        // As the images of a library are opened.
+        crate::io::file::disable_readahead(base.file(0)).unwrap();
+        (file, Current::new(base))
+    }
+
+    /// Every other 16 blocks.
+    fn plan() -> Plan {
+        let piece = |i: u32| Piece { image: crate::units::ImageId(0), block: i * 32, count: 16 };
+        Plan::of((0..16).map(piece).collect())
+    }
+
+    fn wait(prefetch: &Prefetch) -> Progress {
+        let limit = Instant::now() + Duration::from_secs(20);
+        loop {
+            let progress = prefetch.progress();
+            if progress.state != State::Running {
+                return progress;
+            }
+            assert!(Instant::now() < limit, "{progress:?}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn absent(current: &Current) -> u64 {
+        current.get().absent(0, 0, PAGES * 4096).unwrap().iter().map(|(_, len)| len).sum()
+    }
+
+    #[test]
+    fn what_is_planned_is_cached_in_the_end_and_read_once() {
+        let (_file, current) = cold();
+        let ledger = || Arc::new(Ledger::new(OnError::Report, 1));
+        let half = PAGES * 4096 / 2;
+        assert_eq!(absent(&current), 2 * half);
+        let first = wait(&Prefetch::start(plan(), &current, ledger(), u64::MAX).unwrap());
+        assert_eq!(first, Progress { state: State::Done, planned: half, read: half, cached: 0, left: 0 });
+        assert_eq!(absent(&current), half);
+        let second = wait(&Prefetch::start(plan(), &current, ledger(), u64::MAX).unwrap());
+        assert_eq!(second, Progress { state: State::Done, planned: half, read: 0, cached: half, left: 0 });
+    }
+
+    #[test]
+    fn it_ends_at_its_limit() {
+        let (_file, current) = cold();
+        let limit = 5 * 64 * 1024 + 8192;
+        let ledger = Arc::new(Ledger::new(OnError::Report, 1));
+        let end = wait(&Prefetch::start(plan(), &current, ledger, limit + 4095).unwrap());
+        assert_eq!((end.state, end.read, end.left), (State::Limit, limit, end.planned - limit));
+        assert_eq!(absent(&current), PAGES * 4096 - limit);
+    }
+
+    #[test]
+    fn nothing_is_read_while_the_guest_waits_and_a_stop_is_heard() {
+        let (_file, current) = cold();
+        let ledger = Arc::new(Ledger::new(OnError::Report, 3));
+        ledger.queue(1).begin();
+        let prefetch = Prefetch::start(plan(), &current, Arc::clone(&ledger), u64::MAX).unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        let now = prefetch.progress();
+        assert_eq!((now.state, now.read, now.cached, now.left), (State::Running, 0, 0, now.planned));
+        prefetch.stop();
+        let end = wait(&prefetch);
+        assert_eq!((end.state, end.read, end.left), (State::Stopped, 0, end.planned));
+        assert_eq!(absent(&current), PAGES * 4096);
+        let prefetch = Prefetch::start(plan(), &current, Arc::clone(&ledger), u64::MAX).unwrap();
+        ledger.queue(1).leave();
+        assert_eq!(wait(&prefetch).state, State::Done);
+    }
+
+    #[test]
+    fn a_disk_that_fails_ends_it() {
+        let (file, current) = cold();
+        file.as_file().set_len(4096).unwrap();
+        let ledger = Arc::new(Ledger::new(OnError::Report, 1));
+        let end = wait(&Prefetch::start(plan(), &current, ledger, u64::MAX).unwrap());
+        assert_eq!(end.state, State::Failed);
+    }
 
     /// The window on a disk of that many bytes a second that takes one request at a time.
     fn settled(rate: u64) -> u64 {
@@ -454,13 +542,13 @@ mod tests {
 
     #[test]
     fn a_guest_that_waits_has_the_disk_for_itself() {
-        use crate::device::OnError;
         use crate::device::request::{Kind, Request, Status};
         let ledger = Arc::new(Ledger::new(OnError::Report, 4));
         let mut guest = Guest::new(Arc::clone(&ledger));
         assert!(!guest.is_waiting(), "nobody is there");
         let queue = ledger.queue(2);
-        let request = Request { kind: Ok(Kind::Read { offset: 0 }), ..Request::default() };
+        let mut request = Request::default();
+        request.kind = Ok(Kind::Read { offset: 0 });
         queue.begin();
         assert!(guest.is_waiting());
         queue.end(&request, Status::Ok, Some(Duration::from_millis(3)));

@@ -96,6 +96,13 @@ impl Plan {
         Ok(Plan { pieces: builder.pieces, blocks: builder.tally.planned })
     }
 
+    /// A plan of these pieces.
+    #[cfg(test)]
+    pub(crate) fn of(pieces: VecDeque<Piece>) -> Plan {
+        let blocks = pieces.iter().map(|piece| u64::from(piece.count)).sum();
+        Plan { pieces, blocks }
+    }
+
     /// Bytes in it.
     pub fn bytes(&self) -> u64 {
         self.blocks * BLOCK_SIZE
@@ -400,7 +407,7 @@ mod tests {
     #[test]
     fn a_plan_is_handed_out_in_order_and_in_the_size_that_is_asked_for() {
         let piece = |image, block, count| Piece { image: ImageId(image), block, count };
-        let mut plan = Plan { pieces: [piece(1, 5, 3), piece(0, 9, 64)].into(), blocks: 67 };
+        let mut plan = Plan::of([piece(1, 5, 3), piece(0, 9, 64)].into());
         assert_eq!(plan.bytes(), 67 * BLOCK_SIZE);
         let sizes = [2, 64, 16, 0, 64, 64];
         let got: Vec<_> = sizes.into_iter().map(|max| plan.next(max)).collect();
