@@ -240,7 +240,7 @@ fn what_is_no_trace_of_this_library_is_refused_in_one_line() {
     assert!(refused(&other.record("a", &[1])).contains("another library"));
     assert!(!socket.exists());
     let error = fails(&["serve", "--socket-path", "s", "--blk-file", "x", "--prefetch", text(&trace)]);
-    assert!(error.contains("--image"), "{error}");
+    assert!(error.contains("--blk-file"), "{error}");
 
     // One whose server was killed is good for what it has.
     let cut = family.bench.file("killed", &bytes[..96 + 2 * 24 + 5]);

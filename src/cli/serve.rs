@@ -68,7 +68,7 @@ pub struct Args {
     record: Option<PathBuf>,
     /// Bring what this trace tells of ('--record') into the host's page cache, ahead of the guest and behind its own reads, as
     /// far as this image's map reaches it: traces of other images serve, too. May be given several times
-    #[arg(long, value_name = "FILE", requires = "image")]
+    #[arg(long, value_name = "FILE", conflicts_with = "blk_file")]
     prefetch: Vec<PathBuf>,
     /// Bytes that the prefetch may read
     #[arg(long, value_name = "N[K|M|G]", default_value = "256M", requires = "prefetch", value_parser = super::overlay::parse_size)]
