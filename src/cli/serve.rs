@@ -4,6 +4,7 @@ use super::Common;
 use super::overlay::default_state_dir;
 use crate::daemon::control::{Control, ControlFile};
 use crate::daemon::home::{Home, Opened};
+use crate::daemon::metrics::{self, Address};
 use crate::daemon::socket::{Inherited, Listening, inherit};
 use crate::daemon::take_over::TakeOver;
 use crate::daemon::{Names, Options, QUEUES_MAX, Served, StopSignal, serve};
@@ -51,6 +52,10 @@ pub struct Args {
     /// Serve a control socket here, for its owner alone: 'vmar control PATH status', and JSON lines for programs
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+    /// Serve counters for Prometheus here, at /metrics: ADDRESS:PORT, such as 127.0.0.1:9100, or a unix socket for its owner
+    /// alone
+    #[arg(long, value_name = "ADDR")]
+    metrics: Option<Address>,
     /// Print what this backend can do as JSON, and exit
     #[arg(long)]
     print_capabilities: bool,
@@ -170,9 +175,11 @@ fn start(
             .control
             .as_ref()
             .and_then(|path| control(path).inspect_err(|e| log::error!("there is no control socket: {e}")).ok());
+        args.metrics.iter().for_each(|address| metrics::start_after(address, served));
         return Ok((Inherited::Listening(listening), control));
     }
     let control = args.control.as_ref().map(control).transpose()?;
+    args.metrics.as_ref().map(|address| metrics::start(address, served)).transpose()?;
     let endpoint = match place {
         Place::Path(path) | Place::Server(path) => Inherited::Listening(Listening::bind(path)?),
         Place::Descriptor(fd) => inherit(*fd)?,

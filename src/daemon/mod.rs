@@ -14,6 +14,7 @@
 //! | [`spin`] | how long a queue looks before it sleeps |
 //! | [`dirty_log`] | the pages that we write, for a live migration |
 //! | [`control`], [`report`] | the control socket, and what it tells |
+//! | [`metrics`] | the same for Prometheus |
 //! | [`hub`] | where it meets the serving thread |
 //! | [`home`], [`reload`] | the library behind a served image, and another map while the VM runs |
 //! | [`passing`] | descriptors that go over a unix socket |
@@ -27,6 +28,7 @@ pub mod handler;
 pub mod home;
 pub mod hub;
 pub mod inflight;
+pub mod metrics;
 pub mod passing;
 pub mod port;
 mod queue;
