@@ -84,7 +84,7 @@ enum Verb {
     /// Similarity and map sizes of a library
     Stats(stats::Args),
     /// Be a VM's disk: the vhost-user-blk backend
-    Serve(serve::Args),
+    Serve(Box<serve::Args>),
     /// Ask a running server, by its control socket
     Control(control::Args),
 }
@@ -149,7 +149,7 @@ pub fn main() -> ExitCode {
         Verb::Overlay(verb) => overlay::run(common, verb),
         Verb::Trace(verb) => trace::run(common, verb),
         Verb::Stats(args) => stats::run(common, args),
-        Verb::Serve(args) => serve::run(common, args),
+        Verb::Serve(args) => serve::run(common, *args),
         Verb::Control(args) => control::run(common, args),
     };
     match result {
