@@ -8,7 +8,7 @@
 //! - nothing is begun while a request of the guest is in flight, or shortly after one that had to wait has ended: a guest
 //!   that reads what is not cached will soon do so again, and knows better what it needs than a trace of another day. The
 //!   thread learns that from the counters that the queues keep anyway; the data path does nothing for it;
-//! - no more is in flight than the disk delivers in [`DELAY`], as far as one can tell from what came before ([`Window`]);
+//! - no more is in flight than the disk delivers in 20 ms, as far as one can tell from what came before;
 //! - the reads are the last in the disk's queue, where the disk has one ([`prio::read_last`]).
 //!
 //! What is in the cache by the time is skipped, so two servers with the same trace read it once, and a guest that is ahead
