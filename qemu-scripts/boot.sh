@@ -15,6 +15,7 @@ usage: qemu-scripts/boot.sh --name NAME [--mode plain|vmar] [option...]
   --library DIR     vmar's library (default \$VMAR_LIBRARY)
   --overlay FILE    use this overlay; made if it is not there, kept at the end
   --boot HOW        kernel: QEMU loads the kernel (default); disk: through the boot loader
+  --prefetch FILE   vmar serve prefetches what this trace tells of; may be given several times
   --append WORDS    more for the kernel command line, such as vmar.poweroff=1
   --app             let the guest load its application when it is up, and wait for that, too
   --packet          give the VM a network, and ask it for a packet when it can be reached (images that know how)
@@ -50,6 +51,7 @@ while [ $# -gt 0 ]; do
         --library) vm_library=$2 ;;
         --overlay) overlay=$2 ;;
         --boot) vm_boot=$2 ;;
+        --prefetch) vm_serve_more+=(--prefetch "$2") ;;
         --append) vm_append=$2 ;;
         --memory) vm_memory=$2 ;;
         --until) until=$2 ;;

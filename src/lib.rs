@@ -44,7 +44,7 @@
 //!    The result is a list of pieces: overlay, canonical ranges of images, zeros.
 //! 3. [`redirect::reader`] copies what the page cache holds straight into the guest's buffers, from a mapping where it is
 //!    known to hold it ([`io::hot`]); each piece that misses goes to io_uring on its own. [`redirect::ahead`] sees who
-//!    reads in sequence.
+//!    reads in sequence, and [`device::prefetch`] may have fetched what the last boot has read.
 //! 4. When the last piece is in, [`device::executor`] writes the status byte, and the worker puts the head on the used
 //!    ring and signals the guest.
 //!

@@ -166,4 +166,11 @@ fn print_statistics(statistics: &Value) {
         table.row(vec![name.clone(), text(value)]);
     }
     table.print();
+    if let Some(prefetch) = statistics["prefetch"].as_object() {
+        let mut table = Table::new(&["prefetch", ""], 1);
+        for (name, value) in prefetch {
+            table.row(vec![name.clone(), text(value)]);
+        }
+        table.print();
+    }
 }

@@ -88,7 +88,7 @@ enum Verb {
     /// A page with plots: of an evaluation, of a library
     Report(report::Args),
     /// Be a VM's disk: the vhost-user-blk backend
-    Serve(serve::Args),
+    Serve(Box<serve::Args>),
     /// Ask a running server, by its control socket
     Control(control::Args),
 }
@@ -154,7 +154,7 @@ pub fn main() -> ExitCode {
         Verb::Trace(verb) => trace::run(common, verb),
         Verb::Stats(args) => stats::run(common, args),
         Verb::Report(args) => report::run(common, &args),
-        Verb::Serve(args) => serve::run(common, args),
+        Verb::Serve(args) => serve::run(common, *args),
         Verb::Control(args) => control::run(common, args),
     };
     match result {

@@ -4,14 +4,16 @@ use super::Common;
 use super::overlay::default_state_dir;
 use crate::daemon::control::{Control, ControlFile};
 use crate::daemon::home::{Home, Opened};
+use crate::daemon::metrics::{self, Address};
 use crate::daemon::socket::{Inherited, Listening, inherit};
 use crate::daemon::take_over::TakeOver;
 use crate::daemon::{Names, Options, QUEUES_MAX, Served, StopSignal, serve};
 use crate::device::request::SERIAL_SIZE;
-use crate::device::{Drive, Ledger, OnError, OverlayRecipe, Recipe};
+use crate::device::{Drive, Ledger, OnError, OverlayRecipe, Prefetch, Recipe};
 use crate::error::{Error, ErrorKind, Result};
 use crate::library::{ImageRecord, Library};
 use crate::overlay::{self, BaseIdentity};
+use crate::redirect::prefetch::Plan;
 use crate::redirect::trace::TraceHeader;
 use crate::redirect::{Current, Recorder};
 use std::os::unix::fs::MetadataExt;
@@ -50,6 +52,10 @@ pub struct Args {
     /// Serve a control socket here, for its owner alone: 'vmar control PATH status', and JSON lines for programs
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+    /// Serve counters for Prometheus here, at /metrics: ADDRESS:PORT, such as 127.0.0.1:9100, or a unix socket for its owner
+    /// alone
+    #[arg(long, value_name = "ADDR")]
+    metrics: Option<Address>,
     /// Print what this backend can do as JSON, and exit
     #[arg(long)]
     print_capabilities: bool,
@@ -65,6 +71,13 @@ pub struct Args {
     /// Write the trace of base reads to this file
     #[arg(long, value_name = "FILE", requires = "image")]
     record: Option<PathBuf>,
+    /// Bring what this trace tells of ('--record') into the host's page cache, ahead of the guest and behind its own reads, as
+    /// far as this image's map reaches it: traces of other images serve, too. May be given several times
+    #[arg(long, value_name = "FILE", conflicts_with = "blk_file")]
+    prefetch: Vec<PathBuf>,
+    /// Bytes that the prefetch may read
+    #[arg(long, value_name = "N[K|M|G]", default_value = "256M", requires = "prefetch", value_parser = super::overlay::parse_size)]
+    prefetch_limit: u64,
     /// Directory on tmpfs for the overlay's live state [default: /run/vmar, or below XDG_RUNTIME_DIR]
     #[arg(long, value_name = "DIR", env = "VMAR_STATE_DIR")]
     state_dir: Option<PathBuf>,
@@ -95,9 +108,10 @@ pub fn run(common: &Common, args: Args) -> Result<()> {
     // From here on SIGTERM means: finish, flush, close.
     let stop = StopSignal::install()?;
     crate::redirect::reader::Reader::probe()?;
-    let (drive, home) = open_drive(common, &args)?;
+    let (drive, home, plan) = open_drive(common, &args)?;
     let names = Names { image: args.image.clone(), overlay: args.overlay.clone(), blk_file: args.blk_file.clone() };
-    let served = Arc::new(Served { home, ..Served::new(drive, names)? });
+    let prefetch = start_prefetch(&args, plan, &drive);
+    let served = Arc::new(Served { home, prefetch, ..Served::new(drive, names)? });
     let options = options(&args);
     let ended = match start(&args, &place, &served, &options) {
         // The file of the control socket goes with this.
@@ -113,6 +127,12 @@ pub fn run(common: &Common, args: Args) -> Result<()> {
     // Others may hold on to what is served to the end of the process.
     served.home.iter().for_each(|home| home.end());
     ended
+}
+
+/// Begins the prefetch. Without one the guest reads what it reads, so nothing that is wrong with it is a reason not to serve.
+fn start_prefetch(args: &Args, plan: Option<Plan>, drive: &Drive) -> Option<Prefetch> {
+    let started = Prefetch::start(plan?, drive.image()?, Arc::clone(drive.ledger()), args.prefetch_limit);
+    started.inspect_err(|e| log::warn!("{e}")).ok()
 }
 
 /// Where the vhost-user socket comes from.
@@ -155,9 +175,11 @@ fn start(
             .control
             .as_ref()
             .and_then(|path| control(path).inspect_err(|e| log::error!("there is no control socket: {e}")).ok());
+        args.metrics.iter().for_each(|address| metrics::start_after(address, served));
         return Ok((Inherited::Listening(listening), control));
     }
     let control = args.control.as_ref().map(control).transpose()?;
+    args.metrics.as_ref().map(|address| metrics::start(address, served)).transpose()?;
     let endpoint = match place {
         Place::Path(path) | Place::Server(path) => Inherited::Listening(Listening::bind(path)?),
         Place::Descriptor(fd) => inherit(*fd)?,
@@ -188,7 +210,7 @@ fn usage(cause: &str, mend: &str) -> Error {
 }
 
 /// The disk, open unless a migrated VM is waited for.
-fn open_drive(common: &Common, args: &Args) -> Result<(Drive, Option<Arc<Home>>)> {
+fn open_drive(common: &Common, args: &Args) -> Result<(Drive, Option<Arc<Home>>, Option<Plan>)> {
     let on_error = if args.on_error == OnError::Retry.name() { OnError::Retry } else { OnError::Report };
     let ledger = Arc::new(Ledger::new(on_error, args.num_queues));
     if let Some(file) = &args.blk_file {
@@ -202,7 +224,7 @@ fn open_drive(common: &Common, args: &Args) -> Result<(Drive, Option<Arc<Home>>)
         if !args.incoming && args.take_over.is_none() {
             drive.activate()?;
         }
-        return Ok((drive, None));
+        return Ok((drive, None, None));
     }
     let Some(name) = &args.image else {
         return Err(usage(
@@ -227,6 +249,11 @@ fn open_drive(common: &Common, args: &Args) -> Result<(Drive, Option<Arc<Home>>)
         log::info!("the library does not know of this overlay: {e}");
     }
     base.set_readahead(args.readahead);
+    // Before a trace is recorded, which may be to the same file.
+    let plan = match args.prefetch.as_slice() {
+        [] => None,
+        traces => Some(Plan::load(traces, &library, &base)?),
+    };
     let recipe = Recipe::Image { base: Current::new(base), overlay: overlay_recipe(args, &record) };
     let serial = serial(&record.digest, args.overlay.as_deref());
     let drive = Drive::new(recipe, serial, ledger)?;
@@ -238,7 +265,7 @@ fn open_drive(common: &Common, args: &Args) -> Result<(Drive, Option<Arc<Home>>)
         // Nobody was served, so the overlay is left as it was found.
         drive.set_recorder(recorder.inspect_err(|_| drop(drive.close()))?);
     }
-    Ok((drive, Some(home)))
+    Ok((drive, Some(home), plan))
 }
 
 fn overlay_recipe(args: &Args, record: &ImageRecord) -> Option<OverlayRecipe> {

@@ -189,7 +189,7 @@ impl Server {
         let served = &self.served;
         match command {
             "status" => Ok(report::status(served, self.num_queues)),
-            "statistics" => Ok(report::statistics(served.drive.ledger())),
+            "statistics" => Ok(report::statistics(served)),
             "drain" => self.drain().map(|()| json!({})),
             "resume" => self.resume().map(|()| json!({})),
             "resize" => {
@@ -212,6 +212,7 @@ impl Server {
     fn drain(&self) -> std::result::Result<(), Refused> {
         let hub = &self.served.hub;
         hub.pause(true);
+        self.served.stop_prefetch();
         let stopped = hub.with_handler(self.stop_time(), |handler| match handler {
             Some(handler) => handler.pause().map_err(|e| e.to_string()),
             None => Ok(()),

@@ -14,6 +14,7 @@
 //! | [`spin`] | how long a queue looks before it sleeps |
 //! | [`dirty_log`] | the pages that we write, for a live migration |
 //! | [`control`], [`report`] | the control socket, and what it tells |
+//! | [`metrics`] | the same for Prometheus |
 //! | [`hub`] | where it meets the serving thread |
 //! | [`home`], [`reload`] | the library behind a served image, and another map while the VM runs |
 //! | [`passing`] | descriptors that go over a unix socket |
@@ -27,6 +28,7 @@ pub mod handler;
 pub mod home;
 pub mod hub;
 pub mod inflight;
+pub mod metrics;
 pub mod passing;
 pub mod port;
 mod queue;
@@ -38,7 +40,7 @@ pub mod spin;
 pub mod take_over;
 pub mod worker;
 
-use crate::device::Drive;
+use crate::device::{Drive, Prefetch};
 use crate::error::{Error, ErrorKind, Result};
 use backend_channel::{BackendChannel, SET_BACKEND_REQ_FD};
 use handler::Handler;
@@ -130,6 +132,8 @@ pub struct Served {
     pub names: Names,
     /// The library that the image is in, if it is one of a library.
     pub home: Option<Arc<Home>>,
+    /// What is brought into the page cache ahead of the guest.
+    pub prefetch: Option<Prefetch>,
 }
 
 /// What is served, as the command line named it.
@@ -147,7 +151,7 @@ impl Served {
     /// Nobody is connected.
     pub fn new(drive: Drive, names: Names) -> Result<Self> {
         let hub = Hub::new().map_err(|e| Error::new(ErrorKind::Io, "serve", e))?;
-        Ok(Served { drive, channel: BackendChannel::default(), hub, names, home: None })
+        Ok(Served { drive, channel: BackendChannel::default(), hub, names, home: None, prefetch: None })
     }
 
     /// Makes the disk larger and tells the guest; false when nobody could be told (the guest sees it with its next start).
@@ -159,8 +163,14 @@ impl Served {
         Ok(self.channel.config_changed())
     }
 
+    /// Ends the prefetch, if there is one. Waits for nothing.
+    pub fn stop_prefetch(&self) {
+        self.prefetch.iter().for_each(Prefetch::stop);
+    }
+
     /// Ends the disk's life. A disk that hangs is left as a kill would leave it.
     fn close(self: &Arc<Self>) -> Result<()> {
+        self.stop_prefetch();
         match self.drive.ledger().stuck() {
             0 => {}
             n => return Err(hangs(&format!("{n} requests hang"))),

@@ -2,7 +2,7 @@
 
 use super::home::Outline;
 use super::{Served, reload};
-use crate::device::stats::{Class, Counter, Ledger, QueueStats, WAITS_US};
+use crate::device::stats::{Class, Counter, QueueStats, WAITS_US};
 use serde_json::{Map, Value, json};
 use std::time::Duration;
 
@@ -52,7 +52,8 @@ pub fn status(served: &Served, num_queues: u16) -> Value {
 }
 
 /// The answer to 'statistics'.
-pub fn statistics(ledger: &Ledger) -> Value {
+pub fn statistics(served: &Served) -> Value {
+    let ledger = served.drive.ledger();
     let queues: Vec<Value> = ledger
         .queues()
         .iter()
@@ -65,7 +66,11 @@ pub fn statistics(ledger: &Ledger) -> Value {
         })
         .collect();
     let all: Vec<&QueueStats> = ledger.queues().iter().collect();
-    json!({"waits_us": WAITS_US, "total": of_queues(&all), "queues": queues})
+    let prefetch = served.prefetch.as_ref().map(|prefetch| {
+        let p = prefetch.progress();
+        json!({"state": p.state.name(), "planned": p.planned, "read": p.read, "cached": p.cached, "left": p.left})
+    });
+    json!({"waits_us": WAITS_US, "total": of_queues(&all), "queues": queues, "prefetch": prefetch})
 }
 
 /// The sums over some queues.

@@ -9,6 +9,7 @@
 //! | [`drive`] | that disk, open while a VM runs |
 //! | [`executor`] | requests of one queue, from start to completion |
 //! | [`jobs`], [`mailbox`] | threads for what may wait, and their results |
+//! | [`prefetch`] | what a trace tells of, into the page cache behind the guest's own reads |
 //! | [`retry`] | what becomes of a request that the host's disk refuses |
 //! | [`stats`] | counters by queue |
 
@@ -18,6 +19,7 @@ pub mod drive;
 pub mod executor;
 pub mod jobs;
 pub mod mailbox;
+pub mod prefetch;
 pub mod request;
 pub mod retry;
 pub mod ring;
@@ -29,6 +31,7 @@ pub use drive::{Active, Drive, OverlayRecipe, Recipe};
 pub use executor::{Completion, Executor, Late};
 pub use jobs::Jobs;
 pub use mailbox::Mailbox;
+pub use prefetch::Prefetch;
 pub use request::Request;
 pub use retry::OnError;
 pub use ring::{GuestMap, Place, Ring, Space};

@@ -121,6 +121,11 @@ impl QueueStats {
         self.begun.get().saturating_sub(self.ended.get())
     }
 
+    /// Reads that did not end at once: the page cache did not hold all that they wanted.
+    pub fn reads_that_waited(&self) -> u64 {
+        self.by_class(Class::Read).waits.iter().map(Counter::get).sum()
+    }
+
     /// A request is taken from the ring.
     pub(super) fn begin(&self) {
         self.begun.add(1);

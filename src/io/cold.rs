@@ -127,24 +127,29 @@ impl Cold {
 
     /// The ranges (offset, length) of whole pages that are not in the cache; `None` if that cannot be known.
     fn absent(&self, offset: u64, len: u64) -> Option<Vec<(u64, u64)>> {
-        let map = self.map.as_ref()?;
-        let end = offset.checked_add(len).filter(|end| *end <= map.len() as u64)?;
-        let mut told = vec![0u8; to_usize((end - offset).div_ceil(ALIGN))];
-        let from = map.as_mut_ptr().wrapping_add(to_usize(offset));
-        // SAFETY: the range lies in the mapping and begins at a page, and there is a byte for each of its pages.
-        if unsafe { libc::mincore(from.cast(), to_usize(end - offset), told.as_mut_ptr()) } != 0 {
-            return None;
-        }
-        let mut out: Vec<(u64, u64)> = Vec::new();
-        for (page, _) in (0u64..).zip(&told).filter(|(_, told)| **told & 1 == 0) {
-            let at = offset + page * ALIGN;
-            match out.last_mut() {
-                Some((start, len)) if *start + *len == at => *len += ALIGN,
-                _ => out.push((at, ALIGN)),
-            }
-        }
-        Some(out)
+        absent(self.map.as_ref()?, offset, len)
     }
+}
+
+/// The pages of a mapped range that are not in the page cache, as {start, length}; `offset` is a multiple of a page. `None`
+/// when the range is not in the mapping, or the kernel does not tell.
+pub(super) fn absent(map: &MmapRaw, offset: u64, len: u64) -> Option<Vec<(u64, u64)>> {
+    let end = offset.checked_add(len).filter(|end| *end <= map.len() as u64)?;
+    let mut told = vec![0u8; to_usize((end - offset).div_ceil(ALIGN))];
+    let from = map.as_mut_ptr().wrapping_add(to_usize(offset));
+    // SAFETY: the range lies in the mapping and begins at a page, and there is a byte for each of its pages.
+    if unsafe { libc::mincore(from.cast(), to_usize(end - offset), told.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    let mut out: Vec<(u64, u64)> = Vec::new();
+    for (page, _) in (0u64..).zip(&told).filter(|(_, told)| **told & 1 == 0) {
+        let at = offset + page * ALIGN;
+        match out.last_mut() {
+            Some((start, len)) if *start + *len == at => *len += ALIGN,
+            _ => out.push((at, ALIGN)),
+        }
+    }
+    Some(out)
 }
 
 /// Bytes that programs can have without anybody else's being pushed out; 0 if that cannot be known.
@@ -161,7 +166,7 @@ fn reopen_direct(file: &File) -> io::Result<File> {
 }
 
 /// True if the kernel tells this process what of the file is cached. (It tells others that all is.)
-fn may_ask(file: &File) -> io::Result<bool> {
+pub(super) fn may_ask(file: &File) -> io::Result<bool> {
     let user = rustix::process::geteuid();
     Ok(user.is_root() || user.as_raw() == file.metadata()?.uid())
 }

@@ -14,6 +14,7 @@ pub mod lock;
 pub mod mapping;
 pub mod nowait;
 pub mod pace;
+pub mod prio;
 pub mod uring;
 
 pub use buf::IoBuf;

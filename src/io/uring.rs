@@ -49,9 +49,6 @@ pub struct Finished {
 /// What has to live until a read has ended: whatever owns its file, if that may be closed earlier otherwise.
 pub type Keep = Arc<dyn Any + Send + Sync>;
 
-/// The token of reads whose bytes nobody wants.
-const LOOSE: u64 = u64::MAX;
-
 /// Loose reads handed to the kernel at a time: there is always room for the others.
 const LOOSE_MAX: usize = ENTRIES as usize / 2;
 
@@ -69,7 +66,10 @@ static SINK: Sink = Sink(UnsafeCell::new([0; 64 << 10]));
 /// One read in flight. Boxed iovecs stay where they are until the operation has ended.
 #[derive(Debug)]
 struct Op {
-    token: u64,
+    /// `None`: nobody is told of its end.
+    token: Option<u64>,
+    /// Nobody wants its bytes.
+    loose: bool,
     fd: RawFd,
     offset: u64,
     bufs: Vec<IoBuf>,
@@ -135,18 +135,26 @@ impl Uring {
     ) {
         let file = file.into();
         let hook = file.faults().map(|faults| Box::new(Hook::new(Arc::clone(faults))));
-        let index = self.allot(Op { token, fd: file.file().as_raw_fd(), offset, bufs, hook, _keep: keep });
+        let index = self.allot(Op {
+            token: Some(token),
+            loose: false,
+            fd: file.file().as_raw_fd(),
+            offset,
+            bufs,
+            hook,
+            _keep: keep,
+        });
         self.waiting.push_back(index);
     }
 
-    /// Brings a range of a file into the page cache, behind all that is to be read; nobody is told when it is there, or
-    /// why it is not. False: there is too much of that already.
+    /// Brings a range of a file into the page cache, behind all that is to be read. False: there is too much of that
+    /// already. With a token [`Uring::reap`] tells when it is there, or why it is not; without one nobody is told.
     ///
     /// It is a read, into memory that nobody looks at. `fadvise` would do without the copy, but takes a kernel thread for
     /// each call, and may wait for the disk's queue.
     ///
     /// The file stays open as long as `keep` lives, or as long as this ring by the caller's doing.
-    pub fn fetch(&mut self, file: &File, offset: u64, len: usize, keep: Option<Keep>) -> bool {
+    pub fn fetch(&mut self, token: Option<u64>, file: &File, offset: u64, len: usize, keep: Option<Keep>) -> bool {
         if self.loose.len() >= LOOSE_WAITING_MAX {
             return false;
         }
@@ -157,7 +165,7 @@ impl Uring {
             unsafe { IoBuf::from_raw(sink.cast(), size.min(len - at)) }
         };
         let bufs = (0..len).step_by(size).map(piece).collect();
-        let index = self.allot(Op { token: LOOSE, fd: file.as_raw_fd(), offset, bufs, hook: None, _keep: keep });
+        let index = self.allot(Op { token, loose: true, fd: file.as_raw_fd(), offset, bufs, hook: None, _keep: keep });
         self.loose.push_back(index);
         true
     }
@@ -259,7 +267,9 @@ impl Uring {
         for index in std::mem::take(&mut self.waiting) {
             let Some(op) = self.ops[index].take() else { unreachable!("a waiting operation has a slot") };
             self.free.push(index);
-            finished(Finished { token: op.token, result: Err(io::Error::from_raw_os_error(libc::ECANCELED)) });
+            if let Some(token) = op.token {
+                finished(Finished { token, result: Err(io::Error::from_raw_os_error(libc::ECANCELED)) });
+            }
         }
     }
 
@@ -270,19 +280,19 @@ impl Uring {
             let index = to_usize(cqe.user_data());
             let ended = self.step(index, cqe.result());
             let Some(op) = &self.ops[index] else { unreachable!("a completed operation has a slot") };
-            let token = op.token;
-            if token == LOOSE {
+            let (token, loose) = (op.token, op.loose);
+            if loose {
                 self.loose_in_kernel -= 1;
             }
             match ended {
                 Some(result) => {
                     self.ops[index] = None;
                     self.free.push(index);
-                    if token != LOOSE {
+                    if let Some(token) = token {
                         finished(Finished { token, result });
                     }
                 }
-                None if token == LOOSE => self.loose.push_back(index),
+                None if loose => self.loose.push_back(index),
                 None => self.waiting.push_back(index),
             }
         }
@@ -391,7 +401,7 @@ impl Drop for Uring {
             }
             while let Some(cqe) = { self.ring.completion().next() } {
                 self.in_kernel -= 1;
-                if self.ops[to_usize(cqe.user_data())].as_ref().is_some_and(|op| op.token == LOOSE) {
+                if self.ops[to_usize(cqe.user_data())].as_ref().is_some_and(|op| op.loose) {
                     self.loose_in_kernel -= 1;
                 }
             }
@@ -478,7 +488,7 @@ mod tests {
         file.write_all_at(&data, 0).unwrap();
         let mut mem = vec![0u8; 4096];
         let mut ring = Uring::new(event.as_fd()).unwrap();
-        let taken = (0..1000).take_while(|i| ring.fetch(&file, i * 4096, 200_000, None)).count();
+        let taken = (0..1000).take_while(|i| ring.fetch(None, &file, i * 4096, 200_000, None)).count();
         assert_eq!((taken, ring.in_flight()), (LOOSE_WAITING_MAX, LOOSE_WAITING_MAX));
         // SAFETY: `mem` outlives the ring's work, which is waited for below.
         let buf = unsafe { IoBuf::from_raw(mem.as_mut_ptr(), 4096) };
@@ -492,13 +502,13 @@ mod tests {
         assert_eq!((ring.in_kernel, ring.loose_in_kernel, ring.ops.iter().flatten().count()), (0, 0, 0));
 
         // Past the end of the file, and given up before the kernel has seen it.
-        assert!(ring.fetch(&file, 10 << 20, 4096, None));
+        assert!(ring.fetch(None, &file, 10 << 20, 4096, None));
         ring.submit().unwrap();
         assert!(wait_all(&mut ring).is_empty());
-        assert!(ring.fetch(&file, 0, 4096, None));
+        assert!(ring.fetch(None, &file, 0, 4096, None));
         ring.cancel_waiting(|f| panic!("{f:?}"));
         assert_eq!((ring.in_flight(), ring.ops.iter().flatten().count()), (0, 0));
-        assert!(ring.fetch(&file, 0, 4096, None));
+        assert!(ring.fetch(None, &file, 0, 4096, None));
         ring.submit().unwrap();
     }
 

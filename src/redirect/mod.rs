@@ -5,6 +5,7 @@
 //! | [`open`] | opens a base, and the same image by another map |
 //! | [`current`] | the base that is read at present, and its replacement |
 //! | [`ahead`] | who reads in sequence, and what to read ahead; pure |
+//! | [`prefetch`] | what a recorded trace says that a guest will read, as far as this map reaches it |
 //! | [`plan`] | which bytes come from where; pure |
 //! | [`reader`] | sub-reads side by side into the guest's buffers |
 //! | [`record`] | the trace of base reads (`serve --record`) |
@@ -14,6 +15,7 @@ pub mod ahead;
 pub mod current;
 pub mod open;
 pub mod plan;
+pub mod prefetch;
 pub mod reader;
 pub mod record;
 pub mod trace;
@@ -177,14 +179,26 @@ impl Base {
         self.targets[target as usize].target.image
     }
 
+    /// Which of the targets is that image.
+    pub fn target_of(&self, image: ImageId) -> Option<u32> {
+        self.targets.iter().position(|open| open.target.image == image).and_then(|at| u32::try_from(at).ok())
+    }
+
+    /// Bytes of a target.
+    pub fn target_size(&self, target: u32) -> u64 {
+        self.targets[target as usize].target.size
+    }
+
+    /// The pages of a range of a target that are not in the page cache, see [`Hot::absent`].
+    pub fn absent(&self, target: u32, offset: u64, len: u64) -> Option<Vec<(u64, u64)>> {
+        self.targets[target as usize].hot.as_ref()?.absent(offset, len)
+    }
+
     /// Which of the targets is the image itself; `None` when all that it holds is read from other images.
     pub fn own_target(&self) -> Option<u32> {
         match &self.layout {
             Layout::Flat => Some(0),
-            Layout::Mapped(map) => {
-                let own = map.source().image;
-                self.targets.iter().position(|open| open.target.image == own).and_then(|at| u32::try_from(at).ok())
-            }
+            Layout::Mapped(map) => self.target_of(map.source().image),
         }
     }
 

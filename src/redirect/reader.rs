@@ -135,7 +135,7 @@ impl Reader {
             let Source::Image { target, offset } = piece.source else { continue };
             let file = base.file_ref(target);
             if !nowait::is_cached(file, offset, piece.len as u64)
-                && !self.ring.fetch(file.file(), offset, piece.len, Some(Arc::clone(base) as Keep))
+                && !self.ring.fetch(None, file.file(), offset, piece.len, Some(Arc::clone(base) as Keep))
             {
                 return;
             }
