@@ -18,7 +18,7 @@ use crate::units::to_usize;
 use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// log2 of the bytes that are warm or not: a page.
@@ -26,12 +26,6 @@ const PAGE_BITS: u32 = 12;
 
 /// Pages that one word tells of.
 const WORD_PAGES: u64 = 64;
-
-/// Bytes from which a read is large. To touch a page in the mapping for the first time costs as much as a system call saves in
-/// two or three large reads of it (0.7 against 0.3 microseconds a page, measured), and what is read in large pieces is seldom read
-/// again. So pages become warm by large reads only when these have found them so often; a small read is mostly system call.
-const LARGE: u64 = 128 << 10;
-const FOUND_OFTEN: u8 = 3;
 
 /// How long all pages stay cold when some were lost for the first time, and at most.
 const COLD_FIRST: Duration = Duration::from_secs(1);
@@ -72,7 +66,6 @@ impl Hot {
         Ok(Hot {
             map,
             warm,
-            found: MmapOptions::new().len(to_usize(words)).no_reserve_swap().map_anon()?.into(),
             told: super::cold::may_ask(file)?,
             broken: AtomicBool::new(false),
             start: Instant::now(),
@@ -115,26 +108,8 @@ impl Hot {
         }
     }
 
-    /// A read of this range has just found it in the page cache.
-    pub fn found(&self, offset: u64, len: u64) {
-        let Some(end) = offset.checked_add(len).filter(|end| *end <= self.map.len() as u64) else { return };
-        if len < LARGE {
-            return self.mark(offset, len);
-        }
-        // Counts that are lost between threads cost a read more.
-        let often = |(word, _): (usize, u64)| {
-            let found = self.finds(word);
-            let count = found.load(Ordering::Relaxed);
-            found.store(FOUND_OFTEN.min(count + 1), Ordering::Relaxed);
-            count >= FOUND_OFTEN
-        };
-        if masks(offset, end).map(often).fold(true, |all, often| all & often) {
-            self.mark(offset, len);
-        }
-    }
-
-    /// The range is warm.
-    fn mark(&self, offset: u64, len: u64) {
+    /// The range was just found in the page cache.
+    pub fn mark(&self, offset: u64, len: u64) {
         let Some(end) = offset.checked_add(len).filter(|end| *end <= self.map.len() as u64) else { return };
         if len == 0 || self.broken.load(Ordering::Relaxed) || self.now() < self.cold_until.load(Ordering::Relaxed) {
             return;
@@ -210,13 +185,6 @@ impl Hot {
         // SAFETY: callers pass words of pages inside the mapping, which `warm` has one for, or less than its length; it is
         // page-aligned, lives as long as this, and all accesses are atomic.
         unsafe { AtomicU64::from_ptr(at) }
-    }
-
-    fn finds(&self, word: usize) -> &AtomicU8 {
-        debug_assert!(word < self.found.len());
-        // SAFETY: callers pass words of pages inside the mapping, which `found` has a byte for; it lives as long as this, and
-        // all accesses are atomic.
-        unsafe { AtomicU8::from_ptr(self.found.as_mut_ptr().wrapping_add(word)) }
     }
 
     fn now(&self) -> u64 {
@@ -298,25 +266,6 @@ mod tests {
         for (offset, len) in [(60 * 4096 - 1, 2), (131 * 4096 - 1, 2), (0, 200 * 4096), (199 * 4096, 4096)] {
             assert_eq!(read(&hot, offset, len), None, "{offset} {len}");
         }
-    }
-
-    #[test]
-    fn large_reads_make_warm_what_they_find_often() {
-        let (file, data) = file(200);
-        let hot = Hot::map(&file, data.len() as u64).unwrap();
-        for _ in 0..FOUND_OFTEN {
-            hot.found(4096, LARGE);
-            assert_eq!(hot.warm_bytes(), 0);
-        }
-        hot.found(4096, LARGE - 1);
-        assert_eq!(hot.warm_bytes(), LARGE);
-        hot.found(4096, 2 * LARGE);
-        assert_eq!(hot.warm_bytes(), LARGE, "the second half was found once");
-        hot.clear();
-        hot.found(4096, LARGE);
-        assert_eq!(hot.warm_bytes(), LARGE);
-        hot.found(u64::MAX, LARGE);
-        hot.found(150 * 4096, LARGE << 10);
     }
 
     #[test]

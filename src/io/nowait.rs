@@ -22,7 +22,7 @@ pub fn read_cached(file: FileRef<'_>, bufs: &[IoBuf], offset: u64) -> io::Result
     match file.hot() {
         None => ask(file, bufs, offset),
         Some(hot) if hot.read(bufs, offset) => Ok(Got { len: total_len(bufs), mapped: true }),
-        Some(hot) => ask(file, bufs, offset).inspect(|got| hot.found(offset, got.len as u64)),
+        Some(hot) => ask(file, bufs, offset).inspect(|got| hot.mark(offset, got.len as u64)),
     }
 }
 
