@@ -77,12 +77,18 @@ pub struct Args {
     /// Which part of the recorded pauses passes
     #[arg(long, value_name = "SHARE", default_value_t = 1.0)]
     pub think: f64,
+    /// Seconds that these guests compute until they are up, on average: instead of --think
+    #[arg(long, value_name = "S", conflicts_with = "think")]
+    pub compute: Option<f64>,
     /// Leave the page cache as it is
     #[arg(long)]
     pub warm: bool,
     /// Reads of each VM that are compared with its image, after the measurement
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub check: usize,
+    /// Have `vmar serve` prefetch what the VM's own trace says
+    #[arg(long)]
+    pub prefetch: bool,
     /// One more argument for `vmar serve`
     #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
     pub serve: Vec<String>,

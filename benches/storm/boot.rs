@@ -25,6 +25,8 @@ pub struct Boot {
     pub image: String,
     /// The image's file.
     pub raw: PathBuf,
+    /// Its trace.
+    pub trace: Option<PathBuf>,
     /// In order.
     pub steps: Vec<Step>,
     /// The step with which an application begins to load.
@@ -61,7 +63,8 @@ impl Boot {
         }
         let mark_us = mark(path)?;
         let (steps, mark) = steps(&records, image.size, mark_us);
-        Ok(Boot { image: image.name.clone(), raw: library.image_path(image), steps, mark })
+        let trace = Some(path.to_path_buf());
+        Ok(Boot { image: image.name.clone(), raw: library.image_path(image), trace, steps, mark })
     }
 
     /// Chunks of an image without a zero block.
@@ -84,7 +87,13 @@ impl Boot {
             }
         };
         let step = |place| Step { pause: Duration::ZERO, reads: vec![(place, CHUNK as usize)] };
-        Ok(Boot { image: name.into(), raw, steps: places.into_iter().map(step).collect(), mark: None })
+        Ok(Boot { image: name.into(), raw, trace: None, steps: places.into_iter().map(step).collect(), mark: None })
+    }
+
+    /// Seconds that the guest computes until it is up.
+    pub fn compute_s(&self) -> f64 {
+        let steps = self.steps.get(..self.mark.unwrap_or(self.steps.len()));
+        steps.unwrap_or_default().iter().map(|step| step.pause.as_secs_f64()).sum()
     }
 
     /// Bytes of the longest read.

@@ -21,6 +21,7 @@ pub struct Host {
     vmar: PathBuf,
     qsd: PathBuf,
     serve: Vec<String>,
+    prefetches: bool,
     rate: Option<Throttle>,
     memory: Option<Throttle>,
     dir: tempfile::TempDir,
@@ -48,6 +49,7 @@ impl Host {
             vmar: std::env::var_os("VMAR_BIN").map_or_else(|| env!("CARGO_BIN_EXE_vmar").into(), PathBuf::from),
             qsd: args.qsd.clone(),
             serve: args.serve.clone(),
+            prefetches: args.prefetch,
             rate: rate.map(|rate| Throttle::new(&place, rate)).transpose()?,
             memory: args.memory.map(Throttle::memory).transpose()?,
             dir: make(&args.dir)?,
@@ -95,6 +97,9 @@ impl Host {
                 command.args(["serve", "--image", &boot.image, "--library"]).arg(self.library.dir());
                 command.arg("--overlay").arg(self.overlay(vm)).arg("--socket-path").arg(&socket);
                 command.arg("--state-dir").arg(self.state.path()).args(&self.serve);
+                if let Some(trace) = boot.trace.as_ref().filter(|_| self.prefetches) {
+                    command.arg("--prefetch").arg(trace);
+                }
                 command
             }
             _ => self.qsd(vm, boot, &socket),

@@ -45,7 +45,7 @@ fn main() -> ExitCode {
         println!("nothing to test here; to measure: cargo bench --bench storm -- --help");
         return ExitCode::SUCCESS;
     }
-    match measure(&Args::parse()) {
+    match measure(Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
             eprintln!("storm: {why}");
@@ -79,8 +79,8 @@ impl Up {
     }
 }
 
-fn measure(args: &Args) -> Result<()> {
-    let host = Host::new(args)?;
+fn measure(mut args: Args) -> Result<()> {
+    let host = Host::new(&args)?;
     let boots = match (args.sweep, &args.image) {
         (Some(sweep), Some(image)) => vec![Boot::sweep(host.library(), image, sweep, args.seed)?],
         _ => args.traces.iter().map(|file| Boot::read(file, host.library())).collect::<Result<Vec<_>>>()?,
@@ -97,7 +97,11 @@ fn measure(args: &Args) -> Result<()> {
     if !args.warm {
         host.drop_caches()?;
     }
-    let out = storm(args, &host, &boots, |ups| result(args, &host, &boots, ups))?;
+    if let Some(seconds) = args.compute {
+        let recorded = boots.iter().map(Boot::compute_s).sum::<f64>() / boots.len().max(1) as f64;
+        args.think = seconds / recorded.max(1e-9);
+    }
+    let out = storm(&args, &host, &boots, |ups| result(&args, &host, &boots, ups))?;
     println!("{out}");
     Ok(())
 }

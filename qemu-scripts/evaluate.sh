@@ -1,0 +1,295 @@
+#!/usr/bin/env bash
+# Measures what section 4 of the VMAR paper measures, on this machine, and draws it: one command, one page.
+set -euo pipefail
+# shellcheck source=qemu-scripts/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage() {
+    cat <<EOF
+usage: qemu-scripts/evaluate.sh [--quick] [option...]
+
+Boots many VMs from different images by three schemes: pre-copy (the raw file, on the local disk), on-demand (a qcow2 overlay
+over the raw file on slow storage) and vmar (over the same slow storage). Two ways:
+  replayed   recorded boots and application loads against real servers (vmar serve, qemu-storage-daemon): the I/O path alone,
+             up to a hundred VMs (cargo bench --bench storm)
+  guests     real VMs in QEMU (qemu-scripts/storm.sh), their CPU time told apart from waiting
+Ends with report.html, its figures as CSV and SVG files, and everything that was measured, in --out. What is there already
+stays and is not measured again: a run that was interrupted goes on where it was.
+
+  --quick         replayed boots of few VMs, two guests: about 20 minutes on two cores. Without it, about 3 hours
+  --images DIR    where the images are (default \$VMAR_IMAGES_DIR, else build/images); if there are none, the corpus is built
+                  there (images/corpus.sh --apps), which takes another hour. Image files are dropped from the page cache
+  --traces DIR    recorded boots of these images (default: traces in --out, recorded if missing: a minute an image)
+  --out DIR       where the results go (default build/evaluation, with --quick build/evaluation-quick)
+  --runs N        repetitions of each point (default 3)
+  --compute S     seconds that a replayed guest computes until it is up, on average: recorded pauses are scaled to that
+                  (default 2; an emulated processor is 10 to 20 times slower than a real one)
+  --rate BYTES    bytes a second of the slow storage (default: the rate at which one cold on-demand boot takes twice the hot
+                  one, measured first, for guests and for replayed boots)
+  --readahead KIB of the disk with the images, as long as this runs (default 128, Linux's own default)
+  --no-guests     only replayed boots
+  --report        measure nothing, only make the report anew of what is there
+
+Needs root: for control groups (throttled disk, limited memory), and to install what is missing.
+EOF
+}
+
+quick='' traces='' out='' runs=3 compute=2 rate='' readahead=128 guests=1 report_only=''
+while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help) usage; exit 0 ;;
+        --quick) quick=1; shift; continue ;;
+        --no-guests) guests=''; shift; continue ;;
+        --report) report_only=1; shift; continue ;;
+        --*) [ $# -ge 2 ] || { usage >&2; exit 2; } ;;
+        *) usage >&2; exit 2 ;;
+    esac
+    case $1 in
+        --images) vm_images=$2 ;;
+        --traces) traces=$2 ;;
+        --out) out=$2 ;;
+        --runs) runs=$2 ;;
+        --compute) compute=$2 ;;
+        --rate) rate=$2 ;;
+        --readahead) readahead=$2 ;;
+        *) usage >&2; exit 2 ;;
+    esac
+    shift 2
+done
+[ "$(id -u)" -eq 0 ] || die "must run as root: it makes control groups"
+command_line="qemu-scripts/evaluate.sh${quick:+ --quick} --runs $runs --compute $compute${rate:+ --rate $rate}"
+here=$repo/qemu-scripts/evaluate
+out=${out:-$repo/build/evaluation${quick:+-quick}}
+mkdir -p "$out/raw"
+out=$(cd "$out" && pwd)
+
+need_qemu
+need jq:jq fincore:util-linux qemu-storage-daemon:qemu-system-common
+# What is measured is what this tree builds, always: an older binary would go unnoticed.
+build_vmar
+vmar=${CARGO_TARGET_DIR:-$repo/target}/release/vmar
+export VMAR_BIN=$vmar
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images, traces, libraries
+
+if ! compgen -G "$vm_images/*.raw" >/dev/null; then
+    "$repo/images/corpus.sh" --apps --out "$vm_images"
+fi
+vm_images=$(cd "$vm_images" && pwd)
+# Those of the corpus in an order in which neighbours differ, then whatever else is there; applications apart.
+order=(web db13 cache python mail web13 java php13 monitor ruby13 node13 db python13 mariadb13 db13-used)
+boots=() apps=()
+for raw in "$vm_images"/*.raw; do
+    name=$(basename "$raw" .raw)
+    case " ${order[*]} " in *" $name "*) continue ;; esac
+    if [[ $name =~ ^app[0-9]+$ ]]; then apps+=("$name"); else order+=("$name"); fi
+done
+for name in "${order[@]}"; do
+    [ ! -e "$vm_images/$name.raw" ] || boots+=("$name")
+done
+[ ${#boots[@]} -ge 2 ] || die "$vm_images has ${#boots[@]} images: at least 2 are needed to share something"
+[ ${#apps[@]} -gt 0 ] || say "note: no image app1 … in $vm_images (images/corpus.sh --apps): loading applications is not measured"
+images=("${boots[@]}" "${apps[@]}")
+
+traces=${traces:-$out/traces}
+missing=()
+for name in "${images[@]}"; do
+    [ -e "$traces/$name.trace" ] || missing+=("$name")
+done
+if [ ${#missing[@]} -gt 0 ] && [ -z "$report_only" ]; then
+    "$repo/qemu-scripts/record-boots.sh" --app --images "$vm_images" --out "$traces" "${images[@]}"
+fi
+[ -d "$traces/lib" ] || die "$traces/lib is not there: let qemu-scripts/record-boots.sh --app --out $traces record the boots"
+
+# Copies of the library that the traces were recorded with, each with maps of a policy.
+for policy in bridge paper; do
+    [ ! -e "$out/lib-$policy/ready" ] || continue
+    rm -rf "$out/lib-$policy"
+    cp -a "$traces/lib" "$out/lib-$policy"
+    say "block maps by policy $policy"
+    "$vmar" library remap --policy "$policy" --library "$out/lib-$policy" >"$out/remap-$policy.log" 2>&1 ||
+        die "$(tail -n 1 "$out/remap-$policy.log")"
+    touch "$out/lib-$policy/ready"
+done
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine as it is measured
+
+bench() {
+    local found
+    say "building the program that replays boots (cargo bench --bench storm --no-run)"
+    found=$(cd "$repo" && cargo bench --quiet --no-run --bench storm --message-format=json |
+        jq -r 'select(.executable and .target.name == "storm") | .executable' | tail -n 1)
+    [ -x "$found" ] || die "cargo bench --bench storm --no-run made no program"
+    storm=$found
+}
+
+host_disk=$(lsblk -no PKNAME,KNAME "$(findmnt -n -o SOURCE -T "$vm_images")" 2>/dev/null | awk 'NR == 1 { print $1 }')
+knob=/sys/block/$host_disk/queue/read_ahead_kb
+groups=()
+cleanup() {
+    vm_stop_all || true
+    [ -z "${before:-}" ] || echo "$before" >"$knob"
+    local group
+    for group in "${groups[@]}"; do
+        rmdir "$group" 2>/dev/null || true
+    done
+}
+set_up_machine() {
+    trap cleanup EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM HUP
+    if [ -w "$knob" ]; then
+        before=$(cat "$knob")
+        echo "$readahead" >"$knob"
+    else
+        say "note: the readahead of the disk with $vm_images cannot be set; it stays as it is"
+        readahead=unknown
+    fi
+    bench
+    probe_accel "$vm_images/${boots[0]}.vmlinuz"
+}
+
+# throttled RATE COMMAND...: with its reads of the images' disk limited together; 0: without a limit.
+throttled() {
+    local limit=$1 number root group
+    shift
+    [ "$limit" -gt 0 ] || { "$@"; return; }
+    number=$(lsblk -no MAJ:MIN "/dev/$host_disk" | head -n 1 | tr -d ' ')
+    root=$(findmnt -n -o TARGET -t cgroup -O blkio | head -n 1 || true)
+    if [ -n "$root" ]; then
+        group=$root/vmar-evaluate.$$
+        mkdir -p "$group"
+        echo "$number $limit" >"$group/blkio.throttle.read_bps_device"
+    else
+        root=$(findmnt -n -o TARGET -t cgroup2 | head -n 1 || true)
+        [ -n "$root" ] || die "no control groups are mounted: storage cannot be slowed"
+        group=$root/vmar-evaluate.$$
+        mkdir -p "$group"
+        echo "$number rbps=$limit" >"$group/io.max" ||
+            die "the cgroup controller 'io' is not enabled: echo +io > $root/cgroup.subtree_control"
+    fi
+    groups=("$group")
+    (echo "$BASHPID" >"$group/cgroup.procs" && exec "$@")
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurements. Each is a file raw/KEY.json: {series, run, points: [{figure, metric, x}], result}.
+
+paths() {
+    local name
+    for name in "$@"; do
+        echo "$traces/$name.trace"
+    done
+}
+
+# jobs, each a line of words: KEY SERIES RUN POINTS COMMAND... ; POINTS: FIGURE:METRIC:X,...
+jobs=()
+job() {
+    jobs+=("$*")
+}
+
+replay() { # SCHEME OPTION...
+    local scheme=$1 library=lib-bridge series=$1
+    shift
+    if [ "$series" = vmar-paper ]; then library=lib-paper scheme=vmar; fi
+    "$storm" --library "$out/$library" --scheme "$scheme" --dir "$out" "$@" 2>>"$out/storm.log"
+}
+
+guest() { # SCHEME NAME...
+    local scheme=$1 limit=$guest_rate mode=plain json=$out/guest.json work
+    shift
+    work=$(mktemp -d -t vmar-eval.XXXXXX)
+    case $scheme in
+        pre-copy) limit=0 ;;
+        vmar) mode=vmar ;;
+    esac
+    throttled "$limit" "$repo/qemu-scripts/storm.sh" --mode "$mode" --images "$vm_images" --library "$out/lib-bridge" \
+        --workdir "$work" --json "$json" "$@" >>"$out/storm.log" 2>&1 ||
+        die "the storm of guests failed: $(tail -n 1 "$out/storm.log") (log: $out/storm.log)"
+    rm -rf "$work"
+    cat "$json"
+}
+
+run_jobs() {
+    local at=0 line key series run points began
+    for line in "${jobs[@]}"; do
+        at=$((at + 1))
+        read -r key series run points line <<<"$line"
+        [ ! -e "$out/raw/$key.json" ] || continue
+        say "[$at of ${#jobs[@]}] $key"
+        began=$(date +%s)
+        # shellcheck disable=SC2086 # options are words without blanks
+        $line >"$out/result.json" || die "$key: $(tail -n 1 "$out/storm.log") (log: $out/storm.log)"
+        jq -c --arg series "$series" --argjson run "$run" --arg points "$points" --argjson took $(($(date +%s) - began)) '{
+            series: $series, run: $run, took_s: $took,
+            points: [$points | split(",")[] | split(":") | {figure: .[0], metric: .[1], x: (.[2] | tonumber? // .)}],
+            result: .}' "$out/result.json" >"$out/raw/$key.new"
+        mv "$out/raw/$key.new" "$out/raw/$key.json"
+    done
+}
+
+# A cold boot is to take twice the hot one: what a cold one reads, in the time of a hot one.
+calibrate() {
+    local cold=$out/raw/calibration-cold.json hot=$out/raw/calibration-hot.json few=("${boots[@]:0:4}")
+    jobs=()
+    # shellcheck disable=SC2046
+    job calibration-cold on-demand 0 none:mean_s:0 replay on-demand --compute "$compute" --one-by-one --vms ${#few[@]} \
+        $(paths "${few[@]}")
+    # shellcheck disable=SC2046
+    job calibration-hot on-demand 0 none:mean_s:0 replay on-demand --compute "$compute" --one-by-one --vms ${#few[@]} --warm \
+        $(paths "${few[@]}")
+    [ -z "$guests" ] || job calibration-guest on-demand 0 none:guest_boot:0 guest pre-copy "${boots[0]}"
+    guest_rate=0
+    run_jobs
+    hot_s=$(jq '.result.mean_s * 100 | round / 100' "$hot")
+    replay_rate=${rate:-$(jq -n --slurpfile cold "$cold" --slurpfile hot "$hot" \
+        '$cold[0].result | .read_bytes / .vms / $hot[0].result.mean_s / 1e5 | round * 1e5')}
+    # VMs come twice as often as one boots, as in the paper, where they come every 5 seconds.
+    interval=$(jq -n --argjson hot "$hot_s" '$hot / 2 * 10 | round / 10')
+    if [ -n "$guests" ]; then
+        guest_rate=${rate:-$(jq '.result | .disk.read_bytes / (.vms[0].boot_ms / 1e3) / 1e5 | round * 1e5' \
+            "$out/raw/calibration-guest.json")}
+    fi
+    say "a hot boot takes $hot_s s replayed; storage: $replay_rate bytes a second, a VM every $interval s${guests:+; for guests $guest_rate bytes a second}"
+}
+
+schemes=(on-demand vmar pre-copy)
+# shellcheck source=qemu-scripts/evaluate/jobs.sh
+. "$here/jobs.sh"
+
+if [ -z "$report_only" ]; then
+    set_up_machine
+    calibrate
+    jobs=()
+    list_jobs
+    run_jobs
+fi
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+version() {
+    "$1" --version 2>/dev/null | head -n 1
+}
+fact() {
+    jq -cn --arg name "$1" --arg value "$2" '[$name, $value]'
+}
+facts() {
+    fact "Machine" "$(nproc) processors ($(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -n 1)), $(awk '/MemTotal/ { printf "%.0f GiB", $2 / 1048576 }' /proc/meminfo) of memory, Linux $(uname -r)"
+    fact "Accelerator of the guests" "${VMAR_ACCEL:-see the guests: $(jq -rs '[.[].result.accel | values][0] // "none"' "$out"/raw/*.json)}"
+    fact "Versions" "$(version "$vmar"); $(version qemu-system-x86_64); $(version qemu-storage-daemon)"
+    fact "Commit" "$(git -C "$repo" describe --always --dirty 2>/dev/null || echo unknown)"
+    fact "Command" "$command_line"
+    fact "Images" "${images[*]}"
+    fact "A hot replayed boot" "$(jq '.result.mean_s * 100 | round / 100' "$out/raw/calibration-hot.json") s, of which it computes $compute s"
+    fact "Slow storage, replayed" "$(jq -rs '[.[].result.rate | values | . / 1e6] | group_by(.) | max_by(length)[0] // "-"' "$out"/raw/r*.json) MB/s"
+    fact "Readahead of the host's disk" "$readahead KiB"
+}
+jq -s '.' < <(facts) >"$out/facts.json"
+jq -n --slurpfile facts "$out/facts.json" --argjson count ${#boots[@]} '
+    input | .facts = $facts[0]' "$here/figures.json" >"$out/figures.json"
+jq -c -f "$here/points.jq" "$out"/raw/*.json >"$out/points.jsonl"
+"$vmar" report "$out" --library "$out/lib-bridge" --out "$out/report.html" --csv "$out/figures"
+say "report: $out/report.html"

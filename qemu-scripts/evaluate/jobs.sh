@@ -1,0 +1,166 @@
+# What is measured: part of qemu-scripts/evaluate.sh. Run after run, so that whatever ends it leaves whole runs.
+# shellcheck shell=bash disable=SC2154 # its variables
+# shellcheck disable=SC2046 # names of traces are words without blanks
+
+list_jobs() {
+    local run
+    limits
+    for ((run = 1; run <= runs; run++)); do
+        number_of_vms "$run"
+        overhead "$run"
+        [ -z "$guests" ] || real_guests "$run"
+        [ -z "$quick" ] || continue
+        arrival_rate "$run"
+        available_memory "$run"
+        applications "$run"
+        beyond_the_paper "$run"
+    done
+}
+
+# storm_job KEY SCHEME RUN POINTS OPTION...: by this scheme, with what all replayed storms have in common.
+storm_job() {
+    local key=$1 scheme=$2 run=$3 points=$4
+    shift 4
+    job "r$run-$key-$scheme" "$scheme" "$run" "$points" replay "$scheme" --compute "$compute" --seed "$run" "$@"
+}
+
+limits() {
+    local n counts=(1 4 8 12 ${#boots[@]})
+    for n in "${counts[@]}"; do
+        job "limit-$n" limit 0 "12b:limit:$n,12c:limit:$n" replay vmar --limit --vms "$n" $(paths "${boots[@]}")
+    done
+    [ -n "$quick" ] || job "limit-24" limit 0 "12b:limit:24,12c:limit:24" replay vmar --limit --vms 24 $(paths "${boots[@]}")
+}
+
+# Figure 12; its point of 12 VMs is also one of 13.
+number_of_vms() {
+    local run=$1 n scheme more counts=(1 4 8 12 24)
+    [ -z "$quick" ] || counts=(1 8)
+    for n in "${counts[@]}"; do
+        for scheme in "${schemes[@]}"; do
+            more="12a:boot:$n,12b:cache:$n,12c:read:$n,cpu:cpu:$n,private:private:$n"
+            [ "$n" != 12 ] || more+=",13a:boot:$interval,13b:cache:$interval,13c:read:$interval,rates:boot:calibrated"
+            storm_job "vms-$n" "$scheme" "$run" "$more" --poisson --interval "$interval" --rate "$replay_rate" --vms "$n" \
+                $(paths "${boots[@]}")
+        done
+    done
+    n=${counts[-1]}
+    [ -n "$quick" ] || n=12
+    storm_job "vms-$n" vmar-paper "$run" "12a:boot:$n,12b:cache:$n,12c:read:$n" --poisson --interval "$interval" \
+        --rate "$replay_rate" --vms "$n" $(paths "${boots[@]}")
+}
+
+# Figure 13.
+arrival_rate() {
+    local run=$1 scheme gap
+    for gap in $(jq -n --argjson i "$interval" '$i * 2, $i / 5 | . * 10 | round / 10'); do
+        for scheme in "${schemes[@]}"; do
+            storm_job "gap-$gap" "$scheme" "$run" "13a:boot:$gap,13b:cache:$gap,13c:read:$gap" --poisson --interval "$gap" \
+                --rate "$replay_rate" --vms 12 $(paths "${boots[@]}")
+        done
+    done
+}
+
+# Figure 14: every image twice, so that what was read is asked for again.
+available_memory() {
+    local run=$1 scheme mib
+    for mib in 384 640 1024 2048; do
+        for scheme in "${schemes[@]}"; do
+            storm_job "memory-$mib" "$scheme" "$run" "14a:boot:$mib,14c:read:$mib" --poisson --interval "$interval" \
+                --rate "$replay_rate" --memory $((mib << 20)) --vms $((2 * ${#boots[@]})) $(paths "${boots[@]}")
+        done
+    done
+}
+
+# Figures 15 to 17: the four application images arrive among others.
+applications() {
+    local run=$1 scheme n gap mib mixed=() i
+    [ ${#apps[@]} -gt 0 ] || return 0
+    for ((i = 0; i < ${#apps[@]}; i++)); do
+        mixed+=("${boots[2 * i % ${#boots[@]}]}" "${apps[i]}" "${boots[(2 * i + 1) % ${#boots[@]}]}")
+    done
+    local all=${#mixed[@]}
+    for scheme in "${schemes[@]}"; do
+        storm_job "app-alone" "$scheme" "$run" "15a:app:${#apps[@]},15b:cache:${#apps[@]},15c:read:${#apps[@]}" --poisson \
+            --interval "$interval" --rate "$replay_rate" --vms ${#apps[@]} $(paths "${apps[@]}")
+        storm_job "app-$all" "$scheme" "$run" \
+            "15a:app:$all,15b:cache:$all,15c:read:$all,16a:app:$interval,16b:cache:$interval,16c:read:$interval" --poisson \
+            --interval "$interval" --rate "$replay_rate" --vms "$all" $(paths "${mixed[@]}")
+    done
+    for gap in $(jq -n --argjson i "$interval" '$i * 2, $i / 5 | . * 10 | round / 10'); do
+        for scheme in "${schemes[@]}"; do
+            storm_job "app-gap-$gap" "$scheme" "$run" "16a:app:$gap,16b:cache:$gap,16c:read:$gap" --poisson \
+                --interval "$gap" --rate "$replay_rate" --vms "$all" $(paths "${mixed[@]}")
+        done
+    done
+    for mib in 768 1536; do
+        for scheme in "${schemes[@]}"; do
+            storm_job "app-memory-$mib" "$scheme" "$run" "17a:app:$mib,17b:read:$mib" --poisson --interval "$interval" \
+                --rate "$replay_rate" --memory $((mib << 20)) --vms "$all" $(paths "${mixed[@]}")
+        done
+    done
+}
+
+# Figure 18, several short rounds in turn.
+overhead() {
+    local run=$1 scheme round sweep
+    for round in 1 2 3; do
+        for sweep in random sequential; do
+            for scheme in pre-copy vmar on-demand; do
+                job "r$run-sweep-$sweep-$round-$scheme" "$scheme" "$run" "18:mean_s:$sweep" replay "$scheme" --seed "$round" \
+                    --sweep "$sweep" --image "${boots[1]}"
+            done
+        done
+    done
+}
+
+# Emulated or not: their processor time is told apart.
+real_guests() {
+    local run=$1 n scheme counts=(1 4 12)
+    [ -z "$quick" ] || counts=(2)
+    for n in "${counts[@]}"; do
+        [ "$n" -le ${#boots[@]} ] || continue
+        for scheme in on-demand vmar; do
+            job "r$run-guests-$n-$scheme" "$scheme" "$run" \
+                "guests-boot:guest_boot:$n,guests-cache:guest_cache:$n,guests-read:guest_read:$n,guests-cpu:guest_cpu:$n,guests-queue:guest_queue:$n,guests-idle:guest_idle:$n" \
+                guest "$scheme" --poisson --interval 5 --seed "$run" "${boots[@]:0:n}"
+        done
+    done
+}
+
+beyond_the_paper() {
+    local run=$1 scheme
+    # Other rates of the storage.
+    for scheme in on-demand vmar; do
+        storm_job "rate-20" "$scheme" "$run" "rates:boot:20-MB/s" --poisson --interval "$interval" --rate 20000000 --vms 12 \
+            $(paths "${boots[@]}")
+        storm_job "rate-none" "$scheme" "$run" "rates:boot:not-slowed" --poisson --interval "$interval" --vms 12 \
+            $(paths "${boots[@]}")
+    done
+    # A hundred VMs.
+    for scheme in on-demand vmar; do
+        storm_job "hundred" "$scheme" "$run" "12a:boot:100,12b:cache:100,12c:read:100,cpu:cpu:100,private:private:100" \
+            --poisson --interval "$interval" --rate "$replay_rate" --vms 100 $(paths "${boots[@]}")
+    done
+    # One after the other: each image is new to a host that the ones before have warmed.
+    for scheme in on-demand vmar; do
+        storm_job "one-by-one" "$scheme" "$run" "warm:each:0" --one-by-one --rate "$replay_rate" --vms ${#boots[@]} \
+            $(paths "${boots[@]}")
+    done
+    # Prefetch: the VM's own trace, and that of one other image for all.
+    job "r$run-prefetch-own-1" vmar+own-trace "$run" "prefetch:boot:1" replay vmar --compute "$compute" --seed "$run" \
+        --rate "$replay_rate" --vms 1 --prefetch $(paths "${boots[@]}")
+    job "r$run-prefetch-own-12" vmar+own-trace "$run" "prefetch:boot:12,prefetch-cache:cache:12" replay vmar \
+        --compute "$compute" --seed "$run" --poisson --interval "$interval" --rate "$replay_rate" --vms 12 --prefetch \
+        $(paths "${boots[@]}")
+    job "r$run-prefetch-other-1" vmar+trace-of-another "$run" "prefetch:boot:1" replay vmar --compute "$compute" --seed "$run" \
+        --rate "$replay_rate" --vms 1 "--serve=--prefetch=$traces/${boots[2]}.trace" $(paths "${boots[@]}")
+    job "r$run-prefetch-other-12" vmar+trace-of-another "$run" "prefetch:boot:12,prefetch-cache:cache:12" replay vmar \
+        --compute "$compute" --seed "$run" --poisson --interval "$interval" --rate "$replay_rate" --vms 12 \
+        "--serve=--prefetch=$traces/${boots[2]}.trace" $(paths "${boots[@]}")
+    for scheme in on-demand vmar; do
+        storm_job "alone" "$scheme" "$run" "prefetch:boot:1" --rate "$replay_rate" --vms 1 $(paths "${boots[@]}")
+        storm_job "twelve" "$scheme" "$run" "prefetch:boot:12,prefetch-cache:cache:12" --poisson --interval "$interval" \
+            --rate "$replay_rate" --vms 12 $(paths "${boots[@]}")
+    done
+}
