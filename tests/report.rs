@@ -179,6 +179,42 @@ fn a_claim_flips_when_the_points_change() {
     assert_eq!(verdicts(30.0), ["short", "not-measured"]);
 }
 
+/// Every claim of `qemu-scripts/evaluate.sh` finds the points that `points.jq` makes of its measurements.
+#[test]
+fn what_the_evaluation_script_measures_is_what_its_claims_ask_for() {
+    let bench = Bench::new();
+    let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("qemu-scripts/evaluate");
+    let dir = bench.path("measured");
+    fs::create_dir_all(&dir).unwrap();
+    fs::copy(scripts.join("figures.json"), dir.join("figures.json")).unwrap();
+    let figures: Value = serde_json::from_str(&fs::read_to_string(dir.join("figures.json")).unwrap()).unwrap();
+    let result = json!({"mean_s": 2.0, "mean_wait_s": 1.0, "mean_app_s": 3.0, "cached_bytes": 4 << 20, "read_bytes": 5 << 20,
+        "limit_bytes": 6 << 20, "server_cpu_s": 1.2, "vms": 12, "private_kib": 12288, "boot_s": vec![1.0; 12]});
+    let cpu = json!({"vcpu_ms": 3000, "runqueue_ms": 2000, "idle_ms": 1000});
+    let guest = json!({"vms": [{"boot_ms": 6000, "cpu": cpu}], "cache": {"images_bytes": 1 << 20}, "disk": {"read_bytes": 2 << 20}});
+    let jobs = fs::read_to_string(scripts.join("jobs.sh")).unwrap();
+    let mut raw = String::new();
+    for claim in figures["claims"].as_array().unwrap() {
+        for side in [&claim["of"], &claim["against"]] {
+            let figure = claim["figure"].as_str().unwrap();
+            let told = jobs.split([',', '"', ' ', '\n']).find(|word| word.starts_with(&format!("{figure}:")));
+            let metric = told.unwrap_or_else(|| panic!("no job measures figure {figure}")).split(':').nth(1).unwrap();
+            let of = if metric.starts_with("guest") { &guest } else { &result };
+            let points = json!([{"figure": figure, "metric": metric, "x": side["x"]}, {"figure": "none", "metric": "mean_s", "x": 0}]);
+            raw += &json!({"series": side["scheme"], "run": 1, "points": points, "result": of}).to_string();
+        }
+    }
+    fs::write(dir.join("raw.json"), raw).unwrap();
+    let program = scripts.join("points.jq");
+    let points = tool("jq", &["-c", "-f", text(&program), text(&dir.join("raw.json"))]);
+    fs::write(dir.join("points.jsonl"), points).unwrap();
+    let out = bench.path("measured.html");
+    let told: Value = serde_json::from_str(&ok(&["report", text(&dir), "--out", text(&out), "--json"])).unwrap();
+    for claim in told["claims"].as_array().unwrap() {
+        assert_ne!(claim["verdict"], "not-measured", "{claim}");
+    }
+}
+
 #[test]
 fn a_library_becomes_a_page() {
     let bench = with_images();
