@@ -8,12 +8,13 @@ list_jobs() {
     for ((run = 1; run <= runs; run++)); do
         number_of_vms "$run"
         overhead "$run"
+        if [ -z "$quick" ]; then
+            applications "$run"
+            arrival_rate "$run"
+            beyond_the_paper "$run"
+            available_memory "$run"
+        fi
         [ -z "$guests" ] || real_guests "$run"
-        [ -z "$quick" ] || continue
-        arrival_rate "$run"
-        available_memory "$run"
-        applications "$run"
-        beyond_the_paper "$run"
     done
 }
 
@@ -64,7 +65,7 @@ arrival_rate() {
 # Figure 14: every image twice, so that what was read is asked for again.
 available_memory() {
     local run=$1 scheme mib
-    for mib in 384 640 1024 2048; do
+    for mib in 384 768 2048; do
         for scheme in "${schemes[@]}"; do
             storm_job "memory-$mib" "$scheme" "$run" "14a:boot:$mib,14c:read:$mib" --poisson --interval "$interval" \
                 --rate "$replay_rate" --memory $((mib << 20)) --vms $((2 * ${#boots[@]})) $(paths "${boots[@]}")
