@@ -105,7 +105,7 @@ applications() {
 # Figure 18, several short rounds in turn.
 overhead() {
     local run=$1 scheme round sweep
-    for round in 1 2 3; do
+    for round in 1 2; do
         for sweep in random sequential; do
             for scheme in pre-copy vmar on-demand; do
                 job "r$run-sweep-$sweep-$round-$scheme" "$scheme" "$run" "18:mean_s:$sweep" replay "$scheme" --seed "$round" \
