@@ -230,6 +230,12 @@ run_jobs() {
     done
 }
 
+# Seconds of a hot boot; VMs come twice as fast as one boots, so that a cold one has no disk to itself.
+measure_time() {
+    hot_s=$(jq '.result.mean_s * 100 | round / 100' "$out/raw/calibration-hot.json")
+    interval=$(jq -n --argjson hot "$hot_s" '$hot / 2 * 10 | round / 10')
+}
+
 # A cold boot is to take twice the hot one: what a cold one reads, in the time of a hot one.
 calibrate() {
     local cold=$out/raw/calibration-cold.json hot=$out/raw/calibration-hot.json few=("${boots[@]:0:4}")
@@ -243,11 +249,9 @@ calibrate() {
     [ -z "$guests" ] || job calibration-guest on-demand 0 none:guest_boot:0 guest pre-copy "${boots[0]}"
     guest_rate=0
     run_jobs
-    hot_s=$(jq '.result.mean_s * 100 | round / 100' "$hot")
+    measure_time
     replay_rate=${rate:-$(jq -n --slurpfile cold "$cold" --slurpfile hot "$hot" \
         '$cold[0].result | .read_bytes / .vms / $hot[0].result.mean_s / 1e5 | round * 1e5')}
-    # VMs come twice as often as one boots, as in the paper, where they come every 5 seconds.
-    interval=$(jq -n --argjson hot "$hot_s" '$hot / 2 * 10 | round / 10')
     if [ -n "$guests" ]; then
         guest_rate=${rate:-$(jq '.result | .disk.read_bytes / (.vms[0].boot_ms / 1e3) / 1e5 | round * 1e5' \
             "$out/raw/calibration-guest.json")}
@@ -283,13 +287,16 @@ facts() {
     fact "Commit" "$(git -C "$repo" describe --always --dirty 2>/dev/null || echo unknown)"
     fact "Command" "$command_line"
     fact "Images" "${images[*]}"
-    fact "A hot replayed boot" "$(jq '.result.mean_s * 100 | round / 100' "$out/raw/calibration-hot.json") s, of which it computes $compute s"
+    fact "A hot replayed boot" "$hot_s s, of which it computes $compute s; in a storm a VM comes every $interval s on average"
     fact "Slow storage, replayed" "$(jq -rs '[.[].result.rate | values | . / 1e6] | group_by(.) | max_by(length)[0] // "-"' "$out"/raw/r*.json) MB/s"
     fact "Readahead of the host's disk" "$readahead KiB"
 }
-jq -s '.' < <(facts) >"$out/facts.json"
-jq -n --slurpfile facts "$out/facts.json" --argjson count ${#boots[@]} '
-    input | .facts = $facts[0]' "$here/figures.json" >"$out/figures.json"
+[ -e "$out/raw/calibration-hot.json" ] || die "nothing was measured in $out yet: run it without --report"
+measure_time
+facts | jq -s '.' >"$out/facts.json"
+jq --slurpfile facts "$out/facts.json" --argjson interval "$interval" '
+    .facts = $facts[0] | (.claims[] | .of, .against | .x | select(. == "interval")) = $interval' \
+    "$here/figures.json" >"$out/figures.json"
 jq -c -f "$here/points.jq" "$out"/raw/*.json >"$out/points.jsonl"
 "$vmar" report "$out" --library "$out/lib-bridge" --out "$out/report.html" --csv "$out/figures"
 say "report: $out/report.html"

@@ -51,15 +51,20 @@ number_of_vms() {
         --rate "$replay_rate" --vms "$n" $(paths "${boots[@]}")
 }
 
-# Figure 13.
+# Figure 13: the paper's 5 seconds, too.
 arrival_rate() {
     local run=$1 scheme gap
-    for gap in $(jq -n --argjson i "$interval" '$i * 2, $i / 5 | . * 10 | round / 10'); do
+    for gap in 5 "$(times 2)" "$(times 0.2)"; do
         for scheme in "${schemes[@]}"; do
             storm_job "gap-$gap" "$scheme" "$run" "13a:boot:$gap,13b:cache:$gap,13c:read:$gap" --poisson --interval "$gap" \
                 --rate "$replay_rate" --vms 12 $(paths "${boots[@]}")
         done
     done
+}
+
+# times FACTOR: so many times the interval of the boots, in tenths of a second.
+times() {
+    jq -n --argjson interval "$interval" --argjson factor "$1" '$interval * $factor * 10 | round / 10'
 }
 
 # Figure 14: every image twice, so that what was read is asked for again.
@@ -73,30 +78,30 @@ available_memory() {
     done
 }
 
-# Figures 15 to 17: the four application images arrive among others.
+# Figures 15 to 17: the four application images arrive among others; every 5 s on average, as in the paper, unless the rate is
+# what is looked at.
 applications() {
-    local run=$1 scheme n gap mib mixed=() i
+    local run=$1 scheme gap mib mixed=() i points
     [ ${#apps[@]} -gt 0 ] || return 0
     for ((i = 0; i < ${#apps[@]}; i++)); do
         mixed+=("${boots[2 * i % ${#boots[@]}]}" "${apps[i]}" "${boots[(2 * i + 1) % ${#boots[@]}]}")
     done
-    local all=${#mixed[@]}
+    local few=${#apps[@]} all=${#mixed[@]}
     for scheme in "${schemes[@]}"; do
-        storm_job "app-alone" "$scheme" "$run" "15a:app:${#apps[@]},15b:cache:${#apps[@]},15c:read:${#apps[@]}" --poisson \
-            --interval "$interval" --rate "$replay_rate" --vms ${#apps[@]} $(paths "${apps[@]}")
-        storm_job "app-$all" "$scheme" "$run" \
-            "15a:app:$all,15b:cache:$all,15c:read:$all,16a:app:$interval,16b:cache:$interval,16c:read:$interval" --poisson \
-            --interval "$interval" --rate "$replay_rate" --vms "$all" $(paths "${mixed[@]}")
+        storm_job "app-alone" "$scheme" "$run" "15a:app:$few,15b:cache:$few,15c:read:$few" --poisson --interval 5 \
+            --rate "$replay_rate" --vms "$few" $(paths "${apps[@]}")
     done
-    for gap in $(jq -n --argjson i "$interval" '$i * 2, $i / 5 | . * 10 | round / 10'); do
+    for gap in 5 "$(times 2)" "$interval" "$(times 0.2)"; do
+        points="16a:app:$gap,16b:cache:$gap,16c:read:$gap"
+        [ "$gap" != 5 ] || points+=",15a:app:$all,15b:cache:$all,15c:read:$all"
         for scheme in "${schemes[@]}"; do
-            storm_job "app-gap-$gap" "$scheme" "$run" "16a:app:$gap,16b:cache:$gap,16c:read:$gap" --poisson \
-                --interval "$gap" --rate "$replay_rate" --vms "$all" $(paths "${mixed[@]}")
+            storm_job "app-gap-$gap" "$scheme" "$run" "$points" --poisson --interval "$gap" --rate "$replay_rate" \
+                --vms "$all" $(paths "${mixed[@]}")
         done
     done
     for mib in 768 1536; do
         for scheme in "${schemes[@]}"; do
-            storm_job "app-memory-$mib" "$scheme" "$run" "17a:app:$mib,17b:read:$mib" --poisson --interval "$interval" \
+            storm_job "app-memory-$mib" "$scheme" "$run" "17a:app:$mib,17b:read:$mib" --poisson --interval 5 \
                 --rate "$replay_rate" --memory $((mib << 20)) --vms "$all" $(paths "${mixed[@]}")
         done
     done
