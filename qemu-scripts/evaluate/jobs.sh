@@ -78,30 +78,35 @@ available_memory() {
     done
 }
 
-# Figures 15 to 17: the four application images arrive among others; every 5 s on average, as in the paper, unless the rate is
-# what is looked at.
+# Figures 15 to 17: the four application images among others, which only boot; as many VMs as the paper's 30, and one comes in the
+# time of a hot boot, unless that is what is looked at.
 applications() {
-    local run=$1 scheme gap mib mixed=() i points
+    local run=$1 scheme n gap mib mixed=() i points
     [ ${#apps[@]} -gt 0 ] || return 0
-    for ((i = 0; i < ${#apps[@]}; i++)); do
-        mixed+=("${boots[2 * i % ${#boots[@]}]}" "${apps[i]}" "${boots[(2 * i + 1) % ${#boots[@]}]}")
+    for ((i = 0; i < 26; i++)); do
+        # The applications are every third VM at first; nobody loads one twice.
+        [ $((i % 2)) -eq 1 ] || [ $((i / 2)) -ge ${#apps[@]} ] || mixed+=("${apps[i / 2]}")
+        mixed+=("${boots[i % ${#boots[@]}]}")
     done
-    local few=${#apps[@]} all=${#mixed[@]}
+    local few=${#apps[@]} all=${#mixed[@]} own
+    own=$(times 2)
     for scheme in "${schemes[@]}"; do
-        storm_job "app-alone" "$scheme" "$run" "15a:app:$few,15b:cache:$few,15c:read:$few" --poisson --interval 5 \
+        storm_job "apps-$few" "$scheme" "$run" "15a:app:$few,15b:cache:$few,15c:read:$few" --poisson --interval "$own" \
             --rate "$replay_rate" --vms "$few" $(paths "${apps[@]}")
+        storm_job "apps-12" "$scheme" "$run" "15a:app:12,15b:cache:12,15c:read:12" --poisson --interval "$own" \
+            --rate "$replay_rate" --vms 12 $(paths "${mixed[@]}")
     done
-    for gap in 5 "$(times 2)" "$interval" "$(times 0.2)"; do
+    for gap in "$own" 5 "$interval"; do
         points="16a:app:$gap,16b:cache:$gap,16c:read:$gap"
-        [ "$gap" != 5 ] || points+=",15a:app:$all,15b:cache:$all,15c:read:$all"
+        [ "$gap" != "$own" ] || points+=",15a:app:$all,15b:cache:$all,15c:read:$all"
         for scheme in "${schemes[@]}"; do
-            storm_job "app-gap-$gap" "$scheme" "$run" "$points" --poisson --interval "$gap" --rate "$replay_rate" \
+            storm_job "apps-$all-gap-$gap" "$scheme" "$run" "$points" --poisson --interval "$gap" --rate "$replay_rate" \
                 --vms "$all" $(paths "${mixed[@]}")
         done
     done
     for mib in 768 1536; do
         for scheme in "${schemes[@]}"; do
-            storm_job "app-memory-$mib" "$scheme" "$run" "17a:app:$mib,17b:read:$mib" --poisson --interval 5 \
+            storm_job "apps-$all-memory-$mib" "$scheme" "$run" "17a:app:$mib,17b:read:$mib" --poisson --interval "$own" \
                 --rate "$replay_rate" --memory $((mib << 20)) --vms "$all" $(paths "${mixed[@]}")
         done
     done
