@@ -212,6 +212,17 @@ guest() { # SCHEME NAME...
     cat "$json"
 }
 
+# copy_image RATE NAME: what pre-copy does before a VM can boot; from storage of this rate, to the local disk.
+copy_image() {
+    local rate=$1 image=$vm_images/$2.raw began
+    dd if="$image" iflag=nocache count=0 status=none
+    began=$(date +%s%N)
+    throttled "$rate" cp --sparse=always --reflink=never "$image" "$out/copy.raw"
+    jq -n --argjson ns $(($(date +%s%N) - began)) --argjson rate "$rate" --arg image "$2" \
+        --argjson bytes "$(du --block-size=1 "$image" | cut -f1)" '{image: $image, mean_s: ($ns / 1e9), bytes: $bytes, rate: $rate}'
+    rm -f "$out/copy.raw"
+}
+
 run_jobs() {
     local at=0 line key series run points began
     for line in "${jobs[@]}"; do

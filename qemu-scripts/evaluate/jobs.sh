@@ -1,4 +1,4 @@
-# What is measured: part of qemu-scripts/evaluate.sh. Run after run, so that whatever ends it leaves whole runs.
+# What is measured: part of qemu-scripts/evaluate.sh. Run after run, so that whatever ends it leaves whole runs; guests last.
 # shellcheck shell=bash disable=SC2154 # its variables
 # shellcheck disable=SC2046 # names of traces are words without blanks
 
@@ -14,6 +14,8 @@ list_jobs() {
             beyond_the_paper "$run"
             available_memory "$run"
         fi
+    done
+    for ((run = 1; run <= runs; run++)); do
         [ -z "$guests" ] || real_guests "$run"
     done
 }
@@ -35,20 +37,22 @@ limits() {
 
 # Figure 12; its point of 12 VMs is also one of 13.
 number_of_vms() {
-    local run=$1 n scheme more counts=(1 4 8 12 24)
-    [ -z "$quick" ] || counts=(1 8)
+    local run=$1 n scheme more counts=(1 4 8 12 24) most=12
+    [ -z "$quick" ] || counts=(1 8) most=8
     for n in "${counts[@]}"; do
         for scheme in "${schemes[@]}"; do
             more="12a:boot:$n,12b:cache:$n,12c:read:$n,cpu:cpu:$n,private:private:$n"
-            [ "$n" != 12 ] || more+=",13a:boot:$interval,13b:cache:$interval,13c:read:$interval,rates:boot:calibrated"
+            [ "$n" != 1 ] || more+=",prefetch:boot:1"
+            [ "$n" != 12 ] || more+=",13a:boot:$interval,13b:cache:$interval,13c:read:$interval,rates:boot:calibrated,prefetch:boot:12,prefetch-cache:cache:12"
+            [ "$n" != "$most" ] || more+=",copy:boot:boot-among-$n"
             storm_job "vms-$n" "$scheme" "$run" "$more" --poisson --interval "$interval" --rate "$replay_rate" --vms "$n" \
                 $(paths "${boots[@]}")
         done
     done
-    n=${counts[-1]}
-    [ -n "$quick" ] || n=12
-    storm_job "vms-$n" vmar-paper "$run" "12a:boot:$n,12b:cache:$n,12c:read:$n" --poisson --interval "$interval" \
-        --rate "$replay_rate" --vms "$n" $(paths "${boots[@]}")
+    storm_job "vms-$most" vmar-paper "$run" "12a:boot:$most,12b:cache:$most,12c:read:$most" --poisson --interval "$interval" \
+        --rate "$replay_rate" --vms "$most" $(paths "${boots[@]}")
+    # Another image each time.
+    job "r$run-copy" pre-copy "$run" "copy:mean_s:copy-of-one-image" copy_image "$replay_rate" "${boots[run % ${#boots[@]}]}"
 }
 
 # Figure 13: the paper's 5 seconds, too.
@@ -96,7 +100,7 @@ applications() {
         storm_job "apps-12" "$scheme" "$run" "15a:app:12,15b:cache:12,15c:read:12" --poisson --interval "$own" \
             --rate "$replay_rate" --vms 12 $(paths "${mixed[@]}")
     done
-    for gap in "$own" 5 "$interval"; do
+    for gap in "$own" "$interval" "$(times 0.2)"; do
         points="16a:app:$gap,16b:cache:$gap,16c:read:$gap"
         [ "$gap" != "$own" ] || points+=",15a:app:$all,15b:cache:$all,15c:read:$all"
         for scheme in "${schemes[@]}"; do
@@ -105,7 +109,7 @@ applications() {
         done
     done
     for mib in 768 1536; do
-        for scheme in "${schemes[@]}"; do
+        for scheme in on-demand vmar; do
             storm_job "apps-$all-memory-$mib" "$scheme" "$run" "17a:app:$mib,17b:read:$mib" --poisson --interval "$own" \
                 --rate "$replay_rate" --memory $((mib << 20)) --vms "$all" $(paths "${mixed[@]}")
         done
@@ -169,9 +173,4 @@ beyond_the_paper() {
     job "r$run-prefetch-other-12" vmar+trace-of-another "$run" "prefetch:boot:12,prefetch-cache:cache:12" replay vmar \
         --compute "$compute" --seed "$run" --poisson --interval "$interval" --rate "$replay_rate" --vms 12 \
         "--serve=--prefetch=$traces/${boots[2]}.trace" $(paths "${boots[@]}")
-    for scheme in on-demand vmar; do
-        storm_job "alone" "$scheme" "$run" "prefetch:boot:1" --rate "$replay_rate" --vms 1 $(paths "${boots[@]}")
-        storm_job "twelve" "$scheme" "$run" "prefetch:boot:12,prefetch-cache:cache:12" --poisson --interval "$interval" \
-            --rate "$replay_rate" --vms 12 $(paths "${boots[@]}")
-    done
 }
