@@ -1,4 +1,4 @@
-# What is measured: part of qemu-scripts/evaluate.sh. Run after run, so that whatever ends it leaves whole runs; guests last.
+# What is measured: part of qemu-scripts/evaluate.sh. Run after run, so that whatever ends it leaves whole runs.
 # shellcheck shell=bash disable=SC2154 # its variables
 # shellcheck disable=SC2046 # names of traces are words without blanks
 
@@ -14,8 +14,6 @@ list_jobs() {
             beyond_the_paper "$run"
             available_memory "$run"
         fi
-    done
-    for ((run = 1; run <= runs; run++)); do
         [ -z "$guests" ] || real_guests "$run"
     done
 }
