@@ -197,7 +197,7 @@ vm_serve() {
     done
 }
 
-# vm_start MODE NAME DIR OVERLAY: starts the VM in the background.
+# vm_start MODE NAME DIR OVERLAY: starts the VM in the background. With mode raw, OVERLAY is the image itself, read only.
 # shellcheck disable=SC2054 # QEMU's commas
 vm_start() {
     local mode=$1 name=$2 dir=$3 overlay=$4 accel disk kernel=() net=() reconnect='reconnect=1'
@@ -216,13 +216,17 @@ vm_start() {
             disk=(-drive "if=none,id=disk0,file=$overlay,format=qcow2,discard=unmap"
                 -device virtio-blk-pci,drive=disk0,bootindex=1)
             ;;
+        raw)
+            disk=(-drive "if=none,id=disk0,file=$overlay,format=raw,read-only=on"
+                -device virtio-blk-pci,drive=disk0,bootindex=1)
+            ;;
         vmar)
             vm_serve "$name" "$dir" "$overlay"
             [ "$(qemu_major)" -lt 10 ] || reconnect='reconnect-ms=1000'
             disk=(-chardev "socket,id=disk0,path=$dir/blk.sock,$reconnect"
                 -device vhost-user-blk-pci,chardev=disk0,bootindex=1)
             ;;
-        *) die "mode $mode: say plain or vmar" ;;
+        *) die "mode $mode: say raw, plain or vmar" ;;
     esac
     # Early on the kernel counts the ticks of a moment. An emulated processor that gets no share of a busy host in it sees
     # none, and the kernel would panic: "IO-APIC + timer doesn't work".

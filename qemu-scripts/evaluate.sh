@@ -212,10 +212,20 @@ guest() { # SCHEME NAME...
     cat "$json"
 }
 
+sweep_guest() { # SCHEME OPTION...
+    local mode=$1
+    shift
+    case $mode in
+        pre-copy) mode=raw ;;
+        on-demand) mode=plain ;;
+    esac
+    "$repo/qemu-scripts/sweep-guest.sh" --mode "$mode" --images "$vm_images" --library "$out/lib-bridge" "$@" 2>>"$out/storm.log"
+}
+
 # copy_image RATE NAME: what pre-copy does before a VM can boot; from storage of this rate, to the local disk.
 copy_image() {
     local rate=$1 image=$vm_images/$2.raw began
-    dd if="$image" iflag=nocache count=0 status=none
+    drop_cached "$image"
     began=$(date +%s%N)
     throttled "$rate" cp --sparse=always --reflink=never "$image" "$out/copy.raw"
     jq -n --argjson ns $(($(date +%s%N) - began)) --argjson rate "$rate" --arg image "$2" \

@@ -124,6 +124,11 @@ overhead() {
                     --sweep "$sweep" --image "${boots[1]}"
             done
         done
+        [ -n "$guests" ] || continue
+        for scheme in pre-copy vmar on-demand; do
+            job "r$run-sweep-guest-$round-$scheme" "$scheme" "$run" "18-guest:random_s:random,18-guest:sequential_s:sequential" \
+                sweep_guest "$scheme" --seed "$round" --image "${boots[1]}"
+        done
     done
 }
 

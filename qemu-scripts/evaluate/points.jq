@@ -16,7 +16,7 @@ def metric(name):
     elif name == "guest_cpu" then [.vms[].cpu.vcpu_ms] | mean / 1000
     elif name == "guest_queue" then [.vms[].cpu.runqueue_ms] | mean / 1000
     elif name == "guest_idle" then [.vms[].cpu.idle_ms] | mean / 1000
-    elif name == "mean_s" then .mean_s
+    elif name == "mean_s" or name == "random_s" or name == "sequential_s" then .[name]
     else error("no metric \(name)") end;
 . as $file
 | .points[] | select(.figure != "none") | . as $point

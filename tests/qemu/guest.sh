@@ -23,8 +23,9 @@ guest_kernel() {
   cp "$cache"/root/boot/vmlinuz-* "$cache/vmlinuz"
 }
 
-# guest_initramfs OUT INIT [PROGRAM...]: busybox, the modules for a virtio disk and ext4, and these programs of this
-# machine with their libraries. Not compressed: unpacking is what takes an emulated guest its time.
+# guest_initramfs OUT INIT [PROGRAM|FILE...]: busybox, the modules for a virtio disk and ext4, and these programs of this
+# machine with their libraries. Not compressed: unpacking is what takes an emulated guest its time. What has a / in its name
+# is a file for the root directory.
 guest_initramfs() {
   local out=$1 init=$2 tree=$work/initramfs version part program file
   shift 2
@@ -39,6 +40,7 @@ guest_initramfs() {
   depmod -b "$tree" "$version" 2>/dev/null
   cp "$(command -v busybox)" "$tree/bin/busybox"
   for program; do
+    case $program in */*) cp "$program" "$tree/"; continue ;; esac
     cp "$(command -v "$program")" "$tree/bin/"
     # The loader, and the libraries where the loader will look for them.
     for file in $(ldd "$(command -v "$program")" | grep -o '/[^ ]*'); do
