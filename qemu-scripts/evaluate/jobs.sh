@@ -3,9 +3,10 @@
 # shellcheck disable=SC2046 # names of traces are words without blanks
 
 list_jobs() {
-    local run
-    limits
+    local run every=("${boots[@]}")
     for ((run = 1; run <= runs; run++)); do
+        rotate "$run" "${every[@]}"
+        limits "$run"
         number_of_vms "$run"
         overhead "$run"
         if [ -z "$quick" ]; then
@@ -16,6 +17,15 @@ list_jobs() {
         fi
         [ -z "$guests" ] || real_guests "$run"
     done
+    boots=("${every[@]}")
+}
+
+# rotate RUN NAME...: each run begins with another image, so that the first four of all runs are as mixed as all are.
+rotate() {
+    local run=$1 first
+    shift
+    first=$(((run - 1) * 5 % $#))
+    boots=("${@:first + 1}" "${@:1:first}")
 }
 
 # storm_job KEY SCHEME RUN POINTS OPTION...: by this scheme, with what all replayed storms have in common.
@@ -26,11 +36,11 @@ storm_job() {
 }
 
 limits() {
-    local n counts=(1 4 8 12 ${#boots[@]})
+    local run=$1 n counts=(1 4 8 12 ${#boots[@]} 24)
+    [ -z "$quick" ] || counts=(1 8)
     for n in "${counts[@]}"; do
-        job "limit-$n" limit 0 "12b:limit:$n,12c:limit:$n" replay vmar --limit --vms "$n" $(paths "${boots[@]}")
+        job "r$run-limit-$n" limit "$run" "12b:limit:$n,12c:limit:$n" replay vmar --limit --vms "$n" $(paths "${boots[@]}")
     done
-    [ -n "$quick" ] || job "limit-24" limit 0 "12b:limit:24,12c:limit:24" replay vmar --limit --vms 24 $(paths "${boots[@]}")
 }
 
 # Figure 12; its point of 12 VMs is also one of 13.
@@ -39,7 +49,7 @@ number_of_vms() {
     [ -z "$quick" ] || counts=(1 8) most=8
     for n in "${counts[@]}"; do
         for scheme in "${schemes[@]}"; do
-            more="12a:boot:$n,12b:cache:$n,12c:read:$n,cpu:cpu:$n,private:private:$n"
+            more="12a:boot:$n,12w:wait:$n,12b:cache:$n,12c:read:$n,cpu:cpu:$n,private:private:$n"
             [ "$n" != 1 ] || more+=",prefetch:boot:1"
             [ "$n" != 12 ] || more+=",13a:boot:$interval,13b:cache:$interval,13c:read:$interval,rates:boot:calibrated,prefetch:boot:12,prefetch-cache:cache:12"
             [ "$n" != "$most" ] || more+=",copy:boot:boot-among-$n"
@@ -47,10 +57,9 @@ number_of_vms() {
                 $(paths "${boots[@]}")
         done
     done
-    storm_job "vms-$most" vmar-paper "$run" "12a:boot:$most,12b:cache:$most,12c:read:$most" --poisson --interval "$interval" \
+    storm_job "vms-$most" vmar-paper "$run" "12a:boot:$most,12w:wait:$most,12b:cache:$most,12c:read:$most" --poisson --interval "$interval" \
         --rate "$replay_rate" --vms "$most" $(paths "${boots[@]}")
-    # Another image each time.
-    job "r$run-copy" pre-copy "$run" "copy:mean_s:copy-of-one-image" copy_image "$replay_rate" "${boots[run % ${#boots[@]}]}"
+    job "r$run-copy" pre-copy "$run" "copy:mean_s:copy-of-one-image" copy_image "$replay_rate" "${boots[1]}"
 }
 
 # Figure 13: the paper's 5 seconds, too.
@@ -114,20 +123,21 @@ applications() {
     done
 }
 
-# Figure 18, several short rounds in turn.
+# Figure 18, several short rounds in turn, always of the same image.
 overhead() {
-    local run=$1 scheme round sweep
-    for round in 1 2; do
+    local run=$1 scheme round sweep image=${every[1]} rounds=(1 2)
+    [ -z "$quick" ] || rounds=(1)
+    for round in "${rounds[@]}"; do
         for sweep in random sequential; do
             for scheme in pre-copy vmar on-demand; do
                 job "r$run-sweep-$sweep-$round-$scheme" "$scheme" "$run" "18:mean_s:$sweep" replay "$scheme" --seed "$round" \
-                    --sweep "$sweep" --image "${boots[1]}"
+                    --sweep "$sweep" --image "$image"
             done
         done
         [ -n "$guests" ] || continue
         for scheme in pre-copy vmar on-demand; do
             job "r$run-sweep-guest-$round-$scheme" "$scheme" "$run" "18-guest:random_s:random,18-guest:sequential_s:sequential" \
-                sweep_guest "$scheme" --seed "$round" --image "${boots[1]}"
+                sweep_guest "$scheme" --seed "$round" --image "$image"
         done
     done
 }
@@ -157,7 +167,7 @@ beyond_the_paper() {
     done
     # A hundred VMs.
     for scheme in on-demand vmar; do
-        storm_job "hundred" "$scheme" "$run" "12a:boot:100,12b:cache:100,12c:read:100,cpu:cpu:100,private:private:100" \
+        storm_job "hundred" "$scheme" "$run" "12a:boot:100,12w:wait:100,12b:cache:100,12c:read:100,cpu:cpu:100,private:private:100" \
             --poisson --interval "$interval" --rate "$replay_rate" --vms 100 $(paths "${boots[@]}")
     done
     # One after the other: each image is new to a host that the ones before have warmed.
