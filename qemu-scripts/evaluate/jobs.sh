@@ -1,23 +1,26 @@
-# What is measured: part of qemu-scripts/evaluate.sh. Run after run, so that whatever ends it leaves whole runs.
+# What is measured: part of qemu-scripts/evaluate.sh. All of it once, then the repetitions, figure by figure: whatever ends it
+# leaves every figure, and the first ones with their error bars.
 # shellcheck shell=bash disable=SC2154 # its variables
 # shellcheck disable=SC2046 # names of traces are words without blanks
 
 list_jobs() {
-    local run every=("${boots[@]}")
-    for ((run = 1; run <= runs; run++)); do
-        rotate "$run" "${every[@]}"
-        limits "$run"
-        number_of_vms "$run"
-        overhead "$run"
-        if [ -z "$quick" ]; then
-            applications "$run"
-            arrival_rate "$run"
-            beyond_the_paper "$run"
-            available_memory "$run"
-        fi
-        [ -z "$guests" ] || real_guests "$run"
-    done
+    local every=("${boots[@]}")
+    list_runs 1 1
+    list_runs 2 "$runs"
     boots=("${every[@]}")
+}
+
+# list_runs FIRST LAST
+list_runs() {
+    local run what parts=(number_of_vms overhead)
+    [ -n "$quick" ] || parts+=(applications arrival_rate beyond_the_paper available_memory)
+    [ -z "$guests" ] || parts+=(real_guests)
+    for what in "${parts[@]}"; do
+        for ((run = $1; run <= $2; run++)); do
+            rotate "$run" "${every[@]}"
+            "$what" "$run"
+        done
+    done
 }
 
 # rotate RUN NAME...: each run begins with another image, so that the first four of all runs are as mixed as all are.
@@ -47,6 +50,7 @@ limits() {
 number_of_vms() {
     local run=$1 n scheme more counts=(1 4 8 12 24) most=12
     [ -z "$quick" ] || counts=(1 8) most=8
+    limits "$run"
     for n in "${counts[@]}"; do
         for scheme in "${schemes[@]}"; do
             more="12a:boot:$n,12w:wait:$n,12b:cache:$n,12c:read:$n,cpu:cpu:$n,private:private:$n"
@@ -134,7 +138,7 @@ overhead() {
                     --sweep "$sweep" --image "$image"
             done
         done
-        [ -n "$guests" ] || continue
+        [ -n "$guests" ] && [ -z "$quick" ] || continue
         for scheme in pre-copy vmar on-demand; do
             job "r$run-sweep-guest-$round-$scheme" "$scheme" "$run" "18-guest:random_s:random,18-guest:sequential_s:sequential" \
                 sweep_guest "$scheme" --seed "$round" --image "$image"
