@@ -245,6 +245,7 @@ pub fn rough(value: f64) -> String {
         v if v >= 9.95 || v == 0.0 => number(value.round()),
         v if v >= 0.995 => format!("{value:.1}"),
         v if v >= 0.0995 => format!("{value:.2}"),
+        v if v >= 0.00995 => trim(format!("{value:.3}")),
         v if v >= 0.000_995 => trim(format!("{value:.4}")),
         _ => format!("{value:.0e}"),
     }
@@ -341,6 +342,8 @@ mod tests {
         let all: Vec<String> =
             [0.0, 0.25, 1.0, 9.96, 12.5, 640.0, 12_000.0, 120_000.0, 2_500_000.0, 0.0123].map(number).to_vec();
         assert_eq!(all, ["0", "0.25", "1", "9.96", "12.5", "640", "12000", "120k", "2.5M", "0.0123"]);
+        let all = [0.0, 12.4, 1.26, 0.262, 0.0382, 0.0099, 0.00012].map(rough).to_vec();
+        assert_eq!(all, ["0", "12", "1.3", "0.26", "0.038", "0.0099", "1e-4"]);
     }
 
     #[test]

@@ -296,12 +296,12 @@ mod tests {
         let evaluation = evaluation(&[1.9, 2.1], &[9.0, 11.0]);
         let ours = |form, against| claim(form, against, None, None).judge(&evaluation).ours();
         assert_eq!(ours(Form::Value, None), "2 ± 0.14 s");
-        assert_eq!(ours(Form::Ratio, Some("on-demand")), "0.2 ± 0.0316 ×");
+        assert_eq!(ours(Form::Ratio, Some("on-demand")), "0.2 ± 0.032 ×");
         assert_eq!(ours(Form::Percent, Some("on-demand")), "20 ± 3.2%");
         assert_eq!(ours(Form::Less, Some("on-demand")), "80 ± 3.2%");
         assert_eq!(ours(Form::Percent, None), "2 ± 0.14%");
         let judged = claim(Form::Ratio, Some("on-demand"), None, Some(0.2)).judge(&evaluation);
-        assert_eq!((judged.verdict, judged.sentence().as_str()), (Verdict::Met, "boot time: 0.2 ± 0.0316 × (met)"));
+        assert_eq!((judged.verdict, judged.sentence().as_str()), (Verdict::Met, "boot time: 0.2 ± 0.032 × (met)"));
         assert_eq!(claim(Form::Value, None, None, None).judge(&evaluation).verdict, Verdict::NoTarget);
     }
 
