@@ -4,7 +4,8 @@ use super::{Cell, Part, Picture, Plot, Section, Table};
 use crate::error::Result;
 use std::fmt::Write;
 
-/// Looks. Plots flow in as many columns as fit, tables scroll by themselves, nothing is cut when printed.
+/// Looks. Plots flow in as many columns as fit, tables scroll by themselves, but that of the claims, whose verdicts must not be
+/// out of sight on a phone; nothing is cut when printed.
 const STYLE: &str = "
 :root{color-scheme:light}*{box-sizing:border-box}
 body{font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;background:#fff;margin:0 auto;max-width:78rem;padding:1rem;overflow-wrap:anywhere}
@@ -26,6 +27,9 @@ td.n,th.n{text-align:right}td.t{white-space:normal;min-width:13rem}
 td .bar{display:block;height:.3rem;background:#0072b2;min-width:1px;margin-left:auto}
 tr.sum td{border-top:2px solid #888;font-weight:600}
 .yes{color:#00604a;font-weight:600}.no{color:#a33c00;font-weight:600}.open{color:#555}
+@media screen and (max-width:36rem){#claims thead{display:none}#claims tr{display:block;padding:.4rem 0;border-bottom:1px solid #ccc}
+#claims td{display:block;border:0;padding:0;white-space:normal}#claims td:empty{display:none}#claims td:nth-child(2){font-weight:600}
+#claims td:nth-child(1):before{content:\"figure \"}#claims td:nth-child(3):before{content:\"paper: \"}#claims td:nth-child(4):before{content:\"target: \"}#claims td:nth-child(5):before{content:\"ours: \"}}
 .note{color:#444;border-left:3px solid #bbb;padding-left:.7rem}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 @media print{@page{margin:14mm}body{max-width:none;padding:0;font-size:10.5pt;color:#000}nav{display:none}
