@@ -36,7 +36,7 @@ while [ $# -gt 0 ]; do
         --mode) mode=$2 ;;
         --image) name=$2 ;;
         --images) vm_images=$2 ;;
-        --library) vm_library=$(realpath "$2") ;;
+        --library) vm_library=$2 ;;
         --passes) passes=$2 ;;
         --seed) seed=$2 ;;
         --workdir) work=$2 ;;
@@ -45,6 +45,8 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 [[ $mode =~ ^(raw|plain|vmar)$ && -n $name && $passes =~ ^[0-9]+$ && $passes -ge 2 && $seed =~ ^[0-9]+$ ]] || { usage >&2; exit 2; }
+[ "$mode" != vmar ] || [ -d "$vm_library" ] || die "vmar serve needs the library that $name is in: say --library, or set VMAR_LIBRARY"
+[ -z "$vm_library" ] || vm_library=$(realpath "$vm_library")
 images=$(realpath "$vm_images")
 image=$images/$name.raw
 [ -e "$image" ] || die "$image is not there: name another --image, or another --images"
