@@ -189,7 +189,7 @@ fn what_the_evaluation_script_measures_is_what_its_claims_ask_for() {
     fs::copy(scripts.join("figures.json"), dir.join("figures.json")).unwrap();
     let figures: Value = serde_json::from_str(&fs::read_to_string(dir.join("figures.json")).unwrap()).unwrap();
     let result = json!({"mean_s": 2.0, "mean_wait_s": 1.0, "mean_app_s": 3.0, "cached_bytes": 4 << 20, "read_bytes": 5 << 20,
-        "limit_bytes": 6 << 20, "server_cpu_s": 1.2, "vms": 12, "private_kib": 12288, "boot_s": vec![1.0; 12]});
+        "random_s": 2.0, "sequential_s": 1.0, "limit_bytes": 6 << 20, "server_cpu_s": 1.2, "vms": 12, "private_kib": 12288, "boot_s": vec![1.0; 12]});
     let cpu = json!({"vcpu_ms": 3000, "runqueue_ms": 2000, "idle_ms": 1000});
     let guest = json!({"vms": [{"boot_ms": 6000, "cpu": cpu}], "cache": {"images_bytes": 1 << 20}, "disk": {"read_bytes": 2 << 20}});
     let jobs = fs::read_to_string(scripts.join("jobs.sh")).unwrap();
