@@ -205,8 +205,9 @@ guest() { # SCHEME NAME...
         pre-copy) limit=0 ;;
         vmar) mode=vmar ;;
     esac
+    # Twelve guests at slow storage, on-demand: services take longer than the 90 s after which systemd gives them up.
     throttled "$limit" "$repo/qemu-scripts/storm.sh" --mode "$mode" --images "$vm_images" --library "$out/lib-bridge" \
-        --workdir "$work" --json "$json" "$@" >>"$out/storm.log" 2>&1 ||
+        --append systemd.default_timeout_start_sec=1800 --timeout 3600 --workdir "$work" --json "$json" "$@" >>"$out/storm.log" 2>&1 ||
         die "the storm of guests failed: $(tail -n 1 "$out/storm.log") (log: $out/storm.log)"
     rm -rf "$work"
     cat "$json"

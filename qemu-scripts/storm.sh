@@ -22,6 +22,7 @@ have reached their boot marker (with --app, have loaded their application, too) 
   --app             let guests load their application when they are up, those whose image has one
   --packet          give VMs a network, and ask them for a packet when they can be reached (images that know how)
   --memory MIB      each guest's memory (default $vm_memory)
+  --append WORDS    more for the kernel command line
   --timeout S       until the last marker (default 300, and 60 more for each VM; with --app twice that)
   --workdir DIR     overlays and logs (default: a new directory below /tmp)
   --json FILE       write what was measured there too
@@ -55,6 +56,7 @@ while [ $# -gt 0 ]; do
         --library) vm_library=$2 ;;
         --boot) vm_boot=$2 ;;
         --memory) vm_memory=$2 ;;
+        --append) vm_append=$2 ;;
         --timeout) timeout=$2 ;;
         --workdir) dir=$2 ;;
         --json) json=$2 ;;
