@@ -205,7 +205,7 @@ guest() { # SCHEME NAME...
         pre-copy) limit=0 ;;
         vmar) mode=vmar ;;
     esac
-    # Twelve guests at slow storage, on-demand: services take longer than the 90 s after which systemd gives them up.
+    # Many emulated guests at slow storage: services may take longer than the 90 s after which systemd gives them up.
     throttled "$limit" "$repo/qemu-scripts/storm.sh" --mode "$mode" --images "$vm_images" --library "$out/lib-bridge" \
         --append systemd.default_timeout_start_sec=1800 --timeout 3600 --workdir "$work" --json "$json" "$@" >>"$out/storm.log" 2>&1 ||
         die "the storm of guests failed: $(tail -n 1 "$out/storm.log") (log: $out/storm.log)"
@@ -269,7 +269,7 @@ calibrate() {
     job calibration-hot on-demand 0 none:mean_s:0 replay on-demand --compute "$compute" --one-by-one --vms ${#few[@]} --warm \
         $(paths "${few[@]}")
     [ -z "$guests" ] || job calibration-guest on-demand 0 none:guest_boot:0 guest pre-copy "${boots[0]}"
-    guest_rate=0
+    guest_rate=0 guest_interval=0
     run_jobs
     measure_time
     replay_rate=${rate:-$(jq -n --slurpfile cold "$cold" --slurpfile hot "$hot" \
@@ -277,8 +277,9 @@ calibrate() {
     if [ -n "$guests" ]; then
         guest_rate=${rate:-$(jq '.result | .disk.read_bytes / (.vms[0].boot_ms / 1e3) / 1e5 | round * 1e5' \
             "$out/raw/calibration-guest.json")}
+        guest_interval=$(jq '.result.vms[0].boot_ms / 2e3 | round' "$out/raw/calibration-guest.json")
     fi
-    say "a hot boot takes $hot_s s replayed; storage: $replay_rate bytes a second, a VM every $interval s${guests:+; for guests $guest_rate bytes a second}"
+    say "a hot boot takes $hot_s s replayed; storage: $replay_rate bytes a second, a VM every $interval s${guests:+; for guests $guest_rate bytes a second, $guest_interval s}"
 }
 
 schemes=(on-demand vmar pre-copy)

@@ -155,7 +155,7 @@ real_guests() {
         for scheme in on-demand vmar; do
             job "r$run-guests-$n-$scheme" "$scheme" "$run" \
                 "guests-boot:guest_boot:$n,guests-cache:guest_cache:$n,guests-read:guest_read:$n,guests-cpu:guest_cpu:$n,guests-queue:guest_queue:$n,guests-idle:guest_idle:$n" \
-                guest "$scheme" --poisson --interval 5 --seed "$run" "${boots[@]:0:n}"
+                guest "$scheme" --poisson --interval "$guest_interval" --seed "$run" "${boots[@]:0:n}"
         done
     done
 }
