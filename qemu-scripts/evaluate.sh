@@ -278,6 +278,7 @@ calibrate() {
         guest_rate=${rate:-$(jq '.result | .disk.read_bytes / (.vms[0].boot_ms / 1e3) / 1e5 | round * 1e5' \
             "$out/raw/calibration-guest.json")}
         guest_interval=$(jq '.result.vms[0].boot_ms / 2e3 | round' "$out/raw/calibration-guest.json")
+        echo "$(jq -n "$guest_rate / 1e6") MB/s; a VM every $guest_interval s on average" >"$out/guests.txt"
     fi
     say "a hot boot takes $hot_s s replayed; storage: $replay_rate bytes a second, a VM every $interval s${guests:+; for guests $guest_rate bytes a second, $guest_interval s}"
 }
@@ -312,6 +313,7 @@ facts() {
     fact "Images" "${images[*]}"
     fact "A hot replayed boot" "$hot_s s, of which it computes $compute s; in a storm a VM comes every $interval s on average"
     fact "Slow storage, replayed" "$(jq -rs '[.[].result.rate | values | . / 1e6] | group_by(.) | max_by(length)[0] // "-"' "$out"/raw/r*.json) MB/s"
+    [ ! -e "$out/guests.txt" ] || fact "Slow storage, guests" "$(cat "$out/guests.txt")"
     fact "Readahead of the host's disk" "$readahead KiB"
 }
 [ -e "$out/raw/calibration-hot.json" ] || die "nothing was measured in $out yet: run it without --report"
