@@ -135,6 +135,23 @@ drop_cached() {
     done
 }
 
+# begin_guest NAME: what a script that runs fio in the test guest begins with. Sets $vmar, $work (a new folder below /tmp if it is
+# empty, and $temporary with it) and what tests/qemu/guest.sh has, whose helpers work from the repository.
+# shellcheck disable=SC2034 # temporary is for the caller
+begin_guest() {
+    need_vmar
+    vmar=$(realpath "$vmar")
+    [ -n "$work" ] || { work=$(mktemp -d -t "vmar-$1.XXXXXX"); temporary=$work; }
+    mkdir -p "$work"
+    work=$(cd "$work" && pwd)
+    cd "$repo" || die "cannot go to $repo"
+    # shellcheck source=tests/qemu/guest.sh
+    . tests/qemu/guest.sh
+    guest_need
+    need jq:jq fio:fio
+    guest_kernel
+}
+
 # wait_gone PID DECISECONDS: whether the process ended in time.
 wait_gone() {
     local pid=$1 left=$2

@@ -41,18 +41,7 @@ while [ $# -gt 0 ]; do
 done
 [[ $seconds =~ ^[1-9][0-9]*$ && $rounds =~ ^[1-9][0-9]*$ ]] || { usage >&2; exit 2; }
 
-need_vmar
-vmar=$(realpath "$vmar")
-[ -n "$work" ] || { work=$(mktemp -d -t vmar-fio.XXXXXX); temporary=$work; }
-mkdir -p "$work"
-work=$(cd "$work" && pwd)
-# The test guest's helpers work from here.
-cd "$repo"
-# shellcheck source=tests/qemu/guest.sh
-. tests/qemu/guest.sh
-guest_need
-need jq:jq fio:fio
-guest_kernel
+begin_guest fio
 guest_initramfs "$work/initrd" qemu-scripts/fio-guest.init fio
 # Most of what the right image holds is read from the left one.
 rm -rf "$work/library" "$work"/{left,right}.raw

@@ -51,18 +51,9 @@ images=$(realpath "$vm_images")
 image=$images/$name.raw
 [ -e "$image" ] || die "$image is not there: name another --image, or another --images"
 
-need_vmar
-vmar=$(realpath "$vmar")
-[ -n "$work" ] || { work=$(mktemp -d -t vmar-sweep.XXXXXX); temporary=$work; }
-mkdir -p "$work"
-work=$(cd "$work" && pwd)
-# The test guest's helpers work from here.
-cd "$repo"
-# shellcheck source=tests/qemu/guest.sh
-. tests/qemu/guest.sh
-guest_need
-need jq:jq fio:fio
-guest_kernel
+# Only the result goes to the standard output: what is installed or built first is told beside it.
+exec 3>&1 >&2
+begin_guest sweep
 
 # Chunks that the file has data for, and fio's lists of them ("fio version 2 iolog").
 qemu-img map --output=json -f raw "$image" | jq -r '.[] | select(.data and (.zero | not)) | "\(.start) \(.start + .length)"' |
@@ -102,5 +93,5 @@ vm_stop_all || die "vmar serve did not end well (logs: $dir)"
 grep -a '^VMAR-SWEEP ' "$dir/serial.log" | tr -d '\r' | jq -Rn --arg image "$name" --arg mode "$mode" --arg accel "$VMAR_ACCEL" '
     def median: sort | (.[(length - 1) / 2 | floor] + .[length / 2 | floor]) / 2;
     reduce (inputs | split(" ")) as [$_, $list, $pass, $ms] ({}; .[$list] += [($ms | tonumber) / 1000])
-    | {image: $image, mode: $mode, random_s: (.random[1:] | median), sequential_s: (.sequential[1:] | median), passes: ., accel: $accel}'
+    | {image: $image, mode: $mode, random_s: (.random[1:] | median), sequential_s: (.sequential[1:] | median), passes: ., accel: $accel}' >&3
 rm -rf ${temporary:+"$temporary"}
