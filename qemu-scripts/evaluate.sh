@@ -16,14 +16,14 @@ over the raw file on slow storage) and vmar (over the same slow storage). Two wa
 Ends with report.html, its figures as CSV and SVG files, and everything that was measured, in --out. What is there already
 stays and is not measured again: a run that was interrupted goes on where it was.
 
-  --quick         replayed boots of few VMs, two guests: about 20 minutes on two cores. Without it, about 3 hours
+  --quick         replayed boots of few VMs, two guests: about a quarter of an hour on two cores. Without it, about two hours
   --images DIR    where the images are (default \$VMAR_IMAGES_DIR, else build/images); if there are none, the corpus is built
                   there (images/corpus.sh --apps), which takes another hour. Image files are dropped from the page cache
   --traces DIR    recorded boots of these images (default: traces in --out, recorded if missing: a minute an image)
   --out DIR       where the results go (default build/evaluation, with --quick build/evaluation-quick)
   --runs N        repetitions of each point (default 3)
   --compute S     seconds that a replayed guest computes until it is up, on average: recorded pauses are scaled to that
-                  (default 2; an emulated processor is 10 to 20 times slower than a real one)
+                  (default 1; an emulated processor is 10 to 20 times slower than a real one)
   --rate BYTES    bytes a second of the slow storage (default: the rate at which one cold on-demand boot takes twice the hot
                   one, measured first, for guests and for replayed boots)
   --readahead KIB of the disk with the images, as long as this runs (default 128, Linux's own default)
@@ -34,7 +34,7 @@ Needs root: for control groups (throttled disk, limited memory), and to install 
 EOF
 }
 
-quick='' traces='' out='' runs=3 compute=2 rate='' readahead=128 guests=1 report_only=''
+quick='' traces='' out='' runs=3 compute=1 rate='' readahead=128 guests=1 report_only=''
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage; exit 0 ;;
@@ -93,14 +93,21 @@ done
 images=("${boots[@]}" "${apps[@]}")
 
 traces=${traces:-$out/traces}
-missing=()
-for name in "${images[@]}"; do
-    [ -e "$traces/$name.trace" ] || missing+=("$name")
-done
-if [ ${#missing[@]} -gt 0 ] && [ -z "$report_only" ]; then
-    "$repo/qemu-scripts/record-boots.sh" --app --images "$vm_images" --out "$traces" "${images[@]}"
+# record NAME...: with the options before a "--". Only the application images load theirs; all others just boot.
+record() {
+    local options=() missing=() name
+    while [ "$1" != -- ]; do options+=("$1"); shift; done
+    shift
+    for name in "$@"; do
+        [ -e "$traces/$name.trace" ] || missing+=("$name")
+    done
+    [ ${#missing[@]} -eq 0 ] || "$repo/qemu-scripts/record-boots.sh" "${options[@]}" --images "$vm_images" --out "$traces" "${missing[@]}"
+}
+if [ -z "$report_only" ]; then
+    record -- "${boots[@]}"
+    record --app -- "${apps[@]}"
 fi
-[ -d "$traces/lib" ] || die "$traces/lib is not there: let qemu-scripts/record-boots.sh --app --out $traces record the boots"
+[ -d "$traces/lib" ] || die "$traces/lib is not there: run it without --report, which records the boots"
 
 # Copies of the library that the traces were recorded with, each with maps of a policy.
 for policy in bridge paper; do
