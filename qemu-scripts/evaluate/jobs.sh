@@ -11,11 +11,10 @@ list_jobs() {
 }
 
 # list_runs FIRST LAST
-list_runs() {
+list_runs() { # the guests, which take longest, last
     local run what parts=(number_of_vms overhead)
-    [ -n "$quick" ] || parts+=(applications)
+    [ -n "$quick" ] || parts+=(applications arrival_rate beyond_the_paper available_memory)
     [ -z "$guests" ] || parts+=(real_guests)
-    [ -n "$quick" ] || parts+=(arrival_rate beyond_the_paper available_memory)
     for what in "${parts[@]}"; do
         for ((run = $1; run <= $2; run++)); do
             rotate "$run" "${every[@]}"
