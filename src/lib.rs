@@ -30,9 +30,9 @@
 //! | 7 | [`cli`]: one file a verb; prints and exits |
 //! | 6 | [`daemon`]: vhost-user protocol, queue threads, what is in flight, control socket; the only importer of the vhost crates |
 //! | 5 | [`device`]: virtio-blk requests to completions · [`report`]: pages with plots, of an evaluation or a library; nothing that serves imports it |
-//! | 4 | [`indexer`]: adds images · [`overlay`]: the VM's writes, a qcow2 · [`redirect`]: plans and runs base reads |
+//! | 4 | [`indexer`]: adds images · [`overlay`]: the VM's writes, a qcow2 · [`redirect`]: plans and runs base reads · [`migrate`]: moves running VMs |
 //! | 3 | [`map`]: the block map; bytes in, ranges out |
-//! | 2 | [`library`], [`image`], [`fingerprint`], [`cluster`] |
+//! | 2 | [`library`], [`image`], [`fingerprint`], [`cluster`] · [`store`]: pages of guest memory, by content |
 //! | 1 | [`io`]: copies from mappings, the page cache without waiting, io_uring for the rest; image locks; the fault engine of the tests |
 //! | 0 | [`units`], [`error`], [`codec`] |
 //!
@@ -104,10 +104,12 @@ pub mod fingerprint;
 pub mod image;
 pub mod index;
 pub mod library;
+pub mod store;
 
 pub mod map;
 
 pub mod indexer;
+pub mod migrate;
 pub mod overlay;
 pub mod redirect;
 

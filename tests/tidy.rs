@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 const FLOORS: &[&[&str]] = &[
     &["units", "error", "codec"],
     &["io"],
-    &["fingerprint", "cluster", "image", "index", "library"],
+    &["fingerprint", "cluster", "image", "index", "library", "store"],
     &["map"],
-    &["indexer", "overlay", "redirect"],
+    &["indexer", "migrate", "overlay", "redirect"],
     &["device", "report"],
     &["daemon"],
     &["cli"],
@@ -29,6 +29,8 @@ const CRATES: &[(&str, &[&str])] = &[
     ("plotters", &["report"]),
     ("io_uring", &["io"]),
     ("parquet", &["fingerprint"]),
+    ("zstd", &["store", "migrate"]),
+    ("qapi", &["migrate"]),
     ("virtio_queue", &["device", "daemon"]),
     // Of the binary `vmar-index`: no process with a guest's disk in it links these.
     ("ballista", &["bin"]),

@@ -9,6 +9,7 @@ pub mod library;
 pub mod lifecycle;
 pub mod map;
 mod matrix;
+pub mod migrate;
 pub mod output;
 pub mod overlay;
 pub mod repair;
@@ -91,6 +92,9 @@ enum Verb {
     Serve(Box<serve::Args>),
     /// Ask a running server, by its control socket
     Control(control::Args),
+    /// Move running VMs to another host
+    #[command(subcommand)]
+    Migrate(migrate::Verb),
 }
 
 /// A full disk under standard output is an error like any other, not the panic of println!.
@@ -156,6 +160,7 @@ pub fn main() -> ExitCode {
         Verb::Report(args) => report::run(common, &args),
         Verb::Serve(args) => serve::run(common, *args),
         Verb::Control(args) => control::run(common, args),
+        Verb::Migrate(verb) => migrate::run(common, verb),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

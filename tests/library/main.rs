@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "tests")]
 
 mod bad_input;
+mod bases;
 mod bridge;
 #[allow(dead_code, missing_docs)]
 #[path = "../../examples/brute_force.rs"]

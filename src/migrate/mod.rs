@@ -1,0 +1,39 @@
+//! Migration of running VMs: what the other host can rebuild does not travel.
+//!
+//! ```text
+//!  QEMU ──migrate unix──▶ send ═══════════ link ═══════════▶ receive ──unix──▶ QEMU -incoming
+//!            stream         │ frames: where each page is,        │               stream, the same bytes
+//!                           │ and the bytes that are nowhere     │
+//!                     kept image, base images,             kept image, base images,
+//!                     template, earlier pages              template, earlier pages
+//! ```
+//!
+//! - [`stream`] takes QEMU's migration stream apart as it comes, [`part`] cuts it,
+//! - [`bases`], [`kept`] and [`template`] are what the other side may have: base images, the memory of an earlier stay, pages of many
+//!   VMs,
+//! - [`work`] hashes the pages of a part, decides where the other side has each of them ([`known`]) and packs what it has not,
+//! - [`frame`] is how that is written, and how the part is made again of it,
+//! - [`wire`] has the messages that carry frames, and those that decide where the VM lives; [`link`] carries them,
+//! - [`send`] and [`receive`] are the two sides; [`record`] looks on.
+//!
+//! Used by no command yet.
+
+pub mod bases;
+pub mod frame;
+pub mod kept;
+pub mod known;
+pub mod link;
+pub mod monitor;
+pub mod order;
+pub mod part;
+pub mod receive;
+pub mod record;
+pub mod send;
+pub mod stream;
+pub mod template;
+pub mod varint;
+pub mod wire;
+pub mod work;
+
+#[cfg(test)]
+mod tests;

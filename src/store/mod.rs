@@ -1,0 +1,22 @@
+//! Pages of guest memory, kept by content: what migrations and snapshots store.
+//!
+//! A *memory image* is a [`manifest`]: a hash for each page, and where its content is: nowhere (zeros), in an image of the library,
+//! or in a [`pack`], a file of pages. Packs are named by what they hold and never changed, so writing one twice is writing it
+//! once, and manifests share them. A pack is durable before a manifest that names it is there ([`dir`]).
+
+pub mod dir;
+pub mod manifest;
+pub mod pack;
+
+pub use dir::{Store, StoreWriter};
+pub use manifest::Manifest;
+pub use pack::{Pack, PackId, PackWriter};
+
+/// A BLAKE3 hash.
+pub type Digest = [u8; 32];
+
+/// Bytes of a page.
+pub const PAGE_BYTES: usize = 4096;
+
+/// What to do about a file of the store that cannot be used.
+const MEND: &str = "remove it, or bring it back from another store";
