@@ -16,7 +16,7 @@
 //! - [`wire`] has the messages that carry frames, and those that decide where the VM lives; [`link`] carries them,
 //! - [`send`] and [`receive`] are the two sides; [`record`] looks on.
 //!
-//! Used by no command yet.
+//! `vmar migrate` uses base images and earlier pages; [`kept`] and [`template`] are used by no command yet.
 
 pub mod bases;
 pub mod frame;

@@ -311,8 +311,7 @@ impl Parser {
                     true => State::Ram { section: *kind },
                     false => State::Unknown { id: Some(id) },
                 };
-                // Records of a section begin with one that names its block.
-                self.current = None;
+                // Its first record may continue the block of the last one of the section before.
                 Token::Bytes(5, state, None)
             }
             section::FOOTER => {
@@ -385,33 +384,31 @@ impl Parser {
             _ => {}
         }
         let named = flags & flag::CONTINUE == 0;
-        let (mut len, block) = match (named, self.current) {
-            (false, Some(block)) => (8, block),
-            (false, None) => return Some(Token::Lost),
-            (true, _) => {
-                let name_len = usize::from(*rest.get(8)?);
-                let name = rest.get(9..9 + name_len)?;
-                let Some(block) = self.block_named(name) else { return Some(Token::Lost) };
-                (9 + name_len, block)
-            }
+        let (mut len, block) = if named {
+            let name_len = usize::from(*rest.get(8)?);
+            let Some(block) = self.block_named(rest.get(9..9 + name_len)?) else { return Some(Token::Lost) };
+            (9 + name_len, Some(block))
+        } else {
+            // After something that was not understood nobody knows which block is continued.
+            (8, self.current)
         };
-        let place = Place { block, offset, named };
-        let token = match flags & !flag::CONTINUE {
-            flag::ZERO => match *rest.get(len)? {
-                0 => Token::Zero(len + 1, place),
+        let place = block.map(|block| Place { block, offset, named });
+        let token = match (flags & !flag::CONTINUE, place) {
+            (flag::ZERO, place) => match (*rest.get(len)?, place) {
+                (0, Some(place)) => Token::Zero(len + 1, place),
                 _ => Token::Bytes(len + 1, here, None),
             },
-            flag::PAGE => {
+            (flag::PAGE, place) => {
                 len += PAGE_BYTES;
                 rest.get(..len)?;
-                Token::Page(len, place)
+                place.map_or(Token::Bytes(len, here, None), |place| Token::Page(len, place))
             }
-            flag::XBZRLE => {
+            (flag::XBZRLE, _) => {
                 len += 3 + usize::from(be16(rest, len + 1)?);
                 rest.get(..len)?;
                 Token::Bytes(len, here, None)
             }
-            flag::COMPRESS => {
+            (flag::COMPRESS, _) => {
                 let data = usize::try_from(be32(rest, len)?).unwrap_or(usize::MAX);
                 if data > 2 * PAGE_BYTES {
                     return Some(Token::Lost);
@@ -423,7 +420,7 @@ impl Parser {
             _ => return Some(Token::Lost),
         };
         // Only now, with all of the record here: the same bytes are looked at again when more have come.
-        self.current = Some(block);
+        self.current = block;
         Some(token)
     }
 

@@ -3,7 +3,9 @@
 # each with a vmar of its own, on one overlay. One migration is cancelled half-way; the old server and the old QEMU are
 # killed with -9 as soon as the others have succeeded.
 #
-# Usage: tests/qemu/migrate.sh [--seconds N] [--moves N] [--qemu BIN]
+# Usage: tests/qemu/migrate.sh [--proxies] [--seconds N] [--moves N] [--qemu BIN]
+#   --proxies     through vmar migrate send and receive, with a library for each host: what QEMU sends and what the other one
+#                 gets is compared by SHA-256. Once the link is cut half-way, and the guest goes on where it was
 #   --seconds N   load for so long, all moves included (default 180)
 #   --moves N     migrations that succeed (default 3)
 #   --qemu BIN    this qemu-system-x86_64; qemu-img is the one beside it
@@ -12,9 +14,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-seconds=180 moves=3
+seconds=180 moves=3 proxies=''
 while [ $# -gt 0 ]; do
   case $1 in
+    --proxies) proxies=1; shift ;;
     --seconds) seconds=$2; shift 2 ;;
     --moves) moves=$2; shift 2 ;;
     --qemu)
@@ -38,13 +41,20 @@ fail() { echo "tests/qemu/migrate.sh: $* (logs: $work)" >&2; exit 1; }
 # shellcheck source=tests/qemu/guest.sh
 . tests/qemu/guest.sh
 guest_need
-need fio:fio python3:python3
+need fio:fio python3:python3 socat:socat
 guest_kernel
 guest_initramfs "$work/initrd" tests/qemu/init-fio fio
 guest_image left "$work/initrd"
 guest_image right "$work/initrd"
 "$VMAR_BIN" library init "$work/library" >/dev/null
 "$VMAR_BIN" --library "$work/library" image add "left=$work/left.raw" "right=$work/right.raw" >/dev/null 2>&1
+
+far_library=$work/far-library
+if [ -n "$proxies" ]; then
+  # The other host's, with other numbers.
+  "$VMAR_BIN" library init "$far_library" >/dev/null
+  "$VMAR_BIN" --library "$far_library" image add "r=$work/right.raw" "l=$work/left.raw" >/dev/null 2>&1
+fi
 
 # Used by the functions of common.sh.
 # shellcheck disable=SC2034
@@ -64,6 +74,8 @@ start() {
   [ "$major" -lt 10 ] || reconnect='reconnect-ms=1000'
   [ "$accel" != tcg ] || accel=tcg,tb-size=256
   [ -z "${2:-}" ] || { server=(--incoming); machine=(-incoming "unix:$dir/migrate.sock"); }
+  # Who goes through proxies does not run by itself.
+  [ -z "${2:-}" ] || [ -z "$proxies" ] || machine+=(-S)
   vm_folder "$dir"
   vm_dirs+=("$dir")
   "$vmar" serve --library "$vm_library" --image right --overlay "$overlay" --socket-path "$dir/blk.sock" \
@@ -143,6 +155,68 @@ move_state() {
   done
 }
 
+# through DIR NEXT [CUT]: a migration from QEMU to QEMU through the two proxies; what passes is copied on both sides. With CUT the
+# link ends after so many bytes. Sets sent and received to how the two ended.
+capability='{"capabilities": [{"capability": "return-path", "state": true}]}'
+through() {
+  local dir=$1 next=$2 cut=${3:-} to=$2/link.sock left=100 sender receiver
+  local -a copies=()
+  rm -f "$next"/{source,tap,out,link,cut}.sock "$next"/{sent,got}
+  # Between QEMU and each proxy: -r and -R keep what goes to one side.
+  socat -r "$next/sent" "UNIX-LISTEN:$next/source.sock" "UNIX-CONNECT:$next/tap.sock,retry=50,interval=0.1" 2>"$next/socat-1.log" &
+  copies+=("$!")
+  socat -r "$next/got" "UNIX-LISTEN:$next/out.sock" "UNIX-CONNECT:$next/migrate.sock" 2>"$next/socat-2.log" &
+  copies+=("$!")
+  "$vmar" migrate receive --library "$far_library" --listen "unix:$next/link.sock" --destination "$next/out.sock" \
+    --qmp "$next/qmp.sock" --records "$next/records" >"$next/receive.log" 2>&1 &
+  receiver=$!
+  until [ -S "$next/link.sock" ]; do
+    left=$((left - 1))
+    [ "$left" -gt 0 ] || fail "the receiver does not listen: $(tail -n 1 "$next/receive.log")"
+    sleep 0.1
+  done
+  if [ -n "$cut" ]; then
+    to=$next/cut.sock
+    python3 - "$to" "$next/link.sock" "$cut" <<'END' &
+import socket, sys, threading
+path, far, left = sys.argv[1], sys.argv[2], int(sys.argv[3])
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(path)
+listener.listen()
+near, _ = listener.accept()
+link = socket.socket(socket.AF_UNIX)
+link.connect(far)
+def pump(a, b):
+    global left
+    while left > 0 and (data := a.recv(min(65536, left))):
+        b.sendall(data)
+        left -= len(data)
+    for s in (near, link):
+        s.shutdown(socket.SHUT_RDWR)
+threading.Thread(target=pump, args=(link, near), daemon=True).start()
+pump(near, link)
+END
+    copies+=("$!")
+    until [ -S "$to" ]; do sleep 0.1; done
+  fi
+  "$vmar" migrate send --library "$vm_library" --image right --vm right --source "$next/tap.sock" --link "unix:$to" \
+    --records "$next/records-of-source" --json >"$next/send.json" 2>"$next/send.log" &
+  sender=$!
+  until [ -S "$next/source.sock" ] && grep -q ready "$next/send.log"; do
+    left=$((left - 1))
+    [ "$left" -gt 0 ] || fail "the sender is not ready: $(tail -n 1 "$next/send.log")"
+    sleep 0.1
+  done
+  qmp "$dir" migrate-set-capabilities "$capability" >/dev/null
+  qmp "$next" migrate-set-capabilities "$capability" >/dev/null
+  qmp "$dir" migrate "{\"uri\": \"unix:$next/source.sock\"}" >/dev/null
+  sent=0 received=0
+  wait "$sender" || sent=$?
+  wait "$receiver" || received=$?
+  kill "${copies[@]}" 2>/dev/null || true
+  wait "${copies[@]}" 2>/dev/null || true
+}
+
 now=$work/vm0
 mkdir -p "$now"
 start "$now"
@@ -177,13 +251,36 @@ grep -q 'connected' "$work/vm-cancelled/vmar.log" || fail "nobody had connected 
 say "cancelled: the source goes on"
 sleep 5
 
+if [ -n "$proxies" ]; then
+  cut=$work/vm-cut
+  mkdir -p "$cut"
+  start "$cut" incoming
+  qmp "$now" migrate-set-parameters '{"max-bandwidth": 4000000000, "downtime-limit": 300}' >/dev/null
+  through "$now" "$cut" 3000000
+  [ "$sent" = 1 ] && [ "$received" = 1 ] || fail "the link was cut: the sender ended with $sent, the receiver with $received"
+  [ "$(move_state "$now")" = failed ] || fail "the link was cut, and the migration is not failed"
+  [ "$(qmp "$now" query-status '{}' status)" = running ] || fail "the link was cut, and the source does not go on"
+  kill_9 "$cut"
+  say "link cut: the source goes on: $(tail -n 1 "$cut/send.log")"
+  sleep 5
+fi
+
 downtimes=()
 for ((n = 1; n <= moves; n++)); do
   next=$work/vm$n
   mkdir -p "$next"
   start "$next" incoming
   qmp "$now" migrate-set-parameters '{"max-bandwidth": 4000000000, "downtime-limit": 300}' >/dev/null
-  qmp "$now" migrate "{\"uri\": \"unix:$next/migrate.sock\"}" >/dev/null
+  if [ -n "$proxies" ]; then
+    through "$now" "$next"
+    [ "$sent" = 0 ] && [ "$received" = 0 ] ||
+      fail "migration $n: $(tail -n 1 "$next/send.log"); $(tail -n 1 "$next/receive.log")"
+    cmp "$next/sent" "$next/got" || fail "migration $n: the destination's QEMU got another stream"
+    say "$(stat -c %s "$next/sent") bytes, SHA-256 on both sides $(sha256sum <"$next/got" | cut -c1-16)…: $(jq -c .pages "$next/send.json")"
+    rm -f "$next/sent" "$next/got"
+  else
+    qmp "$now" migrate "{\"uri\": \"unix:$next/migrate.sock\"}" >/dev/null
+  fi
   state=$(move_state "$now")
   [ "$state" = completed ] || fail "migration $n: $state: $(qmp "$now" query-migrate)"
   left=100
