@@ -10,7 +10,7 @@
 //! be sent and is not, by which it guesses when the rest fits into the downtime. A part stays until it is acknowledged, for it may
 //! have to come again.
 //!
-//! Whose the VM is, is one lock ([`Phase`]): until it says *committed* every error closes the source's socket, upon which QEMU
+//! Whose the VM is, is one lock (`Phase`): until it says *committed* every error closes the source's socket, upon which QEMU
 //! ends the migration and runs the VM on; from then on nothing here lets it run again.
 
 use super::known::Known;

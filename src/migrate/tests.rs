@@ -43,7 +43,7 @@ fn stream(pages: u64, return_path: bool) -> Vec<u8> {
         out.extend([8, 0, 1, 0, 0]);
     }
     out.extend(b"\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04");
-    out.extend((pages * PAGE_SIZE | 4).to_be_bytes());
+    out.extend(((pages * PAGE_SIZE) | 4).to_be_bytes());
     out.extend(b"\x04ram0");
     out.extend((pages * PAGE_SIZE).to_be_bytes());
     out.extend(0x10u64.to_be_bytes());

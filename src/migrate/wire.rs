@@ -305,7 +305,8 @@ fn text(c: &mut Cursor<'_>) -> Option<String> {
 
 /// As much of it as a message may have.
 fn write_text(text: &str, out: &mut Vec<u8>) {
-    let text = text.get(..text.floor_char_boundary(TEXT_MAX)).unwrap_or_default();
+    let end = (0..=text.len().min(TEXT_MAX)).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+    let text = text.get(..end).unwrap_or_default();
     out.extend(u16::try_from(text.len()).unwrap_or_default().to_le_bytes());
     out.extend(text.as_bytes());
 }

@@ -285,7 +285,7 @@ fn what_no_sender_makes_is_refused() {
 #[test]
 fn from_the_parser_to_the_other_side() {
     let mut input = b"QEVM\0\0\0\x03\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04".to_vec();
-    input.extend((64 * PAGE_SIZE | 4).to_be_bytes());
+    input.extend(((64 * PAGE_SIZE) | 4).to_be_bytes());
     input.extend(b"\x04ram0");
     input.extend((64 * PAGE_SIZE).to_be_bytes());
     let place = |offset, named| Place { block: 0, offset: offset * PAGE_SIZE, named };

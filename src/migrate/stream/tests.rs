@@ -15,7 +15,7 @@ fn stream(rounds: usize) -> Vec<u8> {
     out.extend([0x7e, 0, 0, 0, 1, 0x01, 2, 3]);
     footer(&mut out, 77);
     header(&mut out, 0x01, 2, b"ram", 4);
-    out.extend((12 * PAGE_SIZE | 0x04).to_be_bytes());
+    out.extend(((12 * PAGE_SIZE) | 0x04).to_be_bytes());
     for (name, pages) in [(&b"ram0"[..], 8u64), (b"0000:00:02.0/vga.vram", 4)] {
         out.push(name.len() as u8);
         out.extend(name);
@@ -40,9 +40,9 @@ fn stream(rounds: usize) -> Vec<u8> {
         page(&mut out, 0x08, None, 1, 0);
         page(&mut out, 0x02, None, 2, 0);
         page(&mut out, 0x02, None, 3, 0xAA);
-        out.extend((4 * PAGE_SIZE | 0x40 | 0x20).to_be_bytes());
+        out.extend(((4 * PAGE_SIZE) | 0x40 | 0x20).to_be_bytes());
         out.extend([1, 0, 3, 7, 8, 9]);
-        out.extend((5 * PAGE_SIZE | 0x100 | 0x20).to_be_bytes());
+        out.extend(((5 * PAGE_SIZE) | 0x100 | 0x20).to_be_bytes());
         out.extend([0, 0, 0, 2, 7, 8]);
         out.extend(0x200u64.to_be_bytes());
         page(&mut out, 0x08, Some(b"0000:00:02.0/vga.vram"), 3, 5);
@@ -72,7 +72,7 @@ fn footer(out: &mut Vec<u8>, id: u32) {
 }
 
 fn page(out: &mut Vec<u8>, kind: u64, name: Option<&[u8]>, number: u64, byte: u8) {
-    out.extend((number * PAGE_SIZE | kind | if name.is_none() { 0x20 } else { 0 }).to_be_bytes());
+    out.extend(((number * PAGE_SIZE) | kind | if name.is_none() { 0x20 } else { 0 }).to_be_bytes());
     if let Some(name) = name {
         out.push(name.len() as u8);
         out.extend(name);
@@ -166,7 +166,7 @@ fn what_is_flushed_in_the_middle_of_a_record_is_bytes() {
 #[test]
 fn a_stranger_in_the_ram_section_loses_it_and_the_next_section_is_understood_again() {
     let mut input = stream(3);
-    let at = input.windows(8).position(|w| w == (5 * PAGE_SIZE | 0x100 | 0x20).to_be_bytes()).unwrap();
+    let at = input.windows(8).position(|w| w == ((5 * PAGE_SIZE) | 0x100 | 0x20).to_be_bytes()).unwrap();
     input[at + 6] |= 0x08;
     let (told, _) = tell(&[&input], false);
     assert_eq!(told.bytes, input);
