@@ -72,7 +72,8 @@ pub struct ReceiveArgs {
     /// Where QEMU listens for its migration ('-incoming unix:PATH', and -S)
     #[arg(long, value_name = "PATH")]
     destination: PathBuf,
-    /// QEMU's monitor (QMP), to run the VM when it is this host's; without it whoever started QEMU says 'cont'
+    /// QEMU's monitor (QMP), to switch its return path on, and to run the VM when it is this host's; nobody else may have the
+    /// monitor meanwhile. Without it whoever started QEMU does both
     #[arg(long, value_name = "PATH")]
     qmp: Option<PathBuf>,
     /// Where it is written down that a VM has come
@@ -130,7 +131,7 @@ fn receive(common: &Common, args: &ReceiveArgs) -> Result<()> {
     let library = common.library.as_deref().map(Library::open).transpose()?;
     let mut monitor = args.qmp.as_deref().map(Monitor::connect).transpose()?;
     if let Some(monitor) = &mut monitor {
-        monitor.check_waits()?;
+        monitor.prepare()?;
     }
     let link = accept(&args.listen)?;
     let hello = receive::greeted(&link)?;

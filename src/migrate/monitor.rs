@@ -31,19 +31,21 @@ impl Monitor {
         Ok(Monitor { path: path.to_path_buf(), qmp })
     }
 
-    /// Refuses a QEMU that waits for no VM.
+    /// Has a QEMU that waits for a VM answer on the return path.
     ///
     /// # Errors
-    /// It does something else.
-    pub fn check_waits(&mut self) -> Result<()> {
+    /// It waits for none.
+    pub fn prepare(&mut self) -> Result<()> {
         let status = self.qmp.execute(&qmp::query_status {}).map_err(|e| refused(&self.path, &e))?;
-        match status.status {
-            qmp::RunState::inmigrate => Ok(()),
-            other => {
-                let cause = format!("this QEMU waits for no VM: it says {other:?}");
-                Err(Error::file(ErrorKind::Usage, &self.path, cause).mend("start it with -incoming unix:PATH and -S"))
-            }
+        if status.status != qmp::RunState::inmigrate {
+            let cause = format!("this QEMU waits for no VM: it says {:?}", status.status);
+            let mend = "start it with -incoming unix:PATH and -S";
+            return Err(Error::file(ErrorKind::Usage, &self.path, cause).mend(mend));
         }
+        let capability = qmp::MigrationCapability::return_path;
+        let capabilities = vec![qmp::MigrationCapabilityStatus { capability, state: true }];
+        self.qmp.execute(&qmp::migrate_set_capabilities { capabilities }).map_err(|e| refused(&self.path, &e))?;
+        Ok(())
     }
 
     /// Refuses a VM that runs as soon as it is loaded: it may run where it came from, too. It is stopped.

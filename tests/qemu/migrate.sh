@@ -208,7 +208,6 @@ END
     sleep 0.1
   done
   qmp "$dir" migrate-set-capabilities "$capability" >/dev/null
-  qmp "$next" migrate-set-capabilities "$capability" >/dev/null
   qmp "$dir" migrate "{\"uri\": \"unix:$next/source.sock\"}" >/dev/null
   sent=0 received=0
   wait "$sender" || sent=$?
