@@ -62,9 +62,14 @@ here=$repo/qemu-scripts/evaluate
 out=${out:-$repo/build/evaluation${quick:+-quick}}
 mkdir -p "$out/raw"
 out=$(cd "$out" && pwd)
+if [ -z "$report_only" ]; then
+    # Two that measure at once would measure each other.
+    exec 8>"$out/.lock"
+    flock -n 8 || die "$out: another run measures there; wait for its end, or name another --out"
+fi
 
 need_qemu
-need jq:jq fincore:util-linux qemu-storage-daemon:qemu-system-common
+need jq:jq fincore:util-linux flock:util-linux qemu-storage-daemon:qemu-system-common
 # What is measured is what this tree builds, always: an older binary would go unnoticed.
 build_vmar
 vmar=${CARGO_TARGET_DIR:-$repo/target}/release/vmar
@@ -134,13 +139,15 @@ bench() {
 
 host_disk=$(lsblk -no PKNAME,KNAME "$(findmnt -n -o SOURCE -T "$vm_images")" 2>/dev/null | awk 'NR == 1 { print $1 }')
 knob=/sys/block/$host_disk/queue/read_ahead_kb
-groups=()
+job_pid=''
 cleanup() {
-    vm_stop_all || true
+    local root
+    if [ -n "$job_pid" ]; then
+        kill -TERM -- "-$job_pid" 2>/dev/null && wait "$job_pid" || true
+    fi
     [ -z "${before:-}" ] || echo "$before" >"$knob"
-    local group
-    for group in "${groups[@]}"; do
-        rmdir "$group" 2>/dev/null || true
+    for root in $(findmnt -n -o TARGET -t cgroup,cgroup2); do
+        rmdir "$root/vmar-evaluate.$$" 2>/dev/null || true
     done
 }
 set_up_machine() {
@@ -177,7 +184,6 @@ throttled() {
         echo "$number rbps=$limit" >"$group/io.max" ||
             die "the cgroup controller 'io' is not enabled: echo +io > $root/cgroup.subtree_control"
     fi
-    groups=("$group")
     (echo "$BASHPID" >"$group/cgroup.procs" && exec "$@")
 }
 
@@ -249,8 +255,14 @@ run_jobs() {
         [ ! -e "$out/raw/$key.json" ] || continue
         say "[$at of ${#jobs[@]}] $key"
         began=$(date +%s)
+        # In a process group of its own, and waited for: so a signal ends it at once, with all that it started.
+        set -m
         # shellcheck disable=SC2086 # options are words without blanks
-        $line >"$out/result.json" || die "$key: $(tail -n 1 "$out/storm.log") (log: $out/storm.log)"
+        $line >"$out/result.json" &
+        job_pid=$!
+        set +m
+        wait "$job_pid" || die "$key: $(tail -n 1 "$out/storm.log") (log: $out/storm.log)"
+        job_pid=''
         jq -c --arg series "$series" --argjson run "$run" --arg points "$points" --argjson took $(($(date +%s) - began)) '{
             series: $series, run: $run, took_s: $took,
             points: [$points | split(",")[] | split(":") | {figure: .[0], metric: .[1], x: (.[2] | tonumber? // .)}],
