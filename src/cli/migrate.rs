@@ -96,7 +96,7 @@ fn send(common: &Common, args: &SendArgs) -> Result<()> {
         knows.bases = Some(Bases::load(&library, image, CONTENTS_MAX)?);
     }
     let migration = identity()?;
-    let record = Record::new(&args.records, &args.vm, &migration)?;
+    let record = Record::new(&args.records, &args.vm, &migration, "sent")?;
     let link = connect(&args.link)?;
     let images = knows.bases.as_ref().map(|b| b.digests().to_vec()).unwrap_or_default();
     let hello = Hello { migration, vm: args.vm.clone(), images, kept: None, template: None };
@@ -138,7 +138,7 @@ fn receive(common: &Common, args: &ReceiveArgs) -> Result<()> {
     let bases = library.as_ref().map_or_else(BaseFiles::none, |library| BaseFiles::open(library, &hello.images));
     let mut images = bases.here();
     images.resize(hello.images.len(), false);
-    let record = Record::new(&args.records, &hello.vm, &hello.migration)?;
+    let record = Record::new(&args.records, &hello.vm, &hello.migration, "received")?;
     let destination = connect_unix(&args.destination)?;
     receive::welcome(&link, Welcome { images, kept: false, template: false })?;
     let has = Has { kept: None, bases, template: None };
@@ -155,9 +155,13 @@ fn receive(common: &Common, args: &ReceiveArgs) -> Result<()> {
             Ok(())
         }
         Outcome::There(error) => Err(error),
+        Outcome::Stopped(error) => {
+            let cause = format!("it is this host's now, and could not be started: {error}");
+            Err(Error::new(ErrorKind::Io, format!("VM {}", hello.vm), cause).mend("say 'cont' to its QEMU here"))
+        }
         Outcome::Doubt(error) => {
             let mend = format!(
-                "look for {}-{migration}.json with \"moved\" on the host that it left: if it is there, say 'cont' to QEMU here; \
+                "look for {}-{migration}.sent.json with \"moved\" on the host that it left: if it is there, say 'cont' to QEMU here; \
                  if not, 'quit', and the VM runs there",
                 hello.vm
             );
@@ -207,11 +211,11 @@ struct Record {
 
 impl Record {
     /// Makes sure that it can be written when it must be.
-    fn new(dir: &Path, vm: &str, migration: &[u8; 16]) -> Result<Record> {
+    fn new(dir: &Path, vm: &str, migration: &[u8; 16], side: &str) -> Result<Record> {
         crate::library::check_name(vm)?;
         fs::create_dir_all(dir).map_err(|e| Error::io(dir, "make it", e))?;
         let migration = hex(migration);
-        let record = Record { path: dir.join(format!("{vm}-{migration}.json")), vm: vm.into(), migration };
+        let record = Record { path: dir.join(format!("{vm}-{migration}.{side}.json")), vm: vm.into(), migration };
         record.write("begun")?;
         Ok(record)
     }

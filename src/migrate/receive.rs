@@ -30,8 +30,10 @@ const RP_LAST: u16 = 16;
 /// What became of a VM that was to come.
 #[derive(Debug)]
 pub enum Outcome {
-    /// It is here, and `started`.
+    /// It is here, and was started.
     Here,
+    /// It is here, and could not be started.
+    Stopped(Error),
     /// It is here or at the sender, and runs at neither.
     Doubt(Error),
     /// It is at the sender.
@@ -164,7 +166,7 @@ pub fn run(
     link.shut();
     match started {
         Ok(()) => Outcome::Here,
-        Err(error) => Outcome::Doubt(error),
+        Err(error) => Outcome::Stopped(error),
     }
 }
 

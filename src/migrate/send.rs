@@ -326,7 +326,12 @@ fn answers(shared: &Shared<'_>, commit: impl FnOnce() -> Result<()>) -> bool {
         match answer(shared, message, &mut commit) {
             Ok(false) => {}
             Ok(true) => break true,
-            Err(error) => shared.fail(error),
+            Err(error) => {
+                if *lock(&shared.phase) == Phase::Moved {
+                    log::error!("after the VM was given away: {error}");
+                }
+                shared.fail(error);
+            }
         }
     };
     end(shared);
@@ -415,7 +420,7 @@ fn strange(what: &str) -> Error {
 }
 
 fn refused(why: &str) -> Error {
-    Error::new(ErrorKind::Interrupted, "receiver", format!("it has given up: {why}")).mend("the VM runs on here")
+    Error::new(ErrorKind::Interrupted, "receiver", format!("it has given up: {why}"))
 }
 
 /// What it means that there is no message.
