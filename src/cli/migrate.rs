@@ -117,7 +117,13 @@ fn send(common: &Common, args: &SendArgs) -> Result<()> {
         options.window = 0;
     }
     let began = Instant::now();
-    let moved = send::run(&Socket::Unix(source), &link, &knows, options, &mut (), || record.write("moved"))?;
+    let moved = send::run(&Socket::Unix(source), &link, &knows, options, &mut (), || record.write("moved"));
+    let moved = moved.inspect_err(|_| {
+        // Also when "moved" could be written and not be made durable: nobody must find that word there and run the VM elsewhere.
+        if let Err(error) = record.write("stayed") {
+            log::error!("the VM stays here, whatever its record says: {error}");
+        }
+    })?;
     tell(common, &args.vm, &migration, &moved, began.elapsed())?;
     if !moved.confirmed {
         let cause = "it belongs to the receiver, and the link broke before that said that it runs";

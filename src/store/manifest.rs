@@ -155,14 +155,7 @@ impl Manifest {
         if c.array() != Some(*MAGIC) {
             return Err(broken("it is no memory image"));
         }
-        match c.u32_le() {
-            Some(VERSION) => {}
-            other => {
-                let version = other.unwrap_or_default();
-                return Err(Error::file(ErrorKind::Unsupported, path, format!("has version {version}, not {VERSION}"))
-                    .mend("use the vmar that wrote it, or a newer one"));
-            }
-        }
+        super::check_version(path, c.u32_le(), VERSION)?;
         let end =
             bytes.len().checked_sub(CHECKSUM).filter(|end| *end >= HEADER).ok_or_else(|| broken("it is cut off"))?;
         let (covered, checksum) = bytes.split_at(end);

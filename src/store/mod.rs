@@ -12,6 +12,9 @@ pub use dir::{Store, StoreWriter};
 pub use manifest::Manifest;
 pub use pack::{Pack, PackId, PackWriter};
 
+use crate::error::{Error, ErrorKind, Result};
+use std::path::Path;
+
 /// A BLAKE3 hash.
 pub type Digest = [u8; 32];
 
@@ -20,3 +23,14 @@ pub const PAGE_BYTES: usize = 4096;
 
 /// What to do about a file of the store that cannot be used.
 const MEND: &str = "remove it, or bring it back from another store";
+
+/// Refuses a file of another version than this code's.
+fn check_version(path: &Path, found: Option<u32>, known: u32) -> Result<()> {
+    match found {
+        Some(version) if version == known => Ok(()),
+        found => {
+            let cause = format!("has version {}, not {known}", found.unwrap_or_default());
+            Err(Error::file(ErrorKind::Unsupported, path, cause).mend("use the vmar that wrote it, or a newer one"))
+        }
+    }
+}

@@ -179,14 +179,7 @@ impl Pack {
         if c.array() != Some(*MAGIC) {
             return Err(broken("it is no pack"));
         }
-        match c.u32_le() {
-            Some(VERSION) => {}
-            other => {
-                let version = other.unwrap_or_default();
-                return Err(Error::file(ErrorKind::Unsupported, path, format!("has version {version}, not {VERSION}"))
-                    .mend("use the vmar that wrote it, or a newer one"));
-            }
-        }
+        super::check_version(path, c.u32_le(), VERSION)?;
         let mut trailer = [0; TRAILER];
         read_at(path, &file, &mut trailer, len - TRAILER as u64)?;
         let mut c = Cursor::new(&trailer);
