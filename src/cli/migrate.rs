@@ -1,19 +1,22 @@
 //! `vmar migrate`: the two ends of a link over which a running VM moves.
 
 use super::Common;
-use super::output::{Table, print_json};
+use super::moved::{Watch, tell};
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::library::Library;
 use crate::migrate::bases::{BaseFiles, Bases, CONTENTS_MAX};
+use crate::migrate::kept::Stay;
 use crate::migrate::known::{Has, Knows, Received, WINDOW};
 use crate::migrate::link::Socket;
+use crate::migrate::memory::Memory;
 use crate::migrate::monitor::Monitor;
 use crate::migrate::receive::{self, Host, Outcome};
-use crate::migrate::send::{self, Moved, Options};
+use crate::migrate::record::{Coming, Leaving};
+use crate::migrate::send::{self, Options};
+use crate::migrate::template::Template;
 use crate::migrate::wire::{Hello, Welcome};
-use crate::migrate::work::Counts;
-use crate::units::human_bytes;
+use crate::store::templates::TemplateFile;
 use clap::Subcommand;
 use serde_json::json;
 use std::fs::{self, File};
@@ -24,6 +27,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+/// Sharing domain of VMs of which nothing else is said: the first one of a new library is called so.
+const DOMAIN: &str = "default";
 /// How long a destination's QEMU may take until it listens.
 const DESTINATION: Duration = Duration::from_secs(30);
 
@@ -52,6 +57,14 @@ pub struct SendArgs {
     /// the image, too (needs --library)
     #[arg(long, value_name = "NAME")]
     image: Option<String>,
+    /// Sharing domain of the VM, whose templates are used [default: that of --image, or "default"]
+    #[arg(long, value_name = "NAME")]
+    domain: Option<String>,
+    #[command(flatten)]
+    store: StoreArgs,
+    /// Do not look for pages in base images
+    #[arg(long)]
+    no_base: bool,
     /// Do not look for pages that were sent before in this migration
     #[arg(long)]
     no_intra: bool,
@@ -76,9 +89,35 @@ pub struct ReceiveArgs {
     /// monitor meanwhile. Without it whoever started QEMU does both
     #[arg(long, value_name = "PATH")]
     qmp: Option<PathBuf>,
+    #[command(flatten)]
+    store: StoreArgs,
     /// Where it is written down that a VM has come
     #[arg(long, value_name = "DIR", default_value = "/var/lib/vmar/migrations")]
     records: PathBuf,
+}
+
+/// What both sides remember of VMs that came and went.
+#[derive(Debug, clap::Args)]
+struct StoreArgs {
+    /// Keep the memory of VMs that leave, for their return, and what is known of those that come; has the templates, too
+    /// (made if it is not there)
+    #[arg(long, value_name = "DIR")]
+    store: Option<PathBuf>,
+    /// Bytes that the store may have in kept memory; the oldest makes room
+    #[arg(long, value_name = "N[K|M|G|T]", value_parser = super::overlay::parse_size, default_value = "20G", requires = "store")]
+    budget: u64,
+    /// Neither keep memory nor use what was kept
+    #[arg(long, requires = "store")]
+    no_kept: bool,
+    /// Use no template
+    #[arg(long, requires = "store")]
+    no_template: bool,
+}
+
+impl StoreArgs {
+    fn open(&self) -> Result<Option<Memory>> {
+        self.store.as_deref().map(|dir| Memory::open(dir, self.budget)).transpose()
+    }
 }
 
 /// Runs the verb.
@@ -95,15 +134,19 @@ fn send(common: &Common, args: &SendArgs) -> Result<()> {
         let library = Library::open(common.library()?)?;
         knows.bases = Some(Bases::load(&library, image, CONTENTS_MAX)?);
     }
+    let domain = match (&args.domain, &knows.bases) {
+        (Some(domain), _) => domain.clone(),
+        (None, Some(bases)) => bases.domain().to_string(),
+        (None, None) => DOMAIN.to_string(),
+    };
+    if args.no_base {
+        knows.bases = None;
+    }
     let migration = identity()?;
     let record = Record::new(&args.records, &args.vm, &migration, "sent")?;
+    let memory = args.store.open()?;
     let link = connect(&args.link)?;
-    let images = knows.bases.as_ref().map(|b| b.digests().to_vec()).unwrap_or_default();
-    let hello = Hello { migration, vm: args.vm.clone(), images, kept: None, template: None };
-    let welcome = send::greet(&link, hello)?;
-    if let Some(bases) = &mut knows.bases {
-        bases.set_there(&welcome.images);
-    }
+    greet(args, &mut knows, memory.as_ref(), &domain, migration, &link)?;
     let listener = listen_unix(&args.source)?;
     eprintln!("vmar: ready for VM {}: say 'migrate unix:{}' to its QEMU", args.vm, args.source.display());
     let (source, _) = listener.accept().map_err(|e| Error::io(&args.source, "wait for QEMU", e))?;
@@ -117,7 +160,10 @@ fn send(common: &Common, args: &SendArgs) -> Result<()> {
         options.window = 0;
     }
     let began = Instant::now();
-    let moved = send::run(&Socket::Unix(source), &link, &knows, options, &mut (), || record.write("moved"));
+    let keeps = memory.as_ref().filter(|_| !args.store.no_kept);
+    let mut watch = Watch::new(keeps.map(|memory| Leaving::new(memory.spool_dir())));
+    let moved = send::run(&Socket::Unix(source), &link, &knows, options, &mut watch, || record.write("moved"));
+    let leaving = watch.end();
     let moved = moved.inspect_err(|_| {
         // Also when "moved" could be written and not be made durable: nobody must find that word there and run the VM elsewhere.
         if let Err(error) = record.write("stayed") {
@@ -125,6 +171,10 @@ fn send(common: &Common, args: &SendArgs) -> Result<()> {
         }
     })?;
     tell(common, &args.vm, &migration, &moved, began.elapsed())?;
+    if let (Some(memory), Some(leaving)) = (keeps, leaving) {
+        let images = knows.bases.as_ref().map(|b| b.digests().to_vec()).unwrap_or_default();
+        keep(memory, leaving, Stay { vm: &args.vm, domain: &domain, taken: now(), images });
+    }
     if !moved.confirmed {
         let cause = "it belongs to the receiver, and the link broke before that said that it runs";
         return Err(Error::new(ErrorKind::Interrupted, format!("VM {}", args.vm), cause)
@@ -133,31 +183,117 @@ fn send(common: &Common, args: &SendArgs) -> Result<()> {
     Ok(())
 }
 
+/// Tells the receiver what this host would use, and leaves in `knows` what the receiver has of it.
+fn greet(
+    args: &SendArgs,
+    knows: &mut Knows,
+    memory: Option<&Memory>,
+    domain: &str,
+    migration: [u8; 16],
+    link: &Socket,
+) -> Result<()> {
+    let templates = match memory {
+        Some(memory) if !args.store.no_template => memory.templates(domain),
+        _ => Vec::new(),
+    };
+    let kept = memory.filter(|_| !args.store.no_kept).and_then(|memory| memory.remembered(&args.vm));
+    let welcome = send::greet(
+        link,
+        Hello {
+            migration,
+            vm: args.vm.clone(),
+            images: knows.bases.as_ref().map(|b| b.digests().to_vec()).unwrap_or_default(),
+            kept: kept.as_ref().map(|kept| kept.root()),
+            templates: templates.iter().map(|t| t.id.0).collect(),
+        },
+    )?;
+    if let Some(bases) = &mut knows.bases {
+        bases.set_there(&welcome.images);
+    }
+    knows.kept = kept.filter(|_| welcome.kept);
+    let template = welcome.template.and_then(|n| templates.get(usize::from(n)));
+    let open = |t: &TemplateFile| t.open().inspect_err(|e| log::warn!("the template is not used: {e}")).ok();
+    knows.template = template.and_then(open).map(|pack| Template::new(&pack));
+    let has = |is: bool| if is { "yes" } else { "no" };
+    log::info!(
+        "the receiver has {} of {} images, kept memory: {}, template: {}",
+        welcome.images.iter().filter(|has| **has).count(),
+        welcome.images.len(),
+        has(knows.kept.is_some()),
+        has(knows.template.is_some())
+    );
+    Ok(())
+}
+
+/// Keeps the memory of a VM that has left. It has left, whether that can be kept or not.
+fn keep(memory: &Memory, leaving: Leaving, stay: Stay<'_>) {
+    let vm = stay.vm.to_string();
+    let kept = leaving.finish().and_then(|spool| spool.map(|spool| memory.keep(spool, stay)).transpose());
+    match kept {
+        Ok(None) => log::warn!("VM {vm}: its stream told of no memory; nothing is kept"),
+        Ok(Some(evicted)) if evicted.contains(&vm) => {
+            eprintln!("vmar: the memory of VM {vm} is larger than --budget, and is not kept");
+        }
+        Ok(Some(evicted)) => {
+            for other in evicted {
+                eprintln!("vmar: the memory of VM {other} had to make room (--budget)");
+            }
+        }
+        Err(error) => eprintln!("vmar: the memory of VM {vm} is not kept for its return: {error}"),
+    }
+}
+
 fn receive(common: &Common, args: &ReceiveArgs) -> Result<()> {
     let library = common.library.as_deref().map(Library::open).transpose()?;
+    let memory = args.store.open()?;
     let mut monitor = args.qmp.as_deref().map(Monitor::connect).transpose()?;
     if let Some(monitor) = &mut monitor {
         monitor.prepare()?;
     }
     let link = accept(&args.listen)?;
     let hello = receive::greeted(&link)?;
-    let bases = library.as_ref().map_or_else(BaseFiles::none, |library| BaseFiles::open(library, &hello.images));
-    let mut images = bases.here();
-    images.resize(hello.images.len(), false);
+    let (has, welcome) = offer(args, &hello, library.as_ref(), memory.as_ref());
     let record = Record::new(&args.records, &hello.vm, &hello.migration, "received")?;
     let destination = connect_unix(&args.destination)?;
-    receive::welcome(&link, Welcome { images, kept: false, template: false })?;
-    let has = Has { kept: None, bases, template: None };
+    receive::welcome(&link, welcome)?;
     let host = Here { record, monitor: Mutex::new(monitor) };
     let pages = Received::new(WINDOW, has);
+    let notes = memory.as_ref().filter(|_| !args.store.no_kept);
+    let mut coming = notes.map(|_| Coming::default());
+    let outcome = receive::run(&Socket::Unix(destination), &link, pages, coming.as_mut(), &host);
+    if let (Some(memory), Some(coming), false) = (notes, coming, matches!(outcome, Outcome::There(_))) {
+        let noted =
+            coming.finish().and_then(|hashes| hashes.map_or(Ok(()), |hashes| memory.note(&hello.vm, hashes, now())));
+        if let Err(error) = noted {
+            eprintln!("vmar: what VM {} left behind is not noted for its return: {error}", hello.vm);
+        }
+    }
+    end(args, &hello, outcome)
+}
+
+/// What this host has of what a sender would use.
+fn offer(args: &ReceiveArgs, hello: &Hello, library: Option<&Library>, memory: Option<&Memory>) -> (Has, Welcome) {
+    let bases = library.map_or_else(BaseFiles::none, |library| BaseFiles::open(library, &hello.images));
+    let mut images = bases.here();
+    images.resize(hello.images.len(), false);
+    let keeps = memory.filter(|_| !args.store.no_kept);
+    let kept = keeps.zip(hello.kept).and_then(|(memory, root)| memory.kept(&hello.vm, &root, library));
+    let template = memory.filter(|_| !args.store.no_template).and_then(|memory| memory.template(&hello.templates));
+    let welcome = Welcome {
+        images,
+        kept: kept.is_some(),
+        template: template.as_ref().and_then(|(place, _)| u8::try_from(*place).ok()),
+    };
+    (Has { kept, bases, template: template.map(|(_, pack)| pack) }, welcome)
+}
+
+/// Says what became of the VM.
+fn end(args: &ReceiveArgs, hello: &Hello, outcome: Outcome) -> Result<()> {
     let migration = hex(&hello.migration);
-    match receive::run(&Socket::Unix(destination), &link, pages, None, &host) {
+    match outcome {
         Outcome::Here => {
-            println!(
-                "VM {} has arrived{}",
-                hello.vm,
-                if args.qmp.is_some() { " and runs" } else { "; say 'cont' to its QEMU" }
-            );
+            let runs = if args.qmp.is_some() { " and runs" } else { "; say 'cont' to its QEMU" };
+            println!("VM {} has arrived{runs}", hello.vm);
             Ok(())
         }
         Outcome::There(error) => Err(error),
@@ -171,12 +307,8 @@ fn receive(common: &Common, args: &ReceiveArgs) -> Result<()> {
                  if not, 'quit', and the VM runs there",
                 hello.vm
             );
-            Err(Error::new(
-                ErrorKind::Interrupted,
-                format!("VM {}", hello.vm),
-                format!("whose it is is not known: {error}"),
-            )
-            .mend(mend))
+            let cause = format!("whose it is is not known: {error}");
+            Err(Error::new(ErrorKind::Interrupted, format!("VM {}", hello.vm), cause).mend(mend))
         }
     }
 }
@@ -227,7 +359,7 @@ impl Record {
     }
 
     fn write(&self, state: &str) -> Result<()> {
-        let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let at = now();
         let text = json!({"format": "vmar-migration", "version": 1, "vm": self.vm, "migration": self.migration,
             "state": state, "at": at});
         let new = self.path.with_extension("new");
@@ -296,32 +428,6 @@ fn accept(address: &str) -> Result<Socket> {
     }
 }
 
-fn tell(common: &Common, vm: &str, migration: &[u8; 16], moved: &Moved, time: Duration) -> Result<()> {
-    let counts = &moved.counts;
-    if common.json {
-        return print_json(&json!({"vm": vm, "migration": hex(migration), "confirmed": moved.confirmed,
-            "seconds": time.as_secs_f64(), "pages": counts}));
-    }
-    let Counts { zero, kept, base, template, intra, literal, stream_bytes, link_bytes } = *counts;
-    let all = zero + kept + base + template + intra + literal;
-    let mut table = Table::new(&["pages", "number", "share"], 1);
-    for (name, n) in [
-        ("zero", zero),
-        ("in the kept image", kept),
-        ("in base images", base),
-        ("in the template", template),
-        ("sent before", intra),
-        ("sent", literal),
-    ] {
-        table.row(vec![name.into(), n.to_string(), super::output::percent(n, all)]);
-    }
-    table.print();
-    println!(
-        "{} of QEMU's stream went as {} ({}) in {:.1} s",
-        human_bytes(stream_bytes),
-        human_bytes(link_bytes),
-        super::output::percent(link_bytes, stream_bytes),
-        time.as_secs_f64()
-    );
-    Ok(())
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }

@@ -5,11 +5,13 @@ mod domain;
 pub mod estimate;
 mod explain;
 pub mod image;
+mod kept;
 pub mod library;
 pub mod lifecycle;
 pub mod map;
 mod matrix;
 pub mod migrate;
+mod moved;
 pub mod output;
 pub mod overlay;
 pub mod repair;
@@ -95,6 +97,12 @@ enum Verb {
     /// Move running VMs to another host
     #[command(subcommand)]
     Migrate(migrate::Verb),
+    /// Memory that VMs left behind when they migrated
+    #[command(subcommand)]
+    Kept(kept::Verb),
+    /// Pages that many VMs hold, known to both hosts before a migration
+    #[command(subcommand)]
+    Template(kept::TemplateVerb),
 }
 
 /// A full disk under standard output is an error like any other, not the panic of println!.
@@ -161,6 +169,8 @@ pub fn main() -> ExitCode {
         Verb::Serve(args) => serve::run(common, *args),
         Verb::Control(args) => control::run(common, args),
         Verb::Migrate(verb) => migrate::run(common, verb),
+        Verb::Kept(verb) => kept::run(common, verb),
+        Verb::Template(verb) => kept::run_template(common, verb),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

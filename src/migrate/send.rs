@@ -24,7 +24,7 @@ use super::work::{self, Counts, Decided, Decider, Hashed};
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -64,12 +64,14 @@ impl Default for Options {
 }
 
 /// What became of a VM that was sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Moved {
     /// The receiver has said that it runs there. If not, nobody here knows; it never runs here.
     pub confirmed: bool,
     /// What was sent.
     pub counts: Counts,
+    /// The same by rounds, see [`Decider::rounds`].
+    pub rounds: Vec<Counts>,
 }
 
 /// Greets the receiver.
@@ -109,7 +111,8 @@ struct Shared<'a> {
     error: Mutex<Option<Error>>,
     permits: Permits,
     unacked: Mutex<BTreeMap<u64, Arc<Decided>>>,
-    link_bytes: AtomicU64,
+    /// Bytes of frames on the link, by rounds.
+    link_bytes: Mutex<Vec<u64>>,
     source_ended: AtomicBool,
 }
 
@@ -148,6 +151,16 @@ impl Shared<'_> {
         link.write_all(bytes)
     }
 
+    /// Counts bytes of a frame.
+    fn count(&self, round: usize, bytes: usize) {
+        let mut rounds = lock(&self.link_bytes);
+        let len = rounds.len().max(round + 1);
+        rounds.resize(len, 0);
+        if let Some(round) = rounds.get_mut(round) {
+            *round += bytes as u64;
+        }
+    }
+
     fn send(&self, message: &Message) -> io::Result<usize> {
         let mut bytes = Vec::new();
         message.write(&mut bytes);
@@ -176,10 +189,10 @@ pub fn run(
         error: Mutex::default(),
         permits: Permits::new(options.parts),
         unacked: Mutex::default(),
-        link_bytes: AtomicU64::new(0),
+        link_bytes: Mutex::default(),
         source_ended: AtomicBool::new(false),
     };
-    let (confirmed, mut counts) = std::thread::scope(|scope| {
+    let (confirmed, mut rounds) = std::thread::scope(|scope| {
         let shared = &shared;
         let (parts, to_hash) = channel();
         let (hashed, to_decide) = channel();
@@ -199,10 +212,11 @@ pub fn run(
         let confirmed = answers(shared, commit);
         (confirmed, decider.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     });
-    counts.link_bytes = shared.link_bytes.load(Ordering::Relaxed);
+    let link_bytes = shared.link_bytes.into_inner().unwrap_or_else(PoisonError::into_inner);
+    rounds.iter_mut().zip(link_bytes).for_each(|(round, bytes)| round.link_bytes = bytes);
     match shared.error.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(error) => Err(error),
-        None => Ok(Moved { confirmed, counts }),
+        None => Ok(Moved { confirmed, counts: Counts::sum(&rounds), rounds }),
     }
 }
 
@@ -215,7 +229,7 @@ fn read(shared: &Shared<'_>, parts: &Sender<Part>) {
 }
 
 fn read_until_end(shared: &Shared<'_>, parts: &Sender<Part>) -> Result<()> {
-    let (mut cutter, mut return_path) = (Cutter::default(), false);
+    let (mut cutter, mut return_path, mut lost) = (Cutter::default(), false, false);
     let mut buf = vec![0; 128 << 10];
     let mut source = shared.source;
     loop {
@@ -248,7 +262,10 @@ fn read_until_end(shared: &Shared<'_>, parts: &Sender<Part>) -> Result<()> {
                     let what = "the source QEMU has no return path: the VM could be lost at the end";
                     return Err(Error::new(ErrorKind::Unsupported, "migration", what).mend(RETURN_PATH));
                 }
-                Mark::Lost => log::warn!("a part of the migration stream is not understood; it passes as it is"),
+                Mark::Lost if !lost => {
+                    lost = true;
+                    log::warn!("a part of the migration stream is not understood; it passes as it is");
+                }
                 _ => {}
             }
         }
@@ -271,27 +288,34 @@ fn decide(
     recorder: &mut impl Recorder,
     hashed: &Receiver<(u64, Hashed)>,
     decided: &Sender<Arc<Decided>>,
-) -> Counts {
+) -> Vec<Counts> {
     let (mut decider, mut order) = (Decider::new(window), Reorder::default());
     while let Ok((number, piece)) = hashed.recv() {
         for piece in order.push(number, piece) {
             recorder.part(&piece.part, &piece.pages);
             let piece = Arc::new(decider.decide(piece));
             lock(&shared.unacked).insert(piece.part.number, Arc::clone(&piece));
+            recorder.told(decider.rounds(), lock(&shared.link_bytes).iter().sum());
             if decided.send(piece).is_err() {
-                return decider.counts();
+                return decider.rounds().to_vec();
             }
         }
     }
-    decider.counts()
+    decider.rounds().to_vec()
 }
 
-fn pack(shared: &Shared<'_>, decided: &Decided, packed: &Sender<(u64, Vec<u8>)>) -> bool {
+/// A frame as it goes on the link.
+struct Packed {
+    round: usize,
+    bytes: Vec<u8>,
+}
+
+fn pack(shared: &Shared<'_>, decided: &Decided, packed: &Sender<(u64, Packed)>) -> bool {
     match decided.pack() {
         Ok(frame) => {
             let mut bytes = Vec::new();
             Message::Frame(frame).write(&mut bytes);
-            packed.send((decided.part.number, bytes)).is_ok()
+            packed.send((decided.part.number, Packed { round: decided.round, bytes })).is_ok()
         }
         Err(e) => {
             shared.fail(Error::new(ErrorKind::Io, "zstd", e));
@@ -300,14 +324,14 @@ fn pack(shared: &Shared<'_>, decided: &Decided, packed: &Sender<(u64, Vec<u8>)>)
     }
 }
 
-fn write(shared: &Shared<'_>, packed: &Receiver<(u64, Vec<u8>)>) {
+fn write(shared: &Shared<'_>, packed: &Receiver<(u64, Packed)>) {
     let mut order = Reorder::default();
     while let Ok((number, bytes)) = packed.recv() {
-        for bytes in order.push(number, bytes) {
+        for Packed { round, bytes } in order.push(number, bytes) {
             if let Err(e) = shared.write(&bytes) {
                 return shared.fail(cut(&e));
             }
-            shared.link_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            shared.count(round, bytes.len());
         }
     }
 }
@@ -353,7 +377,7 @@ fn answer(shared: &Shared<'_>, message: Message, commit: &mut Option<impl FnOnce
             log::info!("frame {number} is sent again: the receiver lacks a page that it was to have");
             let frame = decided.pack_again().map_err(|e| Error::new(ErrorKind::Io, "zstd", e))?;
             let len = shared.send(&Message::Frame(frame)).map_err(|e| cut(&e))?;
-            shared.link_bytes.fetch_add(len as u64, Ordering::Relaxed);
+            shared.count(decided.round, len);
         }
         Message::Return(bytes) => source.write_all(&bytes).map_err(|e| no_source(&e))?,
         Message::Ready => {

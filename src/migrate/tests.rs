@@ -2,7 +2,7 @@
 
 use super::bases::BaseFiles;
 use super::frame::{Pages, Source};
-use super::kept::{Kept, Remembered};
+use super::kept::{Kept, Remembered, Stay};
 use super::known::{Has, Known, Knows, Nothing, Received};
 use super::link::Socket;
 use super::receive::{self, Host, Outcome};
@@ -381,8 +381,9 @@ fn a_vm_that_comes_back_finds_its_memory() {
     let end = migrate_noting(plain(&away, usize::MAX), &mut leaving, &mut coming);
     assert!(end.there && end.got == away);
     let pack = dir.path().join("new.pack");
-    let (manifest, id) = leaving.finish().unwrap().unwrap().seal("web", 1, vec![[1; 32]], &pack).unwrap();
-    let remembered = Remembered::new(coming.finish().unwrap());
+    let stay = Stay { vm: "web", images: vec![[1; 32]], ..Stay::default() };
+    let (manifest, id) = leaving.finish().unwrap().unwrap().seal(stay, &pack).unwrap();
+    let remembered = Remembered::new(coming.finish().unwrap().unwrap());
     assert_eq!(manifest.root(), remembered.root(), "both sides name it alike");
 
     // It has 500 pages more, and its pages are those of the second round.

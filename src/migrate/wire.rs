@@ -26,6 +26,8 @@ pub const HEADER_BYTES: usize = 5;
 pub const BODY_BYTES_MAX: usize = 2 * (FRAME_BYTES_MAX + OPS_BYTES_MAX);
 /// Images that a greeting may name.
 const IMAGES_MAX: usize = 65_536;
+/// Templates that a greeting may name.
+pub const TEMPLATES_MAX: usize = 16;
 /// Bytes of a string.
 const TEXT_MAX: usize = 1024;
 
@@ -57,8 +59,8 @@ pub struct Hello {
     pub images: Vec<Digest>,
     /// Root hash of the memory image that the sender has of the VM's last stay at the receiver.
     pub kept: Option<Digest>,
-    /// Root hash of the sender's template.
-    pub template: Option<Digest>,
+    /// The sender's templates by their IDs, the one that it would rather use first.
+    pub templates: Vec<Digest>,
 }
 
 /// What a receiver has of it.
@@ -68,8 +70,8 @@ pub struct Welcome {
     pub images: Vec<bool>,
     /// It has the kept image.
     pub kept: bool,
-    /// It has the template.
-    pub template: bool,
+    /// The first of the templates that it has, by its place in the greeting.
+    pub template: Option<u8>,
 }
 
 /// A part of the stream.
@@ -144,15 +146,16 @@ impl Message {
                 write_text(&hello.vm, out);
                 write_len(hello.images.len(), out);
                 out.extend(hello.images.as_flattened());
-                for root in [hello.kept, hello.template] {
-                    out.push(root.is_some().into());
-                    out.extend(root.unwrap_or_default());
-                }
+                out.push(hello.kept.is_some().into());
+                out.extend(hello.kept.unwrap_or_default());
+                write_len(hello.templates.len(), out);
+                out.extend(hello.templates.as_flattened());
             }
             Message::Welcome(welcome) => {
                 out.extend(VERSION.to_le_bytes());
                 write_len(welcome.images.len(), out);
-                out.extend(welcome.images.iter().chain([&welcome.kept, &welcome.template]).map(|has| u8::from(*has)));
+                out.extend(welcome.images.iter().chain([&welcome.kept]).map(|has| u8::from(*has)));
+                out.push(welcome.template.map_or(0, |place| place.saturating_add(1)));
             }
             Message::Frame(frame) => {
                 out.extend(frame.number.to_le_bytes());
@@ -253,18 +256,23 @@ fn version(c: &mut Cursor<'_>) -> Result<(), Malformed> {
 
 fn hello(c: &mut Cursor<'_>) -> Option<Hello> {
     let (migration, vm) = (c.array()?, text(c)?);
-    let count = len(c).filter(|n| *n <= IMAGES_MAX)?;
-    let images = (0..count).map(|_| c.array()).collect::<Option<_>>()?;
-    let mut root = || Some((flag(c)?, c.array()?));
-    let (kept, template) = (root()?, root()?);
-    let root = |(there, root): (bool, Digest)| there.then_some(root);
-    Some(Hello { migration, vm, images, kept: root(kept), template: root(template) })
+    let images = digests(c, IMAGES_MAX)?;
+    let (there, root) = (flag(c)?, c.array()?);
+    let kept = there.then_some(root);
+    Some(Hello { migration, vm, images, kept, templates: digests(c, TEMPLATES_MAX)? })
+}
+
+fn digests(c: &mut Cursor<'_>, most: usize) -> Option<Vec<Digest>> {
+    let count = len(c).filter(|n| *n <= most)?;
+    (0..count).map(|_| c.array()).collect()
 }
 
 fn welcome(c: &mut Cursor<'_>) -> Option<Welcome> {
     let count = len(c).filter(|n| *n <= IMAGES_MAX)?;
     let images = (0..count).map(|_| flag(c)).collect::<Option<_>>()?;
-    Some(Welcome { images, kept: flag(c)?, template: flag(c)? })
+    let (kept, [template]) = (flag(c)?, c.array()?);
+    // 0 is none.
+    Some(Welcome { images, kept, template: template.checked_sub(1) })
 }
 
 fn frame(c: &mut Cursor<'_>, body: usize) -> Option<Frame> {
@@ -322,7 +330,7 @@ mod tests {
             vm: "wéb".into(),
             images: vec![[1; 32], [2; 32]],
             kept: Some([3; 32]),
-            template: None,
+            templates: vec![[5; 32]],
         };
         let frame = Frame {
             number: 9,
@@ -335,7 +343,7 @@ mod tests {
         vec![
             Message::Hello(hello),
             Message::Hello(Hello::default()),
-            Message::Welcome(Welcome { images: vec![true, false], kept: true, template: false }),
+            Message::Welcome(Welcome { images: vec![true, false], kept: true, template: Some(1) }),
             Message::Frame(frame),
             Message::Ack(u64::MAX),
             Message::Again(3),
