@@ -2,21 +2,26 @@
 
 use super::Common;
 use super::moved::{Watch, tell};
+use super::moving_disk::{self, Arriving};
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::library::Library;
 use crate::migrate::bases::{BaseFiles, Bases, CONTENTS_MAX};
+use crate::migrate::disk::{Arrival, Departure};
 use crate::migrate::kept::Stay;
 use crate::migrate::known::{Has, Knows, Received, WINDOW};
-use crate::migrate::link::Socket;
+use crate::migrate::link::{Line, Socket};
 use crate::migrate::memory::Memory;
 use crate::migrate::monitor::Monitor;
 use crate::migrate::receive::{self, Host, Outcome};
 use crate::migrate::record::{Coming, Leaving};
 use crate::migrate::send::{self, Options};
+use crate::migrate::stream::PAGE_SIZE;
 use crate::migrate::template::Template;
-use crate::migrate::wire::{Hello, Welcome};
+use crate::migrate::wire::{Disk, Hello, Welcome};
+use crate::migrate::work::Counts;
 use crate::store::templates::TemplateFile;
+use crate::units::human_bytes;
 use clap::Subcommand;
 use serde_json::json;
 use std::fs::{self, File};
@@ -62,6 +67,8 @@ pub struct SendArgs {
     domain: Option<String>,
     #[command(flatten)]
     store: StoreArgs,
+    #[command(flatten)]
+    disk: DiskArgs,
     /// Do not look for pages in base images
     #[arg(long)]
     no_base: bool,
@@ -91,6 +98,8 @@ pub struct ReceiveArgs {
     qmp: Option<PathBuf>,
     #[command(flatten)]
     store: StoreArgs,
+    #[command(flatten)]
+    disk: DiskArgs,
     /// Where it is written down that a VM has come
     #[arg(long, value_name = "DIR", default_value = "/var/lib/vmar/migrations")]
     records: PathBuf,
@@ -112,6 +121,44 @@ struct StoreArgs {
     /// Use no template
     #[arg(long, requires = "store")]
     no_template: bool,
+}
+
+/// The VM's disk, where the hosts share no storage.
+#[derive(Debug, clap::Args)]
+struct DiskArgs {
+    /// The VM's disk goes with it: at the sender its overlay, at the receiver an empty one on the same image, which 'vmar serve
+    /// --incoming' was given
+    #[arg(long, value_name = "OVERLAY")]
+    with_disk: Option<PathBuf>,
+    /// Where the overlay's server has its live state
+    #[arg(long, env = "VMAR_STATE_DIR", value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+}
+
+impl DiskArgs {
+    fn state_dir(&self) -> PathBuf {
+        self.state_dir.clone().unwrap_or_else(super::overlay::default_state_dir)
+    }
+
+    fn leaving(&self) -> Result<Option<moving_disk::Leaving>> {
+        self.with_disk.as_deref().map(|path| moving_disk::Leaving::open(path, &self.state_dir())).transpose()
+    }
+
+    /// Both sides have to want it: a VM whose disk stays behind is none.
+    fn arriving(&self, offer: Option<&Disk>) -> Result<Option<Arriving>> {
+        match (&self.with_disk, offer) {
+            (None, None) => Ok(None),
+            (Some(path), Some(offer)) => Arriving::open(path, &self.state_dir(), offer).map(Some),
+            (None, Some(_)) => Err(one_sided("the sender's disk goes with the VM, and this side takes none", "here")),
+            (Some(_), None) => {
+                Err(one_sided("the sender's disk does not go with the VM, and is awaited here", "there"))
+            }
+        }
+    }
+}
+
+fn one_sided(cause: &str, side: &str) -> Error {
+    Error::new(ErrorKind::Usage, "--with-disk", cause).mend(format!("give --with-disk {side}, too, or on neither side"))
 }
 
 impl StoreArgs {
@@ -145,13 +192,9 @@ fn send(common: &Common, args: &SendArgs) -> Result<()> {
     let migration = identity()?;
     let record = Record::new(&args.records, &args.vm, &migration, "sent")?;
     let memory = args.store.open()?;
+    let disk = args.disk.leaving()?;
     let link = connect(&args.link)?;
-    greet(args, &mut knows, memory.as_ref(), &domain, migration, &link)?;
-    let listener = listen_unix(&args.source)?;
-    eprintln!("vmar: ready for VM {}: say 'migrate unix:{}' to its QEMU", args.vm, args.source.display());
-    let (source, _) = listener.accept().map_err(|e| Error::io(&args.source, "wait for QEMU", e))?;
-    // One migration; the next one has its own.
-    let _ = fs::remove_file(&args.source);
+    greet(args, &mut knows, memory.as_ref(), &domain, migration, disk.as_ref(), &link)?;
     let mut options = Options::default();
     if let Some(workers) = args.workers {
         options.workers = workers.max(1);
@@ -159,10 +202,20 @@ fn send(common: &Common, args: &SendArgs) -> Result<()> {
     if args.no_intra {
         options.window = 0;
     }
+    let mut departure = disk.as_ref().map(|disk| Departure::new(disk, &knows, options.window));
+    if let Some(departure) = &mut departure {
+        departure.begin(&Line { link: &link, writing: &Mutex::default() }, told_of_disk)?;
+    }
+    let listener = listen_unix(&args.source)?;
+    eprintln!("vmar: ready for VM {}: say 'migrate unix:{}' to its QEMU", args.vm, args.source.display());
+    let (source, _) = listener.accept().map_err(|e| Error::io(&args.source, "wait for QEMU", e))?;
+    // One migration; the next one has its own.
+    let _ = fs::remove_file(&args.source);
     let began = Instant::now();
     let keeps = memory.as_ref().filter(|_| !args.store.no_kept);
     let mut watch = Watch::new(keeps.map(|memory| Leaving::new(memory.spool_dir())));
-    let moved = send::run(&Socket::Unix(source), &link, &knows, options, &mut watch, || record.write("moved"));
+    let host = Origin { record: &record, disk: departure.map(Mutex::new) };
+    let moved = send::run(&Socket::Unix(source), &link, &knows, options, &mut watch, &host);
     let leaving = watch.end();
     let moved = moved.inspect_err(|_| {
         // Also when "moved" could be written and not be made durable: nobody must find that word there and run the VM elsewhere.
@@ -190,6 +243,7 @@ fn greet(
     memory: Option<&Memory>,
     domain: &str,
     migration: [u8; 16],
+    disk: Option<&moving_disk::Leaving>,
     link: &Socket,
 ) -> Result<()> {
     let templates = match memory {
@@ -205,6 +259,7 @@ fn greet(
             images: knows.bases.as_ref().map(|b| b.digests().to_vec()).unwrap_or_default(),
             kept: kept.as_ref().map(|kept| kept.root()),
             templates: templates.iter().map(|t| t.id.0).collect(),
+            disk: disk.map(moving_disk::Leaving::offer),
         },
     )?;
     if let Some(bases) = &mut knows.bases {
@@ -223,6 +278,34 @@ fn greet(
         has(knows.template.is_some())
     );
     Ok(())
+}
+
+/// This host, which a VM leaves.
+struct Origin<'a> {
+    record: &'a Record,
+    disk: Option<Mutex<Departure<'a, Knows>>>,
+}
+
+impl send::Origin for Origin<'_> {
+    fn settle(&self, line: &Line<'_>) -> Result<()> {
+        let Some(disk) = &self.disk else { return Ok(()) };
+        let mut disk = disk.lock().unwrap_or_else(PoisonError::into_inner);
+        disk.settle(line)?;
+        if let Some(last) = disk.passes().last() {
+            told_of_disk(disk.passes().len(), last);
+        }
+        Ok(())
+    }
+
+    fn commit(&self) -> Result<()> {
+        self.record.write("moved")
+    }
+}
+
+/// A pass over a disk that goes with its VM.
+fn told_of_disk(pass: usize, counts: &Counts) {
+    let (blocks, link) = (human_bytes(counts.pages() * PAGE_SIZE), human_bytes(counts.link_bytes));
+    eprintln!("vmar: disk, pass {pass}: {blocks} went as {link}");
 }
 
 /// Keeps the memory of a VM that has left. It has left, whether that can be kept or not.
@@ -252,15 +335,18 @@ fn receive(common: &Common, args: &ReceiveArgs) -> Result<()> {
     }
     let link = accept(&args.listen)?;
     let hello = receive::greeted(&link)?;
-    let (has, welcome) = offer(args, &hello, library.as_ref(), memory.as_ref());
+    let mut disk = args.disk.arriving(hello.disk.as_ref()).inspect_err(|e| receive::refuse(&link, e))?;
+    let (has, mut welcome) = offer(args, &hello, library.as_ref(), memory.as_ref());
+    welcome.disk = disk.is_some();
     let record = Record::new(&args.records, &hello.vm, &hello.migration, "received")?;
     let destination = connect_unix(&args.destination)?;
     receive::welcome(&link, welcome)?;
     let host = Here { record, monitor: Mutex::new(monitor) };
-    let pages = Received::new(WINDOW, has);
+    let pages = Received::new(WINDOW, &has);
+    let arrival = disk.as_mut().map(|disk| Arrival::new(disk, &has, WINDOW));
     let notes = memory.as_ref().filter(|_| !args.store.no_kept);
     let mut coming = notes.map(|_| Coming::default());
-    let outcome = receive::run(&Socket::Unix(destination), &link, pages, coming.as_mut(), &host);
+    let outcome = receive::run(&Socket::Unix(destination), &link, pages, coming.as_mut(), arrival, &host);
     if let (Some(memory), Some(coming), false) = (notes, coming, matches!(outcome, Outcome::There(_))) {
         let noted =
             coming.finish().and_then(|hashes| hashes.map_or(Ok(()), |hashes| memory.note(&hello.vm, hashes, now())));
@@ -283,6 +369,7 @@ fn offer(args: &ReceiveArgs, hello: &Hello, library: Option<&Library>, memory: O
         images,
         kept: kept.is_some(),
         template: template.as_ref().and_then(|(place, _)| u8::try_from(*place).ok()),
+        disk: false,
     };
     (Has { kept, bases, template: template.map(|(_, pack)| pack) }, welcome)
 }

@@ -12,6 +12,7 @@ pub mod map;
 mod matrix;
 pub mod migrate;
 mod moved;
+mod moving_disk;
 pub mod output;
 pub mod overlay;
 pub mod repair;

@@ -14,10 +14,13 @@
 //! - [`work`] hashes the pages of a part, decides where the other side has each of them ([`known`]) and packs what it has not,
 //! - [`frame`] is how that is written, and how the part is made again of it,
 //! - [`wire`] has the messages that carry frames, and those that decide where the VM lives; [`link`] carries them,
+//! - [`disk`] is the disk that goes with a VM if the hosts share no storage,
 //! - [`send`] and [`receive`] are the two sides; [`record`] looks on, and [`memory`] remembers for the next time.
 
 pub mod bases;
+pub mod disk;
 pub mod frame;
+pub mod join;
 pub mod kept;
 pub mod known;
 pub mod link;

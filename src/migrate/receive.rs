@@ -8,14 +8,15 @@
 //! side's. If the link is cut between the two, nobody here can know whether it was said: the VM runs at neither side, and whoever
 //! looks decides by what the sender has written down ([`Outcome::Doubt`]).
 
-use super::frame::{Decoder, Fault, Pages};
+use super::disk::Arrival;
+use super::frame::Pages;
+use super::join::Joiner;
 use super::known::Received;
 use super::link::{self, NoMessage, Socket};
 use super::record::Coming;
 use super::send::{SHUT_OK, no_message};
-use super::wire::{Digest, Frame, Hello, Message, Welcome, chain};
+use super::wire::{Hello, Message, Welcome};
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::to_usize;
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -58,6 +59,12 @@ pub fn greeted(link: &Socket) -> Result<Hello> {
 /// The link broke.
 pub fn welcome(link: &Socket, welcome: Welcome) -> Result<()> {
     link::send(link, &Message::Welcome(welcome)).map_err(|e| no_message(NoMessage::Broken(e)))
+}
+
+/// Tells a sender that greeted why its VM is not taken.
+pub fn refuse(link: &Socket, why: &Error) {
+    // It may have gone; then it knows.
+    let _ = link::send(link, &Message::Abort(why.to_string()));
 }
 
 /// The host that a VM comes to.
@@ -126,12 +133,14 @@ impl Shared<'_> {
     }
 }
 
-/// Receives a VM into the destination's QEMU, with what this side has. `coming`, if given, sees what the destination gets.
-pub fn run(
+/// Receives a VM into the destination's QEMU, with what this side has. `coming`, if given, sees what the destination gets; `disk` is the
+/// disk that comes with the VM, if one does.
+pub fn run<P: Pages + Clone>(
     destination: &Socket,
     link: &Socket,
     pages: Received<impl Pages>,
     coming: Option<&mut Coming>,
+    disk: Option<Arrival<'_, P>>,
     host: &impl Host,
 ) -> Outcome {
     let shared = Shared {
@@ -148,7 +157,7 @@ pub fn run(
                 shared.fail(error);
             }
         });
-        if let Err(error) = frames(shared, pages, coming) {
+        if let Err(error) = frames(shared, pages, coming, disk) {
             shared.fail(error);
         }
     });
@@ -171,8 +180,13 @@ pub fn run(
 }
 
 /// The frames of the link, until COMMIT.
-fn frames(shared: &Shared<'_>, pages: Received<impl Pages>, mut coming: Option<&mut Coming>) -> Result<()> {
-    let mut joiner = Joiner { decoder: Decoder::default(), pages, digest: [0; 32], next: 0, out: Vec::new() };
+fn frames<P: Pages + Clone>(
+    shared: &Shared<'_>,
+    pages: Received<impl Pages>,
+    mut coming: Option<&mut Coming>,
+    mut disk: Option<Arrival<'_, P>>,
+) -> Result<()> {
+    let mut joiner = Joiner::new(pages);
     let (mut again, mut waiting) = (None, VecDeque::new());
     loop {
         let message = link::receive(shared.link).map_err(no_message)?;
@@ -191,10 +205,10 @@ fn frames(shared: &Shared<'_>, pages: Received<impl Pages>, mut coming: Option<&
                     if joiner.join(&frame)? {
                         again = None;
                         let mut destination = shared.destination;
-                        destination.write_all(&joiner.out).map_err(|e| gone(&e))?;
+                        destination.write_all(joiner.out()).map_err(|e| gone(&e))?;
                         shared.send(&Message::Ack(number))?;
                         if let Some(coming) = &mut coming {
-                            coming.bytes(&joiner.out);
+                            coming.bytes(joiner.out());
                         }
                         next = waiting.pop_front();
                     } else if again == Some(number) {
@@ -208,7 +222,7 @@ fn frames(shared: &Shared<'_>, pages: Received<impl Pages>, mut coming: Option<&
             }
             Message::Commit => {
                 let mut phase = lock(&shared.phase);
-                if *phase != Phase::Ready {
+                if *phase != Phase::Ready || disk.as_ref().is_some_and(|disk| !disk.is_settled()) {
                     return Err(strange("it gave the VM away before this side was ready"));
                 }
                 *phase = Phase::Here;
@@ -220,56 +234,23 @@ fn frames(shared: &Shared<'_>, pages: Received<impl Pages>, mut coming: Option<&
                 *phase = Phase::Failed;
                 return Err(Error::new(ErrorKind::Interrupted, "sender", format!("it has given up: {why}")));
             }
+            Message::Disk(frame) => {
+                let disk = disk.as_mut().ok_or_else(|| strange("it sends a disk that this side does not take"))?;
+                if let Some(answer) = disk.frame(&frame)? {
+                    shared.send(&answer)?;
+                }
+            }
+            Message::Settled(write_cache) => {
+                let disk = disk.as_mut().ok_or_else(|| strange("it sends a disk that this side does not take"))?;
+                if *lock(&shared.phase) != Phase::Ready {
+                    return Err(strange("the disk is complete before the VM is"));
+                }
+                disk.settle(write_cache)?;
+                shared.send(&Message::Settled(write_cache))?;
+            }
             _ => return Err(strange("it said what a sender never says")),
         }
     }
-}
-
-/// Makes the stream of frames.
-struct Joiner<P> {
-    decoder: Decoder,
-    pages: Received<P>,
-    digest: Digest,
-    next: u64,
-    out: Vec<u8>,
-}
-
-impl<P: Pages> Joiner<P> {
-    /// Makes the part that a frame stands for in `out`. False: it is to come again.
-    fn join(&mut self, frame: &Frame) -> Result<bool> {
-        if frame.number != self.next {
-            return Err(strange("frames came out of order"));
-        }
-        let ops = unpack(&frame.ops, frame.ops_len)?;
-        let literals = unpack(&frame.literals, frame.literals_len)?;
-        self.out.clear();
-        let decoder = match self.decoder.apply(&ops, &literals, &mut self.pages, &mut self.out) {
-            Ok(decoder) => decoder,
-            Err(Fault::Broken(what)) => return Err(strange(what)),
-            Err(Fault::Missing(source)) => {
-                log::info!("frame {}: {source:?} is not here", frame.number);
-                return Ok(false);
-            }
-        };
-        let digest = chain(&self.digest, blake3::hash(&self.out).as_bytes());
-        if digest != frame.digest {
-            log::warn!("frame {}: a page that is here is not what the sender believes it to be", frame.number);
-            return Ok(false);
-        }
-        self.decoder = decoder;
-        self.digest = digest;
-        self.next += 1;
-        self.pages.keep(&literals);
-        Ok(true)
-    }
-}
-
-/// Lengths were capped when the message was read.
-fn unpack(packed: &[u8], len: u32) -> Result<Vec<u8>> {
-    let len = to_usize(len.into());
-    let bytes =
-        zstd::bulk::decompress(packed, len).map_err(|e| strange(&format!("a frame cannot be unpacked: {e}")))?;
-    if bytes.len() == len { Ok(bytes) } else { Err(strange("a frame is shorter than it says")) }
 }
 
 /// The destination's answers to the source; its success is held back.

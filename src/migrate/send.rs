@@ -14,7 +14,7 @@
 //! ends the migration and runs the VM on; from then on nothing here lets it run again.
 
 use super::known::Known;
-use super::link::{self, NoMessage, Socket};
+use super::link::{self, Line, NoMessage, Socket};
 use super::order::{Permits, Reorder};
 use super::part::{Cutter, Part};
 use super::record::Recorder;
@@ -72,6 +72,31 @@ pub struct Moved {
     pub counts: Counts,
     /// The same by rounds, see [`Decider::rounds`].
     pub rounds: Vec<Counts>,
+}
+
+/// The host that a VM leaves.
+pub trait Origin: Sync {
+    /// The VM stands still, and its destination has loaded it: what goes with it, and was not complete before, goes now.
+    ///
+    /// # Errors
+    /// It cannot; the VM stays.
+    fn settle(&self, line: &Line<'_>) -> Result<()>;
+    /// Writes down, durably, that the VM has moved, before anybody is told.
+    ///
+    /// # Errors
+    /// It cannot be written down; the VM stays.
+    fn commit(&self) -> Result<()>;
+}
+
+/// One of which nothing goes but the VM's memory; called to write down that it has moved.
+impl<F: Fn() -> Result<()> + Sync> Origin for F {
+    fn settle(&self, _: &Line<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn commit(&self) -> Result<()> {
+        self()
+    }
 }
 
 /// Greets the receiver.
@@ -145,10 +170,8 @@ impl Shared<'_> {
         }
     }
 
-    fn write(&self, bytes: &[u8]) -> io::Result<()> {
-        let _whole = lock(&self.writing);
-        let mut link = self.link;
-        link.write_all(bytes)
+    fn line(&self) -> Line<'_> {
+        Line { link: self.link, writing: &self.writing }
     }
 
     /// Counts bytes of a frame.
@@ -160,16 +183,10 @@ impl Shared<'_> {
             *round += bytes as u64;
         }
     }
-
-    fn send(&self, message: &Message) -> io::Result<usize> {
-        let mut bytes = Vec::new();
-        message.write(&mut bytes);
-        self.write(&bytes).map(|()| bytes.len())
-    }
 }
 
 /// Sends a VM: from the source's first byte until the receiver runs it, or until it is clear that it stays. `recorder` sees all of it.
-/// `commit` writes down, durably, that it has moved, before anybody is told.
+/// `origin` gives it away.
 ///
 /// # Errors
 /// Why the VM stays; its QEMU was told, and runs it on.
@@ -179,7 +196,7 @@ pub fn run(
     known: &impl Known,
     options: Options,
     recorder: &mut impl Recorder,
-    commit: impl FnOnce() -> Result<()>,
+    origin: &impl Origin,
 ) -> Result<Moved> {
     let shared = Shared {
         source,
@@ -209,7 +226,7 @@ pub fn run(
         drop((hashed, packed));
         let decider = scope.spawn(move || decide(shared, options.window, recorder, &to_decide, &decided));
         scope.spawn(move || write(shared, &to_write));
-        let confirmed = answers(shared, commit);
+        let confirmed = answers(shared, origin);
         (confirmed, decider.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     });
     let link_bytes = shared.link_bytes.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -328,7 +345,7 @@ fn write(shared: &Shared<'_>, packed: &Receiver<(u64, Packed)>) {
     let mut order = Reorder::default();
     while let Ok((number, bytes)) = packed.recv() {
         for Packed { round, bytes } in order.push(number, bytes) {
-            if let Err(e) = shared.write(&bytes) {
+            if let Err(e) = shared.line().write(&bytes) {
                 return shared.fail(cut(&e));
             }
             shared.count(round, bytes.len());
@@ -337,8 +354,7 @@ fn write(shared: &Shared<'_>, packed: &Receiver<(u64, Packed)>) {
 }
 
 /// Does what the receiver says, until it is clear where the VM is. True: the receiver runs it.
-fn answers(shared: &Shared<'_>, commit: impl FnOnce() -> Result<()>) -> bool {
-    let mut commit = Some(commit);
+fn answers(shared: &Shared<'_>, origin: &impl Origin) -> bool {
     let confirmed = loop {
         let message = match link::receive(shared.link) {
             Ok(message) => message,
@@ -347,7 +363,7 @@ fn answers(shared: &Shared<'_>, commit: impl FnOnce() -> Result<()>) -> bool {
                 break false;
             }
         };
-        match answer(shared, message, &mut commit) {
+        match answer(shared, message, origin) {
             Ok(false) => {}
             Ok(true) => break true,
             Err(error) => {
@@ -362,7 +378,7 @@ fn answers(shared: &Shared<'_>, commit: impl FnOnce() -> Result<()>) -> bool {
     confirmed
 }
 
-fn answer(shared: &Shared<'_>, message: Message, commit: &mut Option<impl FnOnce() -> Result<()>>) -> Result<bool> {
+fn answer(shared: &Shared<'_>, message: Message, origin: &impl Origin) -> Result<bool> {
     let mut source = shared.source;
     match message {
         Message::Ack(number) => {
@@ -376,23 +392,27 @@ fn answer(shared: &Shared<'_>, message: Message, commit: &mut Option<impl FnOnce
             let decided = decided.ok_or_else(|| strange("it asks again for what was not sent"))?;
             log::info!("frame {number} is sent again: the receiver lacks a page that it was to have");
             let frame = decided.pack_again().map_err(|e| Error::new(ErrorKind::Io, "zstd", e))?;
-            let len = shared.send(&Message::Frame(frame)).map_err(|e| cut(&e))?;
+            let len = shared.line().send(&Message::Frame(frame)).map_err(|e| cut(&e))?;
             shared.count(decided.round, len);
         }
         Message::Return(bytes) => source.write_all(&bytes).map_err(|e| no_source(&e))?,
         Message::Ready => {
+            if *lock(&shared.phase) != Phase::Here {
+                return Ok(false);
+            }
+            // Its VM stands still; nothing but this is on the link any more.
+            origin.settle(&shared.line())?;
             let mut phase = lock(&shared.phase);
             if *phase != Phase::Here {
                 return Ok(false);
             }
-            let Some(commit) = commit.take() else { return Err(strange("it was ready twice")) };
             // Written down, then said: whatever happens from here on, the VM is not this host's.
-            if let Err(error) = commit() {
+            if let Err(error) = origin.commit() {
                 drop(phase);
                 return Err(error);
             }
             *phase = Phase::Moved;
-            if let Err(e) = shared.send(&Message::Commit) {
+            if let Err(e) = shared.line().send(&Message::Commit) {
                 log::error!("the link broke when the VM was given away: {e}");
             }
             // Its QEMU has the VM stopped, and after this never runs it again.
@@ -402,7 +422,7 @@ fn answer(shared: &Shared<'_>, message: Message, commit: &mut Option<impl FnOnce
         }
         Message::Done => return Ok(*lock(&shared.phase) == Phase::Moved),
         Message::Abort(why) => return Err(refused(&why)),
-        Message::Hello(_) | Message::Welcome(_) | Message::Frame(_) | Message::End | Message::Commit => {
+        _ => {
             return Err(strange("it said what a receiver never says"));
         }
     }
