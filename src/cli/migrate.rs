@@ -2,6 +2,7 @@
 
 use super::Common;
 use super::output::{Table, print_json};
+use super::tls::{Link, TlsArgs, TlsSendArgs};
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::library::Library;
@@ -61,6 +62,8 @@ pub struct SendArgs {
     /// Where it is written down, before anybody is told, that a VM has moved
     #[arg(long, value_name = "DIR", default_value = "/var/lib/vmar/migrations")]
     records: PathBuf,
+    #[command(flatten)]
+    tls: TlsSendArgs,
 }
 
 /// Arguments of `vmar migrate receive`.
@@ -79,10 +82,15 @@ pub struct ReceiveArgs {
     /// Where it is written down that a VM has come
     #[arg(long, value_name = "DIR", default_value = "/var/lib/vmar/migrations")]
     records: PathBuf,
+    #[command(flatten)]
+    tls: TlsArgs,
 }
 
 /// Runs the verb.
 pub fn run(common: &Common, verb: Verb) -> Result<()> {
+    // A host or a QEMU that is gone is an error like any other: what becomes of the VM is still to be said.
+    // SAFETY: SIG_IGN is a valid disposition, and nothing here relies on SIGPIPE.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
     match verb {
         Verb::Send(args) => send(common, &args),
         Verb::Receive(args) => receive(common, &args),
@@ -97,7 +105,7 @@ fn send(common: &Common, args: &SendArgs) -> Result<()> {
     }
     let migration = identity()?;
     let record = Record::new(&args.records, &args.vm, &migration, "sent")?;
-    let link = connect(&args.link)?;
+    let (link, tunnel) = connect(&args.link, &args.tls)?;
     let images = knows.bases.as_ref().map(|b| b.digests().to_vec()).unwrap_or_default();
     let hello = Hello { migration, vm: args.vm.clone(), images, kept: None, template: None };
     let welcome = send::greet(&link, hello)?;
@@ -124,7 +132,10 @@ fn send(common: &Common, args: &SendArgs) -> Result<()> {
             log::error!("the VM stays here, whatever its record says: {error}");
         }
     })?;
-    tell(common, &args.vm, &migration, &moved, began.elapsed())?;
+    let time = began.elapsed();
+    // Before anything else can end this process: what was said last goes out.
+    drop(tunnel);
+    tell(common, &args.vm, &migration, &moved, time)?;
     if !moved.confirmed {
         let cause = "it belongs to the receiver, and the link broke before that said that it runs";
         return Err(Error::new(ErrorKind::Interrupted, format!("VM {}", args.vm), cause)
@@ -139,7 +150,7 @@ fn receive(common: &Common, args: &ReceiveArgs) -> Result<()> {
     if let Some(monitor) = &mut monitor {
         monitor.prepare()?;
     }
-    let link = accept(&args.listen)?;
+    let (link, tunnel) = accept(&args.listen, &args.tls)?;
     let hello = receive::greeted(&link)?;
     let bases = library.as_ref().map_or_else(BaseFiles::none, |library| BaseFiles::open(library, &hello.images));
     let mut images = bases.here();
@@ -151,7 +162,10 @@ fn receive(common: &Common, args: &ReceiveArgs) -> Result<()> {
     let host = Here { record, monitor: Mutex::new(monitor) };
     let pages = Received::new(WINDOW, has);
     let migration = hex(&hello.migration);
-    match receive::run(&Socket::Unix(destination), &link, pages, None, &host) {
+    let outcome = receive::run(&Socket::Unix(destination), &link, pages, None, &host);
+    // Before anything else can end this process: what was said last goes out.
+    drop(tunnel);
+    match outcome {
         Outcome::Here => {
             println!(
                 "VM {} has arrived{}",
@@ -260,12 +274,13 @@ fn listen_unix(path: &Path) -> Result<UnixListener> {
     UnixListener::bind(path).map_err(|e| Error::io(path, "listen there", e))
 }
 
-fn connect(address: &str) -> Result<Socket> {
+fn connect(address: &str, tls: &TlsSendArgs) -> Result<Link> {
+    let over_tcp = tls.sender(address)?;
+    let failed = |e| Error::io(address, "connect to the receiver", e);
     match address.strip_prefix("unix:") {
-        Some(path) => UnixStream::connect(path).map(Socket::Unix),
-        None => TcpStream::connect(address).map(Socket::Tcp),
+        Some(path) => Ok((Socket::Unix(UnixStream::connect(path).map_err(failed)?), None)),
+        None => over_tcp(TcpStream::connect(address).map_err(failed)?),
     }
-    .map_err(|e| Error::io(address, "connect to the receiver", e))
 }
 
 /// The destination's socket, which is there a moment after its QEMU was started.
@@ -282,16 +297,17 @@ fn connect_unix(path: &Path) -> Result<UnixStream> {
     }
 }
 
-fn accept(address: &str) -> Result<Socket> {
+fn accept(address: &str, tls: &TlsArgs) -> Result<Link> {
+    let over_tcp = tls.receiver(address)?;
     let failed = |e| Error::io(address, "wait there for the sender", e);
     match address.strip_prefix("unix:") {
-        Some(path) => Ok(Socket::Unix(listen_unix(Path::new(path))?.accept().map_err(failed)?.0)),
+        Some(path) => Ok((Socket::Unix(listen_unix(Path::new(path))?.accept().map_err(failed)?.0), None)),
         None => {
             let listener = TcpListener::bind(address).map_err(failed)?;
             if let Ok(bound) = listener.local_addr() {
                 eprintln!("vmar: waits for a sender at {bound}");
             }
-            Ok(Socket::Tcp(listener.accept().map_err(failed)?.0))
+            over_tcp(listener.accept().map_err(failed)?.0)
         }
     }
 }

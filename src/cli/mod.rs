@@ -19,6 +19,7 @@ mod running;
 pub mod serve;
 pub mod stats;
 pub mod tell;
+mod tls;
 pub mod trace;
 pub mod verify;
 

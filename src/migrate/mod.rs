@@ -13,7 +13,8 @@
 //!   VMs,
 //! - [`work`] hashes the pages of a part, decides where the other side has each of them ([`known`]) and packs what it has not,
 //! - [`frame`] is how that is written, and how the part is made again of it,
-//! - [`wire`] has the messages that carry frames, and those that decide where the VM lives; [`link`] carries them,
+//! - [`wire`] has the messages that carry frames, and those that decide where the VM lives; [`link`] carries them, over [`tls`] if
+//!   the hosts have certificates,
 //! - [`send`] and [`receive`] are the two sides; [`record`] looks on.
 //!
 //! `vmar migrate` uses base images and earlier pages; [`kept`] and [`template`] are used by no command yet.
@@ -31,6 +32,7 @@ pub mod record;
 pub mod send;
 pub mod stream;
 pub mod template;
+pub mod tls;
 pub mod varint;
 pub mod wire;
 pub mod work;
