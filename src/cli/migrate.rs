@@ -3,6 +3,7 @@
 use super::Common;
 use super::moved::{Watch, tell};
 use super::moving_disk::{self, Arriving};
+use super::tls::{Link, TlsArgs, TlsSendArgs};
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::library::Library;
@@ -81,6 +82,8 @@ pub struct SendArgs {
     /// Where it is written down, before anybody is told, that a VM has moved
     #[arg(long, value_name = "DIR", default_value = "/var/lib/vmar/migrations")]
     records: PathBuf,
+    #[command(flatten)]
+    tls: TlsSendArgs,
 }
 
 /// Arguments of `vmar migrate receive`.
@@ -103,6 +106,8 @@ pub struct ReceiveArgs {
     /// Where it is written down that a VM has come
     #[arg(long, value_name = "DIR", default_value = "/var/lib/vmar/migrations")]
     records: PathBuf,
+    #[command(flatten)]
+    tls: TlsArgs,
 }
 
 /// What both sides remember of VMs that came and went.
@@ -169,6 +174,9 @@ impl StoreArgs {
 
 /// Runs the verb.
 pub fn run(common: &Common, verb: Verb) -> Result<()> {
+    // A host or a QEMU that is gone is an error like any other: what becomes of the VM is still to be said.
+    // SAFETY: SIG_IGN is a valid disposition, and nothing here relies on SIGPIPE.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
     match verb {
         Verb::Send(args) => send(common, &args),
         Verb::Receive(args) => receive(common, &args),
@@ -193,7 +201,7 @@ fn send(common: &Common, args: &SendArgs) -> Result<()> {
     let record = Record::new(&args.records, &args.vm, &migration, "sent")?;
     let memory = args.store.open()?;
     let disk = args.disk.leaving()?;
-    let link = connect(&args.link)?;
+    let (link, tunnel) = connect(&args.link, &args.tls)?;
     greet(args, &mut knows, memory.as_ref(), &domain, migration, disk.as_ref(), &link)?;
     let mut options = Options::default();
     if let Some(workers) = args.workers {
@@ -223,7 +231,10 @@ fn send(common: &Common, args: &SendArgs) -> Result<()> {
             log::error!("the VM stays here, whatever its record says: {error}");
         }
     })?;
-    tell(common, &args.vm, &migration, &moved, began.elapsed())?;
+    let time = began.elapsed();
+    // Before anything else can end this process: what was said last goes out.
+    drop(tunnel);
+    tell(common, &args.vm, &migration, &moved, time)?;
     if let (Some(memory), Some(leaving)) = (keeps, leaving) {
         let images = knows.bases.as_ref().map(|b| b.digests().to_vec()).unwrap_or_default();
         keep(memory, leaving, Stay { vm: &args.vm, domain: &domain, taken: now(), images });
@@ -333,7 +344,7 @@ fn receive(common: &Common, args: &ReceiveArgs) -> Result<()> {
     if let Some(monitor) = &mut monitor {
         monitor.prepare()?;
     }
-    let link = accept(&args.listen)?;
+    let (link, tunnel) = accept(&args.listen, &args.tls)?;
     let hello = receive::greeted(&link)?;
     let mut disk = args.disk.arriving(hello.disk.as_ref()).inspect_err(|e| receive::refuse(&link, e))?;
     let (has, mut welcome) = offer(args, &hello, library.as_ref(), memory.as_ref());
@@ -347,6 +358,8 @@ fn receive(common: &Common, args: &ReceiveArgs) -> Result<()> {
     let notes = memory.as_ref().filter(|_| !args.store.no_kept);
     let mut coming = notes.map(|_| Coming::default());
     let outcome = receive::run(&Socket::Unix(destination), &link, pages, coming.as_mut(), arrival, &host);
+    // Before anything else can end this process: what was said last goes out.
+    drop(tunnel);
     if let (Some(memory), Some(coming), false) = (notes, coming, matches!(outcome, Outcome::There(_))) {
         let noted =
             coming.finish().and_then(|hashes| hashes.map_or(Ok(()), |hashes| memory.note(&hello.vm, hashes, now())));
@@ -479,12 +492,13 @@ fn listen_unix(path: &Path) -> Result<UnixListener> {
     UnixListener::bind(path).map_err(|e| Error::io(path, "listen there", e))
 }
 
-fn connect(address: &str) -> Result<Socket> {
+fn connect(address: &str, tls: &TlsSendArgs) -> Result<Link> {
+    let over_tcp = tls.sender(address)?;
+    let failed = |e| Error::io(address, "connect to the receiver", e);
     match address.strip_prefix("unix:") {
-        Some(path) => UnixStream::connect(path).map(Socket::Unix),
-        None => TcpStream::connect(address).map(Socket::Tcp),
+        Some(path) => Ok((Socket::Unix(UnixStream::connect(path).map_err(failed)?), None)),
+        None => over_tcp(TcpStream::connect(address).map_err(failed)?),
     }
-    .map_err(|e| Error::io(address, "connect to the receiver", e))
 }
 
 /// The destination's socket, which is there a moment after its QEMU was started.
@@ -501,16 +515,17 @@ fn connect_unix(path: &Path) -> Result<UnixStream> {
     }
 }
 
-fn accept(address: &str) -> Result<Socket> {
+fn accept(address: &str, tls: &TlsArgs) -> Result<Link> {
+    let over_tcp = tls.receiver(address)?;
     let failed = |e| Error::io(address, "wait there for the sender", e);
     match address.strip_prefix("unix:") {
-        Some(path) => Ok(Socket::Unix(listen_unix(Path::new(path))?.accept().map_err(failed)?.0)),
+        Some(path) => Ok((Socket::Unix(listen_unix(Path::new(path))?.accept().map_err(failed)?.0), None)),
         None => {
             let listener = TcpListener::bind(address).map_err(failed)?;
             if let Ok(bound) = listener.local_addr() {
                 eprintln!("vmar: waits for a sender at {bound}");
             }
-            Ok(Socket::Tcp(listener.accept().map_err(failed)?.0))
+            over_tcp(listener.accept().map_err(failed)?.0)
         }
     }
 }

@@ -22,6 +22,7 @@ mod running;
 pub mod serve;
 pub mod stats;
 pub mod tell;
+mod tls;
 pub mod trace;
 pub mod verify;
 
@@ -97,7 +98,7 @@ enum Verb {
     Control(control::Args),
     /// Move running VMs to another host
     #[command(subcommand)]
-    Migrate(migrate::Verb),
+    Migrate(Box<migrate::Verb>),
     /// Memory that VMs left behind when they migrated
     #[command(subcommand)]
     Kept(kept::Verb),
@@ -169,7 +170,7 @@ pub fn main() -> ExitCode {
         Verb::Report(args) => report::run(common, &args),
         Verb::Serve(args) => serve::run(common, *args),
         Verb::Control(args) => control::run(common, args),
-        Verb::Migrate(verb) => migrate::run(common, verb),
+        Verb::Migrate(verb) => migrate::run(common, *verb),
         Verb::Kept(verb) => kept::run(common, verb),
         Verb::Template(verb) => kept::run_template(common, verb),
     };

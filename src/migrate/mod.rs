@@ -13,7 +13,8 @@
 //!   VMs,
 //! - [`work`] hashes the pages of a part, decides where the other side has each of them ([`known`]) and packs what it has not,
 //! - [`frame`] is how that is written, and how the part is made again of it,
-//! - [`wire`] has the messages that carry frames, and those that decide where the VM lives; [`link`] carries them,
+//! - [`wire`] has the messages that carry frames, and those that decide where the VM lives; [`link`] carries them, over [`tls`] if
+//!   the hosts have certificates,
 //! - [`disk`] is the disk that goes with a VM if the hosts share no storage,
 //! - [`send`] and [`receive`] are the two sides; [`record`] looks on, and [`memory`] remembers for the next time.
 
@@ -33,6 +34,7 @@ pub mod record;
 pub mod send;
 pub mod stream;
 pub mod template;
+pub mod tls;
 pub mod varint;
 pub mod wire;
 pub mod work;

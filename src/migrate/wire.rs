@@ -222,7 +222,9 @@ impl Message {
         let [kind, len @ ..] = bytes;
         let len = usize::try_from(u32::from_le_bytes(len)).unwrap_or(usize::MAX);
         if !(kind::HELLO..=kind::SETTLED).contains(&kind) {
-            return Err(Malformed::Broken("a message of no known type: is the other side vmar?"));
+            return Err(Malformed::Broken(
+                "a message of no known type: is the other side vmar, and --tls-* given on both sides or on neither?",
+            ));
         }
         if len > BODY_BYTES_MAX {
             return Err(Malformed::Broken("a message longer than any"));

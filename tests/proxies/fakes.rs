@@ -44,7 +44,7 @@ pub fn stream(memory: &[[u8; PAGE]]) -> Vec<u8> {
         let zero = page.iter().all(|b| *b == 0);
         let named = n == 0;
         let flags = if zero { 2 } else { 8 } | if named { 0 } else { 0x20 };
-        out.extend((n * PAGE as u64 | flags).to_be_bytes());
+        out.extend(((n * PAGE as u64) | flags).to_be_bytes());
         if named {
             out.extend(b"\x04ram0");
         }
