@@ -172,7 +172,7 @@ pub fn run(
 
 /// The frames of the link, until COMMIT.
 fn frames(shared: &Shared<'_>, pages: Received<impl Pages>, mut coming: Option<&mut Coming>) -> Result<()> {
-    let mut joiner = Joiner { decoder: Decoder::default(), pages, digest: [0; 32], next: 0, out: Vec::new() };
+    let mut joiner = Joiner::new(pages);
     let (mut again, mut waiting) = (None, VecDeque::new());
     loop {
         let message = link::receive(shared.link).map_err(no_message)?;
@@ -226,7 +226,8 @@ fn frames(shared: &Shared<'_>, pages: Received<impl Pages>, mut coming: Option<&
 }
 
 /// Makes the stream of frames.
-struct Joiner<P> {
+#[derive(Debug)]
+pub struct Joiner<P> {
     decoder: Decoder,
     pages: Received<P>,
     digest: Digest,
@@ -235,8 +236,21 @@ struct Joiner<P> {
 }
 
 impl<P: Pages> Joiner<P> {
-    /// Makes the part that a frame stands for in `out`. False: it is to come again.
-    fn join(&mut self, frame: &Frame) -> Result<bool> {
+    /// For a stream from its beginning, with what this side has.
+    pub fn new(pages: Received<P>) -> Self {
+        Joiner { decoder: Decoder::default(), pages, digest: [0; 32], next: 0, out: Vec::new() }
+    }
+
+    /// The part that the last frame stands for, if that could be made.
+    pub fn part(&self) -> &[u8] {
+        &self.out
+    }
+
+    /// Makes the part that a frame stands for. False: it is to come again.
+    ///
+    /// # Errors
+    /// No sender makes such a frame.
+    pub fn join(&mut self, frame: &Frame) -> Result<bool> {
         if frame.number != self.next {
             return Err(strange("frames came out of order"));
         }
