@@ -22,7 +22,7 @@
 //! A record is of the page after the one of the record before, and continues its block, unless a place says otherwise. Blocks,
 //! the place and the count of literals go on from frame to frame.
 
-use super::stream::{Kind, PAGE_BYTES, PAGE_SIZE, Place};
+use super::stream::{BLOCKS_MAX, Kind, NAME_BYTES_MAX, PAGE_BYTES, PAGE_SIZE, Place};
 use super::varint;
 use std::sync::Arc;
 
@@ -30,12 +30,10 @@ use std::sync::Arc;
 pub const FRAME_BYTES: usize = 256 << 10;
 /// The same, with the record that went over it.
 pub const FRAME_BYTES_MAX: usize = FRAME_BYTES + 2 * PAGE_BYTES;
-/// Operations of such a frame, in bytes: all of it as bytes, or a place for each page.
-pub const OPS_BYTES_MAX: usize = 2 * FRAME_BYTES_MAX;
+/// Operations of such a frame, in bytes: all of it as bytes, or a place for each page, and the names of all blocks.
+pub const OPS_BYTES_MAX: usize = 2 * FRAME_BYTES_MAX + BLOCKS_MAX * (NAME_BYTES_MAX + 3);
 /// Literals of such a frame, in pages.
 pub const LITERALS_MAX: usize = FRAME_BYTES_MAX / PAGE_BYTES;
-/// Blocks of memory that are told of.
-const BLOCKS_MAX: usize = 4096;
 
 mod tag {
     pub const BYTES: u64 = 0;
@@ -288,7 +286,7 @@ impl Decoder {
                     out.extend_from_slice(bytes);
                 }
                 tag::BLOCK => {
-                    let name = take(&mut ops, 255)?;
+                    let name = take(&mut ops, NAME_BYTES_MAX)?;
                     if self.blocks.len() >= BLOCKS_MAX {
                         return Err(Fault::Broken("too many blocks of memory"));
                     }

@@ -24,7 +24,9 @@ pub const PAGE_BYTES: usize = 4096;
 pub const PAGE_SIZE: u64 = 4096;
 
 /// Names of blocks that are remembered; a real guest has about ten.
-const BLOCKS_MAX: usize = 4096;
+pub const BLOCKS_MAX: usize = 1024;
+/// Bytes of a block's name, at most: its length is one byte.
+pub const NAME_BYTES_MAX: usize = 255;
 
 /// Types of sections, and what else may stand between them (QEMU, migration/savevm.h).
 mod section {
@@ -389,8 +391,8 @@ impl Parser {
                 return Some(Token::Bytes(8, state, Some(mark)));
             }
             flag::MULTIFD_FLUSH => return Some(Token::Bytes(8, here, None)),
-            flag::MEM_SIZE if offset > 0 => {
-                self.blocks.clear();
+            // QEMU writes the list once. A second one would give other blocks the numbers of the first's.
+            flag::MEM_SIZE if offset > 0 && self.blocks.is_empty() => {
                 self.current = None;
                 return Some(Token::Bytes(8, State::BlockList { left: offset }, None));
             }

@@ -19,6 +19,7 @@ use crate::codec::Cursor;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::to_usize;
 use std::collections::BTreeSet;
+use std::io::Read;
 use std::path::Path;
 
 const MAGIC: &[u8; 8] = b"vmar-mem";
@@ -181,10 +182,16 @@ impl Manifest {
             return Err(broken("it is larger than any"));
         }
         let packed = covered.get(HEADER..).unwrap_or_default();
-        let body =
-            zstd::bulk::decompress(packed, to_usize(len)).map_err(|e| broken(&format!("cannot be unpacked: {e}")))?;
+        let body = unpack(packed, len).map_err(|e| broken(&format!("cannot be unpacked: {e}")))?;
         parse(&body).ok_or_else(|| broken("it makes no sense"))
     }
+}
+
+/// Takes memory for what there is, not for what the header says: that may be anything.
+fn unpack(packed: &[u8], len: u64) -> std::io::Result<Vec<u8>> {
+    let mut body = Vec::new();
+    zstd::stream::read::Decoder::with_buffer(packed)?.take(len.saturating_add(1)).read_to_end(&mut body)?;
+    if body.len() as u64 == len { Ok(body) } else { Err(std::io::Error::other("it is not as long as it says")) }
 }
 
 /// Number, among all pages of these blocks, of the page at this offset of one.
@@ -346,6 +353,18 @@ mod tests {
             wrong[at] ^= 0x40;
             let error = Manifest::decode(Path::new("m.mem"), &wrong).unwrap_err().to_string();
             assert!(error.starts_with("m.mem: "), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_length_that_lies_takes_no_memory() {
+        let whole = manifest().encode().unwrap();
+        for len in [0, 100, PAGES_MAX * 48] {
+            let mut lies = whole[..whole.len() - CHECKSUM].to_vec();
+            lies[16..HEADER].copy_from_slice(&len.to_le_bytes());
+            lies.extend(blake3::hash(&lies).as_bytes());
+            let error = Manifest::decode(Path::new("m"), &lies).unwrap_err().to_string();
+            assert!(error.contains("not as long as it says"), "{len}: {error}");
         }
     }
 

@@ -258,7 +258,8 @@ fn parse(index: &[u8], batches: u32, index_at: u64) -> Option<(Vec<Batch>, Vec<D
     let (mut at, mut first, mut out) = (HEADER as u64, 0u32, Vec::new());
     for _ in 0..batches {
         let (pages, len) = (c.u32_le()?, c.u32_le()?);
-        if pages == 0 || to_usize(pages.into()) > BATCH {
+        // zstd makes nothing twice as long.
+        if pages == 0 || to_usize(pages.into()) > BATCH || to_usize(len.into()) > 2 * BATCH * PAGE_BYTES {
             return None;
         }
         out.push(Batch { at, len, pages, first });

@@ -10,15 +10,20 @@
 //! | `live` | bytes of live bitmaps | `Overlay::open` |
 //! | `trace` | bytes of traces | `redirect::trace::TraceReader` |
 //! | `library` | `library.json` | `library::Library` |
+//! | `stream` | bytes of QEMU's migration stream, in pieces | `migrate::part::Cutter`, and both sides of a link |
+//! | `frames` | messages, operations and literals of a sender | `migrate::{wire::Message, frame::Decoder, join::Joiner}` |
+//! | `manifest` | bytes of memory images and packs | `store::{Manifest, Pack}` |
 
 pub mod alloc;
 pub mod chains;
 pub mod config;
 pub mod edits;
+pub mod frames;
 #[path = "../../../tests/hostile/frontend.rs"]
 pub mod frontend;
 pub mod library;
 pub mod live;
+pub mod manifest;
 pub mod map;
 pub mod messages;
 pub mod model;
@@ -28,6 +33,7 @@ pub mod requests;
 pub mod rng;
 pub mod server;
 pub mod shrink;
+pub mod stream;
 pub mod trace;
 
 use rng::Rng;
@@ -40,7 +46,8 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Mutex;
 
-pub const NAMES: [&str; 8] = ["chains", "config", "messages", "map", "qcow2", "live", "trace", "library"];
+pub const NAMES: [&str; 11] =
+    ["chains", "config", "messages", "map", "qcow2", "live", "trace", "library", "stream", "frames", "manifest"];
 
 /// What a target needs of its surroundings.
 #[derive(Clone)]
@@ -129,6 +136,18 @@ macro_rules! with_target {
             }
             "library" => {
                 let mut $t = all::library::Libraries::new($setup);
+                $body
+            }
+            "stream" => {
+                let mut $t = all::stream::Stream::new($setup);
+                $body
+            }
+            "frames" => {
+                let mut $t = all::frames::Frames::new($setup);
+                $body
+            }
+            "manifest" => {
+                let mut $t = all::manifest::Manifests::new($setup);
                 $body
             }
             other => panic!("no target is called {other:?}"),

@@ -175,6 +175,21 @@ fn a_stranger_in_the_ram_section_loses_it_and_the_next_section_is_understood_aga
     assert_eq!(told.pages.len(), 3 + 2 + 5, "{:?}", told.pages);
 }
 
+/// Numbers of blocks that a sender has told of stay what they are.
+#[test]
+fn a_second_list_of_blocks_is_not_understood() {
+    let (first, more) = (stream(2), stream(3));
+    let start = more.windows(4).position(|w| w == b"\x03ram").unwrap() - 5;
+    // After the first round, as a section of its own.
+    let at = first.windows(5).rposition(|w| w == [2, 0, 0, 0, 5]).unwrap();
+    let input = [&first[..at], &more[start..]].concat();
+    let (told, parser) = tell(&[&input], false);
+    assert_eq!(told.bytes, input);
+    assert_eq!(parser.blocks().len(), 2);
+    assert!(told.marks.contains(&Mark::Lost) && told.marks.last() == Some(&Mark::RamEnd), "{:?}", told.marks);
+    assert_eq!(told.pages.len(), 5 * 4, "{:?}", told.pages);
+}
+
 #[test]
 fn garbage_is_passed_on() {
     for garbage in [&b"HTTP/1.1 400 Bad Request\r\n"[..], b"QEVM\0\0\0\x02", b"QEV", b"", &[0x7e; 9000]] {
