@@ -8,7 +8,7 @@
 //! pair of Unix sockets, and a thread (the pump) carries bytes between the other end and the TLS connection: [`Tunnel`].
 //!
 //! In TLS 1.3 the client is done before the server has seen its certificate. A sender that was refused would hear of it only later, as
-//! of a link that broke; so the server says one byte more when it is content ([`CONTENT`]), and the client waits for it.
+//! of a link that broke; so the server says one byte more when it is content, and the client waits for it.
 //!
 //! Left out on purpose: sessions are not resumed, for there is one connection a migration; certificates are not looked up in
 //! lists of revoked ones.

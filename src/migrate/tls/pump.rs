@@ -14,7 +14,7 @@
 //! | --- | --- |
 //! | the program shuts its socket, or closes it | all that it wrote before goes out, then `close_notify`; what comes is thrown away |
 //! | the peer ends, with `close_notify` or without | the program gets what had come, then its socket ends; what it writes is thrown away |
-//! | TCP breaks, or takes nothing for [`STALL`](super::STALL) | the same |
+//! | TCP breaks, or takes nothing for `link::STALL` | the same |
 //!
 //! An end without `close_notify` is no error here: which message is the last one, the messages say themselves.
 
@@ -219,7 +219,7 @@ impl Pump {
 
     /// Until there is something to do. An error when TCP did nothing for too long.
     fn wait(&mut self) -> io::Result<()> {
-        let blocked = !self.broken && self.tls.wants_write();
+        let blocked = !self.sent && self.tls.wants_write();
         let stalled = blocked.then(|| self.moved + self.limits.stall);
         // With the program gone, and its end said: the peer's, and not for ever.
         let parted = self.quiet.filter(|_| !self.broken).map(|since| since + self.limits.farewell);
