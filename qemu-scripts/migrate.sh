@@ -236,13 +236,35 @@ in_guest() {
 # What is where: the guest's host, its folder, how many QEMUs there were.
 at='' now='' count=0
 
-# Options of the two proxies in this mode, in sends and receives.
+# Options of the two proxies in this mode, in sends and receives. What a mode may not use is not there, or forbidden.
 proxy_options() {
     local mode=$1
     sends=() receives=()
     case $mode in
-        *+base* | *+all) sends+=(--library "${library_of[$at]}" --image "$name") receives+=(--library "${library_of[$to]}") ;;
+        *+base* | vmar+all) sends=(--library "${library_of[$at]}" --image "$name") receives=(--library "${library_of[$to]}") ;;
     esac
+    case $mode in
+        leave) sends+=(--store "$dir/template/store") ;;
+        *+template | return | vmar+all) sends+=(--store "$dir/store-$at") receives+=(--store "$dir/store-$to") ;;
+    esac
+    case $mode in
+        *+template) sends+=(--no-kept) ;;
+    esac
+}
+
+# new_stores MODE: nothing is in the stores of the two hosts but what this mode is about.
+new_stores() {
+    local host
+    rm -rf "$dir"/store-[ab]
+    for host in a b; do
+        mkdir "$dir/store-$host"
+        case $1 in
+            *+template | vmar+all)
+                "$vmar" template import --store "$dir/store-$host" "$dir/template/template" >"$dir/template.log" 2>&1 ||
+                    die "could not import the template: $(tail -n 1 "$dir/template.log")"
+                ;;
+        esac
+    done
 }
 
 # move MODE: of the guest $name to the other host. Sets $result, which has how it went, and $at and $now if it did.
@@ -265,16 +287,13 @@ move() {
         *)
             what=incoming-stopped incoming=unix:$next/in.sock migrate=unix:$next/out.sock
             proxy_options "$mode"
-            tap=$next
+            tap=$next/
             if [ -n "$exact" ]; then
                 # Between QEMU and each proxy: -r keeps what goes to the other side.
-                tap=$next/tap
+                tap=$next/tap-
                 taps=$(jq -cn --arg d "$next" '[
                     ["socat", "-r", "\($d)/sent", "UNIX-LISTEN:\($d)/out.sock", "UNIX-CONNECT:\($d)/tap-out.sock,retry=50,interval=0.1"],
                     ["socat", "-r", "\($d)/got", "UNIX-LISTEN:\($d)/tap-in.sock", "UNIX-CONNECT:\($d)/in.sock"]]')
-                tap=$next/tap-
-            else
-                tap=$next/
             fi
             send=$(words nsenter --net="/run/netns/$at" "$vmar" migrate send --vm "$name" --source "${tap}out.sock" \
                 --link "${address[$to]}:7000" --records "$next/records" --json "${sends[@]}")
@@ -289,7 +308,7 @@ move() {
     before=$(link_bytes)
     result=$(python3 "$here/move.py" "$spec" 2>"$next/move.log") || die "move.py: $(tail -n 1 "$next/move.log")"
     after=$(link_bytes)
-    if [ "$(jq -r .state <<<"$result")" = completed ] && [ "$exact$send" != "$exact" ] && [ "$send" != null ] && [ -n "$exact" ]; then
+    if [ "$taps" != '[]' ]; then
         exactly=false
         ! cmp -s "$next/sent" "$next/got" || exactly=true
         rm -f "$next/sent" "$next/got"
@@ -313,15 +332,16 @@ words() {
 
 # settle OLD NEW: the old QEMU and its server end; the new VM must run.
 settle() {
-    local old=$1 new=$2 d keep=()
-    vm_stop "$old" || say "note: $old did not end well"
+    local old=$1 new=$2 d keep=() said
+    vm_stop "$old" || true
     for d in "${vm_dirs[@]}"; do
         [ "$d" = "$old" ] || keep+=("$d")
     done
     vm_dirs=("${keep[@]}")
     kill -0 "$(cat "$new/qemu.pid")" 2>/dev/null || die "QEMU ended: $(tail -n 1 "$new/qemu.log") (logs: $new)"
     # What a server says is worth a look: nothing here is out of the ordinary.
-    ! grep -qE 'ERROR|WARN|panicked' "$old/vmar.log" || say "note: the server of $old says: $(grep -E 'ERROR|WARN|panicked' "$old/vmar.log" | head -n 1)"
+    said=$(grep -E 'ERROR|WARN|panicked' "$old/vmar.log" || true)
+    [ -z "$said" ] || say "note: the server of $old says: ${said%%$'\n'*}"
 }
 
 # boot NAME: on host a, with a fresh overlay.
@@ -338,7 +358,7 @@ boot() {
 
 # end_guest: the guest and its disk are of no more use.
 end_guest() {
-    vm_stop_all || say "note: the VM in $now did not end well"
+    vm_stop_all || true
     rm -f "$overlay"
 }
 
@@ -349,26 +369,30 @@ prepare_guest() {
     sleep "$stay"
 }
 
-# measure ROUND MODE [LEG]: one move as a line of points.jsonl. Not zero if the guest has come to harm.
+# measure ROUND MODE [LEG]: one move as a line of points.jsonl. Sets $arrived if the guest is there and well. One that has come to
+# harm has a successor.
 measure() {
-    local round=$1 mode=$2 leg=${3:-} wrong verified=true
+    local round=$1 mode=$2 leg=${3:-} wrong verified=true state
+    arrived=''
     move "$mode"
-    if ! wrong=$(in_guest 300 verify) || [ -n "$wrong" ]; then
+    state=$(jq -r .state <<<"$result")
+    if ! wrong=$(in_guest 300 verify 2>&1) || [ -n "$wrong" ]; then
         verified=false
     fi
-    result=$(jq -c --argjson round "$round" --arg mode "$mode" --arg leg "$leg" --arg image "$image" --arg load "$load" --arg rate "$rate" \
-        --arg wrong "$wrong" --argjson verified "$verified" --argjson memory "$vm_memory" \
-        '{$round, $mode, leg: (if $leg == "" then null else $leg end), $image, memory_mib: $memory, $load, $rate} + . +
-            {verified: ($verified and .exact != false), wrong: (if $wrong == "" then null else $wrong end)}' <<<"$result")
+    result=$(jq -c --argjson round "$round" --arg mode "$mode" --arg leg "$leg" --arg wrong "$wrong" --argjson verified "$verified" '
+        {$round, $mode, leg: (if $leg == "" then null else $leg end)} + . +
+            {verified: ($verified and (.state != "completed" or .exact != false)), wrong: (if $wrong == "" then null else $wrong end)}' <<<"$result")
     printf '%s\n' "$result" >>"$points"
-    say "$(jq -r 'def mb: . / 1e5 | round / 10;
-        "round \(.round), \(.mode)\(if .leg then " (\(.leg))" else "" end), \(.from) to \(.to): " +
-        if .state == "completed" then "\(.link | .there + .back | mb) MB, \(.total_ms / 100 | round / 10) s, downtime \(.downtime_ms) ms (\(.blackout_ms) ms)"
-            else "\(.state): \(.error)" end +
-        (if .send then ", pages " + (.send.pages | "zero \(.zero) kept \(.kept) base \(.base) template \(.template) repeated \(.intra) sent \(.literal)") else "" end) +
-        (if .exact == null then "" elif .exact then ", exact" else ", NOT THE SAME STREAM" end) +
-        (if .wrong then ": WRONG: \(.wrong)" else ", verified" end)' <<<"$result")"
-    [ "$verified" = true ] || die "the guest has come to harm: $wrong (logs: $now)"
+    say "$(jq -r -f "$here/line.jq" <<<"$result")"
+    [ "$state" = completed ] && [ "$(jq -r .verified <<<"$result")" = true ] && arrived=1 || bad=$((bad + 1))
+    if [ "$verified" != true ]; then
+        say "the guest has come to harm; another one is booted (logs: $now)"
+        harmed+=("$now")
+        end_guest
+        prepare_guest
+    else
+        sleep "$stay"
+    fi
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,13 +433,81 @@ library_with() {
     "$vmar" image add "${sources[@]}" --library "$vm_library" >>"$dir/library.log" 2>&1 || die "could not add the images: $(tail -n 1 "$dir/library.log")"
 }
 
+# The modes that this vmar and these QEMUs have.
+choose_modes() {
+    local mode left=() without=''
+    if ! "$vmar" migrate send --help | grep -q -- --store || ! "$vmar" template --help >/dev/null 2>&1; then
+        without='*+template|return|vmar+all'
+        say "note: this vmar has no stores and templates; modes that need them are left out"
+    fi
+    [ -z "$qemu_to" ] || [ "${modes/return/}${modes/vmar+all/}" = "$modes$modes" ] ||
+        say "note: from QEMU $(qemu_version b) there is no way back to $(qemu_version a); return and vmar+all are left out"
+    for mode in ${modes//,/ }; do
+        case $mode in
+            *+template) [ -n "$without" ] || left+=("$mode") ;;
+            return | vmar+all) [ -n "$without" ] || [ -n "$qemu_to" ] || left+=("$mode") ;;
+            *) left+=("$mode") ;;
+        esac
+    done
+    modes=${left[*]}
+    [ -n "$modes" ] || die "no mode is left"
+}
+
+# What a template is of: images of other VMs.
+choose_template() {
+    local name
+    templates=()
+    if [ -n "$template_from" ]; then
+        IFS=, read -ra templates <<<"$template_from"
+    else
+        for name in cache monitor db python web; do
+            [ "$name" = "$image" ] || [ ! -e "$vm_images/$name.raw" ] || [ ${#templates[@]} -eq 4 ] || templates+=("$name")
+        done
+    fi
+    for name in "${templates[@]}"; do
+        [ -e "$vm_images/$name.raw" ] || die "$vm_images/$name.raw is not there: build it with images/build.sh $name"
+        [ "$name" != "$image" ] || die "--template-from: the guest's own image $image would flatter"
+    done
+    [ ${#templates[@]} -ge "$share" ] || die "a template of pages that $share VMs have needs so many images: name them with --template-from"
+}
+
+# make_template: other VMs boot on host a and leave it with a store there, which keeps their memory; a template is made of what they
+# have in common. Both hosts import it before each move that may use it.
+make_template() {
+    local wanted name
+    wanted=$(jq -cn --argjson share "$share" --argjson memory "$vm_memory" --arg qemu "$(qemu_version a)" \
+        '{images: $ARGS.positional, $share, memory_mib: $memory, $qemu}' --args -- "${templates[@]}")
+    if [ -s "$dir/template/made.json" ] && jq -e --argjson wanted "$wanted" 'del(.pages) == $wanted' "$dir/template/made.json" >/dev/null; then
+        say "the template of ${templates[*]} is there already"
+        return 0
+    fi
+    rm -rf "$dir/template"
+    mkdir -p "$dir/template/store"
+    library_with "${templates[@]}"
+    set_rate none
+    for name in "${templates[@]}"; do
+        boot "$name"
+        sleep 5
+        move leave
+        [ "$(jq -r .state <<<"$result")" = completed ] || die "$name cannot leave for the template: $(jq -r .error <<<"$result") (logs: $dir/vm-$count)"
+        end_guest
+    done
+    "$vmar" template build --store "$dir/template/store" --share "$share" --json >"$dir/template/built.json" 2>"$dir/template.log" ||
+        die "no template: $(tail -n 1 "$dir/template.log")"
+    cp "$(jq -r .path "$dir/template/built.json")" "$dir/template/template"
+    rm -rf "$dir/template/store"
+    jq -c --argjson wanted "$wanted" '$wanted + {pages}' "$dir/template/built.json" >"$dir/template/made.json"
+    say "template of ${templates[*]}: $(jq .pages "$dir/template/made.json") pages"
+}
+
 choose_qemu
 need_vmar
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 vm_images=$(cd "$vm_images" && pwd)
+choose_modes
 [ -z "$out" ] || { mkdir -p "$out"; out=$(cd "$out" && pwd); }
-points=${out:-$dir}/points.jsonl
+points=${out:-$dir}/points.jsonl bad=0 harmed=() templates=() template=null
 : >"$points"
 vm_library=${vm_library:-$dir/library}
 # shellcheck disable=SC2034 # for vm_serve
@@ -423,16 +515,51 @@ vm_record=''
 probe_accel "$vm_images/$image.vmlinuz"
 vm_guard
 make_hosts
-library_with "$image"
+case " $modes " in
+    *+template* | *vmar+all*)
+        choose_template
+        make_template
+        template=$(cat "$dir/template/made.json")
+        ;;
+esac
+library_with "$image" "${templates[@]}"
 library_of[a]=$vm_library
 library_of[b]=${far_library:-$vm_library}
 set_rate "$rate"
+setup=$(jq -cn --arg image "$image" --argjson memory_mib "$vm_memory" --argjson smp "$smp" --arg load "$load" --argjson dirty_mib "$dirty" \
+    --argjson files_mib "$files" --arg rate "$rate" --arg accel "$VMAR_ACCEL" --argjson processors "$(nproc)" --arg a "$(qemu_version a)" \
+    --arg b "$(qemu_version b)" --argjson template "$template" --argjson library "$("$vmar" image list --json --library "$vm_library" | jq -c 'map(.name)')" \
+    '$ARGS.named + {qemu: [$a, $b]} | del(.a, .b)')
 say "$(nproc) processors, $VMAR_ACCEL, QEMU $(qemu_version a)${qemu_to:+ to $(qemu_version b)}, link $rate, load $load, logs in $dir"
 prepare_guest
 for ((round = 1; round <= repeat; round++)); do
-    for mode in ${modes//,/ }; do
-        measure "$round" "$mode"
-        sleep "$stay"
+    for mode in $modes; do
+        if [ -n "$qemu_to" ] && [ "$at" = b ]; then
+            end_guest
+            prepare_guest
+        fi
+        case $mode in
+            *+template) new_stores "$mode"; measure "$round" "$mode" ;;
+            return | vmar+all)
+                new_stores "$mode"
+                measure "$round" "$mode" there
+                [ -z "$arrived" ] || measure "$round" "$mode" back
+                ;;
+            *) measure "$round" "$mode" ;;
+        esac
     done
 done
 end_guest
+rm -rf "$dir"/store-[ab]
+
+table=$(jq -s -r --argjson setup "$setup" -f "$here/table.jq" "$points")
+if [ -n "$out" ]; then
+    printf '%s\n' "$setup" >"$out/run.json"
+    printf '%s\n' "$table" >"$out/table.md"
+fi
+if [ -n "$json" ]; then
+    jq -s --argjson setup "$setup" '{$setup, moves: .}' "$points" >&3
+else
+    printf '\n%s\n' "$table"
+fi
+[ "$bad" -eq 0 ] || die "$bad moves did not come to their end, or did harm${harmed[*]:+ (logs: ${harmed[*]})}"
