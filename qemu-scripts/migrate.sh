@@ -244,11 +244,14 @@ proxy_options() {
         *+base* | vmar+all) sends=(--library "${library_of[$at]}" --image "$name") receives=(--library "${library_of[$to]}") ;;
     esac
     case $mode in
-        leave) sends+=(--store "$dir/template/store") ;;
-        *+template | return | vmar+all) sends+=(--store "$dir/store-$at") receives+=(--store "$dir/store-$to") ;;
+        leave) sends+=(--store "$dir/template/store" --domain "$domain") ;;
+        *+template | return | vmar+all)
+            sends+=(--store "$dir/store-$at" --domain "$domain")
+            receives+=(--store "$dir/store-$to")
+            ;;
     esac
     case $mode in
-        *+template) sends+=(--no-kept) ;;
+        *+template) sends+=(--no-kept) receives+=(--no-kept) ;;
     esac
 }
 
@@ -260,7 +263,7 @@ new_stores() {
         mkdir "$dir/store-$host"
         case $1 in
             *+template | vmar+all)
-                "$vmar" template import --store "$dir/store-$host" "$dir/template/template" >"$dir/template.log" 2>&1 ||
+                "$vmar" template import --store "$dir/store-$host" --domain "$domain" "$dir"/template/file/* >"$dir/template.log" 2>&1 ||
                     die "could not import the template: $(tail -n 1 "$dir/template.log")"
                 ;;
         esac
@@ -476,7 +479,7 @@ choose_template() {
 make_template() {
     local wanted name
     wanted=$(jq -cn --argjson share "$share" --argjson memory "$vm_memory" --arg qemu "$(qemu_version a)" \
-        '{images: $ARGS.positional, $share, memory_mib: $memory, $qemu}' --args -- "${templates[@]}")
+        --arg domain "$domain" '{images: $ARGS.positional, $share, memory_mib: $memory, $domain, $qemu}' --args -- "${templates[@]}")
     if [ -s "$dir/template/made.json" ] && jq -e --argjson wanted "$wanted" 'del(.pages) == $wanted' "$dir/template/made.json" >/dev/null; then
         say "the template of ${templates[*]} is there already"
         return 0
@@ -492,9 +495,10 @@ make_template() {
         [ "$(jq -r .state <<<"$result")" = completed ] || die "$name cannot leave for the template: $(jq -r .error <<<"$result") (logs: $dir/vm-$count)"
         end_guest
     done
-    "$vmar" template build --store "$dir/template/store" --share "$share" --json >"$dir/template/built.json" 2>"$dir/template.log" ||
+    "$vmar" template build --store "$dir/template/store" --domain "$domain" --share "$share" --json >"$dir/template/built.json" 2>"$dir/template.log" ||
         die "no template: $(tail -n 1 "$dir/template.log")"
-    cp "$(jq -r .path "$dir/template/built.json")" "$dir/template/template"
+    mkdir "$dir/template/file"
+    cp "$(jq -r .path "$dir/template/built.json")" "$dir/template/file/"
     rm -rf "$dir/template/store"
     jq -c --argjson wanted "$wanted" '$wanted + {pages}' "$dir/template/built.json" >"$dir/template/made.json"
     say "template of ${templates[*]}: $(jq .pages "$dir/template/made.json") pages"
@@ -515,6 +519,9 @@ vm_record=''
 probe_accel "$vm_images/$image.vmlinuz"
 vm_guard
 make_hosts
+library_with "$image"
+# Who may share pages with the guest.
+domain=$("$vmar" image list --json --library "$vm_library" | jq -r --arg name "$image" '.[] | select(.name == $name).domain')
 case " $modes " in
     *+template* | *vmar+all*)
         choose_template

@@ -5,7 +5,7 @@ def median: sort | if length == 0 then null elif length % 2 == 1 then .[length /
 def places($n): if . == null then "" else . * pow(10; $n) | round | tostring
     | if $n == 0 then . else (if length <= $n then "0" * ($n + 1 - length) + . else . end) | .[:-$n] + "." + .[-$n:] end end;
 def pad($n): . + " " * ([$n - length, 0] | max);
-def ratio($a; $b): if $a == null or $b == null or $b == 0 then "" else $a / $b | places(2) end;
+def ratio($a; $b): if $a == null or $b == null or $b == 0 then "" else $a / $b | places(if . < 0.1 then 3 else 2 end) end;
 
 # What each mode took, in the order of the first moves.
 def rows:
