@@ -298,9 +298,9 @@ move() {
                     ["socat", "-r", "\($d)/sent", "UNIX-LISTEN:\($d)/out.sock", "UNIX-CONNECT:\($d)/tap-out.sock,retry=50,interval=0.1"],
                     ["socat", "-r", "\($d)/got", "UNIX-LISTEN:\($d)/tap-in.sock", "UNIX-CONNECT:\($d)/in.sock"]]')
             fi
-            send=$(words nsenter --net="/run/netns/$at" "$vmar" migrate send --vm "$name" --source "${tap}out.sock" \
+            send=$(words nsenter --net="/run/netns/$at" env RUST_LOG="${RUST_LOG:-info}" "$vmar" migrate send --vm "$name" --source "${tap}out.sock" \
                 --link "${address[$to]}:7000" --records "$next/records" --json "${sends[@]}")
-            receive=$(words nsenter --net="/run/netns/$to" "$vmar" migrate receive --listen "${address[$to]}:7000" \
+            receive=$(words nsenter --net="/run/netns/$to" env RUST_LOG="${RUST_LOG:-info}" "$vmar" migrate receive --listen "${address[$to]}:7000" \
                 --destination "${tap}in.sock" --qmp "$next/proxy.qmp" --records "$next/records" "${receives[@]}")
             ;;
     esac

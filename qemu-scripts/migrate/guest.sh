@@ -125,7 +125,8 @@ load_db() {
     bin=/usr/lib/postgresql/${cluster%/main}/bin
     systemctl start "postgresql@${cluster/\//-}"
     runuser -u postgres -- createdb vmar_migrate
-    runuser -u postgres -- "$bin/pgbench" --initialize --quiet --scale=3 vmar_migrate
+    runuser -u postgres -- "$bin/pgbench" --initialize --quiet --scale=3 vmar_migrate >$dir/pgbench.log 2>&1 ||
+        fail "load db: $(tail -n 1 $dir/pgbench.log)"
     background load --uid=postgres "$bin/pgbench" --no-vacuum --client=1 --rate=10 --time=1000000 vmar_migrate
 }
 

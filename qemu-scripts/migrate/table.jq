@@ -16,7 +16,7 @@ def rows:
         name, moves: (.moves | length), verified: ($good | length),
         bytes: ($good | map(.link.there + .link.back) | median), seconds: ($good | map(.total_ms / 1000) | median),
         wall: ($good | map(.wall_ms / 1000) | median), downtime: ($good | map(.downtime_ms) | median),
-        blackout: ($good | map(.blackout_ms) | median),
+        blackout: ($good | map(.blackout_ms) | median), ready: ($good | map((.ready_ms // empty) / 1000) | median),
         pages: ($good | map(.send.pages // empty) | if length == 0 then null else
             [["zero", "kept", "base", "template", "intra", "literal"][] as $class | map(.[$class]) | median] end),
         cpu: ($good | map(.cpu_ms // empty) | if length == 0 then null else
@@ -25,14 +25,14 @@ def rows:
 def cells($default; $multifd):
     [.name, "\(.verified)/\(.moves)", (if .bytes then .bytes / 1e6 | places(1) else "" end), ratio(.bytes; $default.bytes), ratio(.bytes; $multifd.bytes),
         (.seconds | places(1)), ratio(.seconds; $default.seconds), ratio(.seconds; $multifd.seconds), (.wall | places(1)),
-        (.downtime | places(0)), (.blackout | places(0))]
+        (.downtime | places(0)), (.blackout | places(0)), (.ready | places(1))]
     + (.pages as $p | if $p == null then [range(6) | ""] else ($p | add) as $all | $p | map(. * 100 / $all | places(1)) end)
     + if .cpu then [(.cpu.send | places(1)), (.cpu.receive | places(1))] else ["", ""] end;
 
 rows as $rows
 | ($rows | map(select(.name == "default"))[0]) as $default
 | ($rows | map(select(.name == "multifd-zstd"))[0]) as $multifd
-| [["mode", "verified", "MB", "÷ default", "÷ multifd", "s", "÷ default", "÷ multifd", "runs after s", "downtime ms", "still ms",
+| [["mode", "verified", "MB", "÷ default", "÷ multifd", "s", "÷ default", "÷ multifd", "runs after s", "downtime ms", "still ms", "ready s",
     "zero %", "kept %", "base %", "template %", "repeated %", "sent %", "send CPU s", "receive CPU s"]]
     + [$rows[] | cells($default; $multifd)]
 | [transpose[] | (map(length) | max) as $width | map(pad($width))] | transpose
@@ -41,5 +41,6 @@ rows as $rows
     "",
     (.[0] | "| " + join(" | ") + " |"), (.[0] | "|" + (map("-" * (length + 2)) | join("|")) + "|"), (.[1:][] | "| " + join(" | ") + " |"),
     "",
-    "MB: on the link, both ways. s and downtime: as the source QEMU says. runs after, still: by the host's clock, until the VM runs at the destination, and",
-    "between its last moment at the source and its first there. Pages: how they travelled, of all that QEMU sent, rounds included."
+    "MB: on the link, both ways. s, downtime: as the source QEMU says. By the host's clock: runs after, until the VM runs at the destination;",
+    "still, between its last moment at the source and its first there; ready, from the sender's start until it takes QEMU's stream, before all",
+    "others. Pages: how they travelled, of all that QEMU sent, all rounds."
