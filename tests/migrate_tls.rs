@@ -155,7 +155,7 @@ fn a_vm_moves_over_tls_with_the_certificates_of_the_documentation() {
     drop(source);
     assert!(destination.join().unwrap() == stream, "not the stream that was sent");
     for (side, (ok, said), expected) in
-        [("send", sending.ends(), "of QEMU's stream went as"), ("receive", receiving.ends(), "VM web has arrived")]
+        [("send", sending.ends(), "VM web has left"), ("receive", receiving.ends(), "VM web has arrived")]
     {
         assert!(ok && said.contains(expected) && !said.contains("WARN"), "{side}: {said}");
     }
