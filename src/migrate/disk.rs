@@ -175,9 +175,21 @@ impl<'a, K: Known> Pass<'a, K> {
 
     fn write(&mut self, frame: std::io::Result<Frame>) -> Result<()> {
         let frame = frame.map_err(|e| Error::new(ErrorKind::Io, "zstd", e))?;
-        let sent = self.line.send(&Message::Disk(frame)).map_err(|e| no_message(link::NoMessage::Broken(e)))?;
+        let sent = self.line.send(&Message::Disk(frame)).map_err(|e| self.why(e))?;
         self.link_bytes += sent as u64;
         Ok(())
+    }
+
+    /// A receiver that gave up has said why before it closed the link; one that takes nothing any more is not waited for.
+    fn why(&self, e: std::io::Error) -> Error {
+        while e.kind() == std::io::ErrorKind::BrokenPipe {
+            match link::receive(self.line.link) {
+                Ok(message @ Message::Abort(_)) => return unexpected(message),
+                Ok(_) => {}
+                Err(_) => break,
+            }
+        }
+        no_message(link::NoMessage::Broken(e))
     }
 
     fn answer(&mut self) -> Result<()> {

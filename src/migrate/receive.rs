@@ -61,7 +61,7 @@ pub fn welcome(link: &Socket, welcome: Welcome) -> Result<()> {
     link::send(link, &Message::Welcome(welcome)).map_err(|e| no_message(NoMessage::Broken(e)))
 }
 
-/// Tells a sender that greeted why its VM is not taken.
+/// Tells a sender, whose VM it still is, why that is not taken.
 pub fn refuse(link: &Socket, why: &Error) {
     // It may have gone; then it knows.
     let _ = link::send(link, &Message::Abort(why.to_string()));
@@ -150,8 +150,9 @@ pub fn run<P: Pages + Clone>(
         phase: Mutex::new(Phase::Loading),
         error: Mutex::default(),
     };
+    let mut disk = disk;
     std::thread::scope(|scope| {
-        let shared = &shared;
+        let (shared, disk) = (&shared, disk.as_mut());
         scope.spawn(move || {
             if let Err(error) = return_path(shared, host) {
                 shared.fail(error);
@@ -165,6 +166,8 @@ pub fn run<P: Pages + Clone>(
     let error = || error.unwrap_or_else(|| no_message(NoMessage::End));
     match shared.phase.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Phase::Here => {}
+        // A sender gives nothing away before it hears that the disk is complete.
+        Phase::Ready if disk.is_some_and(|disk| !disk.is_settled()) => return Outcome::There(error()),
         Phase::Ready => return Outcome::Doubt(error()),
         Phase::Loading | Phase::Failed => return Outcome::There(error()),
     }
@@ -184,7 +187,7 @@ fn frames<P: Pages + Clone>(
     shared: &Shared<'_>,
     pages: Received<impl Pages>,
     mut coming: Option<&mut Coming>,
-    mut disk: Option<Arrival<'_, P>>,
+    mut disk: Option<&mut Arrival<'_, P>>,
 ) -> Result<()> {
     let mut joiner = Joiner::new(pages);
     let (mut again, mut waiting) = (None, VecDeque::new());
@@ -236,7 +239,7 @@ fn frames<P: Pages + Clone>(
             }
             Message::Disk(frame) => {
                 let disk = disk.as_mut().ok_or_else(|| strange("it sends a disk that this side does not take"))?;
-                if let Some(answer) = disk.frame(&frame)? {
+                if let Some(answer) = disk.frame(&frame).inspect_err(|e| refuse(shared.link, e))? {
                     shared.send(&answer)?;
                 }
             }
@@ -245,7 +248,7 @@ fn frames<P: Pages + Clone>(
                 if *lock(&shared.phase) != Phase::Ready {
                     return Err(strange("the disk is complete before the VM is"));
                 }
-                disk.settle(write_cache)?;
+                disk.settle(write_cache).inspect_err(|e| refuse(shared.link, e))?;
                 shared.send(&Message::Settled(write_cache))?;
             }
             _ => return Err(strange("it said what a sender never says")),

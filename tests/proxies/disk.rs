@@ -151,3 +151,61 @@ fn half_a_disk_is_not_left() {
     assert_eq!(std::fs::read_dir(&state_b).unwrap().count(), 0, "a live bitmap is left");
     drop(destination);
 }
+
+/// A file system without room, unmounted whatever happens; none without the right to mount.
+struct Small(std::path::PathBuf);
+
+impl Small {
+    fn mount(at: std::path::PathBuf, size: &str) -> Option<Small> {
+        std::fs::create_dir(&at).unwrap();
+        let options = format!("size={size}");
+        let status =
+            std::process::Command::new("mount").args(["-t", "tmpfs", "-o", &options, "none"]).arg(&at).status();
+        status.is_ok_and(|s| s.success()).then_some(Small(at))
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn no_room_for_the_disk_keeps_the_vm_and_no_room_for_its_memory_does_not() {
+    let image = image();
+    let ((a, from), b) = (host(&image), Bench::with_library());
+    let file = b.file("base.raw", &image);
+    b.add(&[format!("base={}", text(&file))]);
+    let server = a.serve_overlay("base", &from);
+    server.client().write(0, &(0..1500).flat_map(|n| noise(50_000 + n)).collect::<Vec<_>>());
+    server.stop();
+    let Some(small) = Small::mount(b.path("small"), "4M") else {
+        eprintln!("not root: nothing is mounted");
+        return;
+    };
+    let (to, library) = (small.0.join("web.qcow2"), b.library());
+    ok(&["--library", text(&library), "overlay", "create", text(&to), "--image", "base"]);
+    let (state_a, state_b, store) = (a.path("state"), b.path("state"), small.0.join("store"));
+    let (memory, hosts) = (stream(&guest(1, 2000)), Hosts::new());
+    let sender = ["--with-disk", text(&from), "--state-dir", text(&state_a)];
+    let receiver = ["--with-disk", text(&to), "--state-dir", text(&state_b)];
+    let end = hosts.migrate("web", &memory, &sender, &receiver, || ());
+    assert!(!end.moved && end.got.is_empty());
+    for out in [&end.sent, &end.received] {
+        let said = said(out);
+        assert!(!out.status.success() && said.contains("web.qcow2") && said.contains("free some space"), "{said}");
+    }
+    assert_eq!(std::fs::read_dir(&small.0).unwrap().count(), 1, "half a disk is left");
+
+    // What cannot be kept does not hold the VM up.
+    let end = hosts.migrate("web", &memory, &["--store", text(&store)], &[], || ());
+    end.ok(&memory);
+    assert!(
+        said(&end.sent).contains("is not kept") && said(&end.sent).contains("free some space"),
+        "{}",
+        said(&end.sent)
+    );
+    let list = ok(&["--json", "kept", "list", "--store", text(&store)]);
+    assert!(list.contains("\"images\": []"), "{list}");
+}
