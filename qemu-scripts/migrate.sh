@@ -109,8 +109,8 @@ here=$repo/qemu-scripts/migrate
 # Outside: tools, and the sandbox. Its first process is this script, too; with it goes all that it has started.
 
 outside() {
-    local temporary='' status=0 inner=''
-    need jq:jq python3:python3 ip:iproute2 tc:iproute2 nsenter:util-linux
+    local status=0
+    need jq:jq python3:python3 ip:iproute2 tc:iproute2 nsenter:util-linux flock:util-linux setpriv:util-linux
     [ -z "$exact" ] || need socat:socat
     [ -n "$qemu" ] || need_qemu
     need_vmar
@@ -118,30 +118,30 @@ outside() {
     # Standard output is for what was measured.
     exec 3>&1
     [ -z "$json" ] || exec 1>&2
-    child=''
-    # shellcheck disable=SC2154 # status of the moment
-    trap 'status=$?; [ -z "$child" ] || end_inner; exit $status' EXIT
+    trap end_inner EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM HUP
-    VMAR_MIGRATE_INSIDE=1 VMAR_BIN=$(realpath "$vmar") unshare --mount --pid --fork --kill-child --mount-proc \
-        bash "$repo/qemu-scripts/migrate.sh" "${arguments[@]}" </dev/null &
+    VMAR_MIGRATE_INSIDE=1 VMAR_BIN=$(realpath "$vmar") setpriv --pdeathsig KILL \
+        unshare --mount --pid --fork --kill-child --mount-proc bash "$repo/qemu-scripts/migrate.sh" "${arguments[@]}" </dev/null &
     child=$!
     wait "$child" || status=$?
     child=''
-    [ "$status" -ne 0 ] || [ -z "$temporary" ] || rm -rf "$temporary"
     exit "$status"
 }
 
-# Asked first; then killed, which kills everything.
+# What runs inside is asked first; then killed, which kills everything. Logs of what went wrong stay.
 end_inner() {
-    local inner
+    local status=$? inner
+    case $status in 0 | 130 | 143) [ -z "$temporary" ] || trap 'rm -rf "$temporary"' RETURN ;; esac
+    [ -n "$child" ] || return 0
     inner=$(cat "/proc/$child/task/$child/children" 2>/dev/null || true)
     # shellcheck disable=SC2086 # a word, or none
     [ -z "$inner" ] || kill -TERM $inner 2>/dev/null || true
-    wait_gone "$child" 200 || kill -KILL "$child" 2>/dev/null || true
+    wait_gone "$child" 300 || kill -KILL "$child" 2>/dev/null || true
     wait "$child" 2>/dev/null || true
 }
 
+child='' temporary=''
 [ -n "${VMAR_MIGRATE_INSIDE:-}" ] || outside
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,8 +439,8 @@ library_with() {
 # The modes that this vmar and these QEMUs have.
 choose_modes() {
     local mode left=() without=''
-    if ! "$vmar" migrate send --help | grep -q -- --store || ! "$vmar" template --help >/dev/null 2>&1; then
-        without='*+template|return|vmar+all'
+    if [[ $("$vmar" migrate send --help) != *--store* ]]; then
+        without=1
         say "note: this vmar has no stores and templates; modes that need them are left out"
     fi
     [ -z "$qemu_to" ] || [ "${modes/return/}${modes/vmar+all/}" = "$modes$modes" ] ||
@@ -508,8 +508,12 @@ choose_qemu
 need_vmar
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
+exec 8>"$dir/.lock"
+flock -n 8 || die "$dir: another run measures there; wait for its end, or name another --workdir"
 vm_images=$(cd "$vm_images" && pwd)
 choose_modes
+# What an earlier run has left.
+rm -rf "$dir"/vm-[0-9]* "$dir"/overlay-[0-9]*.qcow2 "$dir"/store-[ab]
 [ -z "$out" ] || { mkdir -p "$out"; out=$(cd "$out" && pwd); }
 points=${out:-$dir}/points.jsonl bad=0 harmed=() templates=() template=null
 : >"$points"
