@@ -66,14 +66,19 @@ words+=" vmar.first=$((base_mib * 256)) vmar.slots=$slots"
 [ "$(qemu_major)" -lt 10 ] || reconnect='reconnect-ms=1000'
 say "QEMU $(qemu-system-x86_64 --version | sed -n 's/.*version \([^ ]*\).*/\1/p'), $VMAR_ACCEL, seed $seed"
 
-# Whatever ends this, its processes end with it: those of cuts.py are tied to it.
-cuts_py=
-trap '[ -z "$cuts_py" ] || { kill -KILL "$cuts_py"; wait "$cuts_py"; } 2>/dev/null || true' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM HUP
-RUST_LOG=info python3 -B tests/qemu/cuts/cuts.py --work "$work" --vmar "$VMAR_BIN" --overlay "$overlay" --libraries "$work"/{here,there} \
-  --kernel "$cache/vmlinuz" --initrd "$work/initrd" --append "$words" --accel "$accel" --reconnect "$reconnect" --memory 256 \
-  --slots "$slots" --first $((base_mib * 256)) --cuts "$cuts" --last "$last" --settle "$settle" --seed "$seed" "${kill[@]}" &
+# Whatever ends this, its processes end with it: each is tied to the one that started it. Logs of a failure stay.
+cuts_py='' interrupted=''
+tidy_up() {
+  [ -z "$cuts_py" ] || { kill -KILL "$cuts_py"; wait "$cuts_py"; } 2>/dev/null || true
+  [ -z "$interrupted" ] || rm -rf "$work"
+}
+trap tidy_up EXIT
+trap 'interrupted=1; exit 130' INT
+trap 'interrupted=1; exit 143' TERM HUP
+RUST_LOG=info setpriv --pdeathsig KILL -- python3 -B tests/qemu/cuts/cuts.py --work "$work" --vmar "$VMAR_BIN" \
+  --overlay "$overlay" --libraries "$work"/{here,there} --kernel "$cache/vmlinuz" --initrd "$work/initrd" --append "$words" \
+  --accel "$accel" --reconnect "$reconnect" --memory 256 --slots "$slots" --first $((base_mib * 256)) \
+  --cuts "$cuts" --last "$last" --settle "$settle" --seed "$seed" "${kill[@]}" &
 cuts_py=$!
 status=0
 wait "$cuts_py" || status=$?

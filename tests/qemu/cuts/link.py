@@ -18,6 +18,8 @@ HANDSHAKE_BYTES = 3 * HEADER_BYTES
 PARTS = 8
 # Without a byte from the sender for so long, with its VM stopped, the stream is over.
 QUIET_S = 0.25
+# The sender has a record for so long after it has heard that the receiver is ready.
+RECORD_S = 10
 
 
 @dataclass
@@ -25,7 +27,7 @@ class Cut:
     """Where the link is cut, and how."""
 
     # 'whole': nowhere; 'bytes': when `at` bytes have passed, both ways; 'tail': the last `at` bytes of the sender's stream do not
-    # pass; 'handshake': when `at` bytes of the handshake have passed.
+    # pass; 'handshake': when `at` bytes of the handshake have passed; 'record': when the sender's record says that it has moved.
     kind: str
     at: int = 0
     # 'shut': both ways at once; 'reset': the same by RST; 'forward', 'back': this way a pause before the other; 'freeze': nothing
@@ -39,6 +41,7 @@ class Cut:
             "bytes": f"after {self.at} bytes",
             "tail": f"{self.at} bytes before the end of the stream",
             "handshake": f"after {self.at} bytes of the handshake",
+            "record": "as soon as it was written down",
         }
         return f"{where[self.kind]}, {self.style}" + (f" {self.pause_s * 1000:.0f} ms" if self.pause_s else "")
 
@@ -85,10 +88,11 @@ class Way:
 class Link(threading.Thread):
     """Listens at `port`; takes one sender to the receiver at `far`."""
 
-    def __init__(self, far, cut, stopped, kill):
-        """`stopped()`: the source's VM does not run. `kill(who)`: ends a proxy."""
+    def __init__(self, far, cut, stopped, recorded, kill):
+        """`stopped()`: the source's VM does not run. `recorded()`: the sender has written down that it has moved. `kill(who)`: ends
+        a proxy."""
         super().__init__(daemon=True)
-        self.far, self.plan, self.stopped, self.kill = far, cut, stopped, kill
+        self.far, self.plan, self.stopped, self.recorded, self.kill = far, cut, stopped, recorded, kill
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.listener.settimeout(60)
         self.port = self.listener.getsockname()[1]
@@ -171,6 +175,7 @@ class Link(threading.Thread):
             reached = {
                 "bytes": self.passed >= self.plan.at,
                 "handshake": kind in HANDSHAKE and self.handshake >= self.plan.at,
+                "record": kind == READY and way.whole and self.wait_for_record(),
             }
             if not self.done and reached.get(self.plan.kind):
                 self.mid = 0 if way.whole and count == len(piece) else way.seen - len(piece) + count
@@ -178,6 +183,13 @@ class Link(threading.Thread):
                     return False
                 self.send(way, kind, piece[count:])
         return True
+
+    def wait_for_record(self):
+        """Without a pause: what comes next comes at once."""
+        end = time.monotonic() + RECORD_S
+        while not (recorded := self.recorded()) and time.monotonic() < end:
+            pass
+        return recorded
 
     def send(self, way, kind, piece):
         if piece:
