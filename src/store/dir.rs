@@ -22,6 +22,7 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{ErrorKind as IoKind, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const MARK: &str = "vmar-store";
@@ -89,20 +90,27 @@ impl Store {
             return Store::open(dir);
         }
         fs::create_dir_all(dir).map_err(|e| Error::io(dir, "make it", e))?;
-        let mut others = fs::read_dir(dir).map_err(|e| Error::io(dir, "look at it", e))?;
-        if others.next().is_some() {
-            return Err(Error::file(ErrorKind::Exists, dir, "is no store of memory images, and not empty")
-                .mend("name an empty or a new directory"));
+        // Another process may be making it, too.
+        let subs = [PACKS, STAGING, Kind::Kept.dir(), Kind::Gone.dir()];
+        let looked = |e| Error::io(dir, "look at it", e);
+        for entry in fs::read_dir(dir).map_err(looked)? {
+            let name = entry.map_err(looked)?.file_name();
+            if !subs.iter().chain([&MARK]).any(|own| name == **own) {
+                return Err(Error::file(ErrorKind::Exists, dir, "is no store of memory images, and not empty")
+                    .mend("name an empty or a new directory"));
+            }
         }
-        for sub in [PACKS, STAGING, Kind::Kept.dir(), Kind::Gone.dir()] {
-            let sub = dir.join(sub);
-            fs::create_dir(&sub).map_err(|e| Error::io(&sub, "make it", e))?;
+        for sub in subs.map(|sub| dir.join(sub)) {
+            fs::create_dir_all(&sub).map_err(|e| Error::io(&sub, "make it", e))?;
         }
         let mark = Mark { format: MARK.into(), version: VERSION };
         let text = serde_json::to_vec(&mark).map_err(|e| Error::new(ErrorKind::Io, "JSON", e))?;
         // Whoever sees the mark sees all of the store.
-        write_durably(&dir.join(STAGING).join(MARK), &text)?;
-        rename(&dir.join(STAGING).join(MARK), &dir.join(MARK))?;
+        static MADE: AtomicU64 = AtomicU64::new(0);
+        let (process, made) = (std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+        let staged = dir.join(STAGING).join(format!("{MARK}.{process}.{made}"));
+        write_durably(&staged, &text)?;
+        rename(&staged, &dir.join(MARK))?;
         sync_dir(dir)?;
         Store::open(dir)
     }
@@ -448,6 +456,17 @@ mod tests {
         fs::write(dir.path().join("kept/db.mem"), b"vmar-mem, but not really").unwrap();
         writer.remove(Kind::Kept, "web").unwrap();
         assert_eq!(packs(dir.path()), 1);
+    }
+
+    #[test]
+    fn two_make_a_store_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("new");
+        std::thread::scope(|scope| {
+            let makers: Vec<_> = (0..8).map(|_| scope.spawn(|| Store::create(&path).map(|_| ()))).collect();
+            makers.into_iter().for_each(|maker| maker.join().unwrap().unwrap());
+        });
+        Store::open(&path).unwrap().writer().unwrap();
     }
 
     #[test]
