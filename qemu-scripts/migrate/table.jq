@@ -36,7 +36,7 @@ rows as $rows
     "zero %", "kept %", "base %", "template %", "repeated %", "sent %", "send CPU s", "receive CPU s"]]
     + [$rows[] | cells($default; $multifd)]
 | [transpose[] | (map(length) | max) as $width | map(pad($width))] | transpose
-| "\($setup.image), \($setup.memory_mib) MiB, \($setup.smp) processor(s), load \($setup.load), QEMU \($setup.qemu | unique | join(" to ")) (\($setup.accel)) on \($setup.processors) processors, link \($setup.rate)",
+| "\($setup.image), \($setup.memory_mib) MiB, \($setup.smp) processor(s), load \($setup.load), QEMU \($setup.qemu | if .[0] == .[1] then .[0] else join(" to ") end) (\($setup.accel)) on \($setup.processors) processors, link \($setup.rate)",
     (if $setup.template then "Template of \($setup.template.images | join(", ")): \($setup.template.pages) pages that \($setup.template.share) of them have" else empty end),
     "",
     (.[0] | "| " + join(" | ") + " |"), (.[0] | "|" + (map("-" * (length + 2)) | join("|")) + "|"), (.[1:][] | "| " + join(" | ") + " |"),
