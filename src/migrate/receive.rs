@@ -16,12 +16,14 @@ use super::send::{SHUT_OK, no_message};
 use super::wire::{Digest, Frame, Hello, Message, Welcome, chain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::to_usize;
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Frames that may wait for one that comes again: more than a sender has under way.
+/// Frames that may wait for one that comes again, and their bytes: more than a sender has under way.
 const WAITING_MAX: usize = 1024;
+const WAITING_BYTES_MAX: usize = 256 << 20;
 /// Types of the return path's messages.
 const RP_SHUT: u16 = 1;
 /// The highest that QEMU 10 knows.
@@ -179,7 +181,8 @@ fn frames(shared: &Shared<'_>, pages: Received<impl Pages>, mut coming: Option<&
         match message {
             Message::Frame(frame) => {
                 if again.is_some_and(|number| number != frame.number) {
-                    if waiting.len() >= WAITING_MAX {
+                    let bytes: usize = waiting.iter().map(|f: &Frame| f.ops.len() + f.literals.len()).sum();
+                    if waiting.len() >= WAITING_MAX || bytes > WAITING_BYTES_MAX {
                         return Err(strange("it goes on although it was asked for a frame again"));
                     }
                     waiting.push_back(frame);
@@ -281,8 +284,10 @@ impl<P: Pages> Joiner<P> {
 /// Lengths were capped when the message was read.
 fn unpack(packed: &[u8], len: u32) -> Result<Vec<u8>> {
     let len = to_usize(len.into());
-    let bytes =
-        zstd::bulk::decompress(packed, len).map_err(|e| strange(&format!("a frame cannot be unpacked: {e}")))?;
+    // With what zstd needs of memory, once for each thread.
+    thread_local!(static ZSTD: RefCell<zstd::bulk::Decompressor<'static>> = RefCell::default());
+    let bytes = ZSTD.with_borrow_mut(|zstd| zstd.decompress(packed, len));
+    let bytes = bytes.map_err(|e| strange(&format!("a frame cannot be unpacked: {e}")))?;
     if bytes.len() == len { Ok(bytes) } else { Err(strange("a frame is shorter than it says")) }
 }
 

@@ -155,6 +155,7 @@ impl Message {
                 out.extend(welcome.images.iter().chain([&welcome.kept, &welcome.template]).map(|has| u8::from(*has)));
             }
             Message::Frame(frame) => {
+                out.reserve(64 + frame.ops.len() + frame.literals.len());
                 out.extend(frame.number.to_le_bytes());
                 out.extend(frame.ops_len.to_le_bytes());
                 out.extend(frame.literals_len.to_le_bytes());
