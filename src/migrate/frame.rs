@@ -331,21 +331,19 @@ impl Decoder {
         out: &mut Vec<u8>,
         limit: usize,
     ) -> Result<(), Fault> {
-        let mut page = [0; PAGE_BYTES];
-        match source {
+        let mut found = [0; PAGE_BYTES];
+        let page = match source {
             Source::Zero => return self.record(Kind::Zero, None, out, limit),
-            Source::Literal => page = *literals.next().ok_or(Fault::Broken("fewer literals than it asks for"))?,
+            Source::Literal => literals.next().ok_or(Fault::Broken("fewer literals than it asks for"))?,
             Source::Earlier(n) if n >= literals.before => {
-                page = *literals.used(n).ok_or(Fault::Broken("an earlier page that has not come yet"))?;
+                literals.used(n).ok_or(Fault::Broken("an earlier page that has not come yet"))?
             }
-            Source::Same if !pages.same(self.name()?, self.cursor.offset, &mut page) => {
-                return Err(Fault::Missing(source));
-            }
-            Source::Same => {}
-            _ if pages.find(source, &mut page) => {}
+            Source::Same if pages.same(self.name()?, self.cursor.offset, &mut found) => &found,
+            Source::Same => return Err(Fault::Missing(source)),
+            _ if pages.find(source, &mut found) => &found,
             _ => return Err(Fault::Missing(source)),
-        }
-        self.record(Kind::Data, Some(&page), out, limit)
+        };
+        self.record(Kind::Data, Some(page), out, limit)
     }
 
     fn record(

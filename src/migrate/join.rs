@@ -5,6 +5,7 @@ use super::known::Received;
 use super::wire::{Digest, Frame, chain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::to_usize;
+use std::cell::RefCell;
 
 /// Makes the stream of frames.
 #[derive(Debug)]
@@ -62,7 +63,10 @@ impl<P: Pages> Joiner<P> {
 /// Lengths were capped when the message was read.
 fn unpack(packed: &[u8], len: u32) -> Result<Vec<u8>> {
     let len = to_usize(len.into());
-    let bytes = zstd::bulk::decompress(packed, len).map_err(|e| broken(&format!("a frame cannot be unpacked: {e}")))?;
+    // With what zstd needs of memory, once for each thread.
+    thread_local!(static ZSTD: RefCell<zstd::bulk::Decompressor<'static>> = RefCell::default());
+    let bytes = ZSTD.with_borrow_mut(|zstd| zstd.decompress(packed, len));
+    let bytes = bytes.map_err(|e| broken(&format!("a frame cannot be unpacked: {e}")))?;
     if bytes.len() == len { Ok(bytes) } else { Err(broken("a frame is shorter than it says")) }
 }
 

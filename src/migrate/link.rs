@@ -1,5 +1,6 @@
 //! Sockets on either side of a proxy, and the messages on the one between them.
 
+use super::frame::FRAME_BYTES_MAX;
 use super::wire::{HEADER_BYTES, Malformed, Message};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -10,6 +11,9 @@ use std::time::Duration;
 
 /// How long a link may make no progress.
 pub const STALL: Duration = Duration::from_secs(30);
+
+/// Bytes of a message that room is made for before they come: most frames have no more.
+const RESERVED_BYTES: usize = FRAME_BYTES_MAX;
 
 /// A connected socket. Its copies are one connection.
 #[derive(Debug)]
@@ -172,8 +176,8 @@ pub fn receive(mut from: &Socket) -> Result<Message, NoMessage> {
         }
     }
     let (kind, len) = Message::header(header).map_err(NoMessage::Malformed)?;
-    // Not more than has come: a stranger may announce a lot.
-    let mut body = Vec::new();
+    // Not much more than has come: a stranger may announce a lot.
+    let mut body = Vec::with_capacity(len.min(RESERVED_BYTES));
     let read = from.take(len as u64).read_to_end(&mut body).map_err(NoMessage::Broken)?;
     if read < len {
         return Err(NoMessage::Broken(io::ErrorKind::UnexpectedEof.into()));

@@ -1,6 +1,6 @@
 //! The stream cut into parts, each of which crosses the link as one frame.
 
-use super::frame::FRAME_BYTES;
+use super::frame::{FRAME_BYTES, FRAME_BYTES_MAX};
 use super::stream::{Block, Event, Kind, Mark, PAGE_BYTES, Parser, Place};
 use std::sync::Arc;
 
@@ -80,7 +80,9 @@ impl Cutter {
     pub fn cut(&mut self) {
         if !self.part.items.is_empty() {
             self.part.blocks = Arc::clone(&self.blocks);
-            let next = Part { number: self.part.number + 1, ..Part::default() };
+            // With room for all that it may have: what is not written to takes no memory.
+            let bytes = Vec::with_capacity(FRAME_BYTES_MAX);
+            let next = Part { number: self.part.number + 1, bytes, ..Part::default() };
             self.done.push(std::mem::replace(&mut self.part, next));
         }
     }

@@ -15,14 +15,15 @@ use super::known::Received;
 use super::link::{self, NoMessage, Socket};
 use super::record::Coming;
 use super::send::{SHUT_OK, no_message};
-use super::wire::{Hello, Message, Welcome};
+use super::wire::{Frame, Hello, Message, Welcome};
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Frames that may wait for one that comes again: more than a sender has under way.
+/// Frames that may wait for one that comes again, and their bytes: more than a sender has under way.
 const WAITING_MAX: usize = 1024;
+const WAITING_BYTES_MAX: usize = 256 << 20;
 /// Types of the return path's messages.
 const RP_SHUT: u16 = 1;
 /// The highest that QEMU 10 knows.
@@ -196,7 +197,8 @@ fn frames<P: Pages + Clone>(
         match message {
             Message::Frame(frame) => {
                 if again.is_some_and(|number| number != frame.number) {
-                    if waiting.len() >= WAITING_MAX {
+                    let bytes: usize = waiting.iter().map(|f: &Frame| f.ops.len() + f.literals.len()).sum();
+                    if waiting.len() >= WAITING_MAX || bytes > WAITING_BYTES_MAX {
                         return Err(strange("it goes on although it was asked for a frame again"));
                     }
                     waiting.push_back(frame);

@@ -238,13 +238,42 @@ impl Parser {
             self.sent = 0;
             return if input.is_empty() { Ok(()) } else { sink(&self.blocks, Event::Bytes(input)) };
         }
-        let mut buf = std::mem::take(&mut self.buf);
-        buf.extend_from_slice(input);
+        let mut input = input;
+        while !self.buf.is_empty() && !input.is_empty() {
+            // What is held back gets a little more, until all that comes can be told of where it lies.
+            let (held, (now, later)) = (self.buf.len(), input.split_at(input.len().min(2 * PAGE_BYTES)));
+            let mut buf = std::mem::take(&mut self.buf);
+            buf.extend_from_slice(now);
+            let (told, result) = self.tell(&buf, &mut sink);
+            if result.is_ok() && told >= held {
+                buf.clear();
+                input = input.get(told - held..).unwrap_or_default();
+            } else {
+                buf.drain(..told.min(buf.len()));
+                input = later;
+            }
+            self.buf = buf;
+            if result.is_err() {
+                self.buf.extend_from_slice(later);
+                return result;
+            }
+        }
+        let (told, result) = self.tell(input, &mut sink);
+        self.buf.extend_from_slice(input.get(told..).unwrap_or_default());
+        result
+    }
+
+    /// Tells of what is in these bytes; how many that were.
+    fn tell<E>(
+        &mut self,
+        bytes: &[u8],
+        sink: &mut impl FnMut(&[Block], Event<'_>) -> Result<(), E>,
+    ) -> (usize, Result<(), E>) {
         let mut at = 0;
-        let result = loop {
-            let rest = buf.get(at..).unwrap_or_default();
+        loop {
+            let rest = bytes.get(at..).unwrap_or_default();
             let (len, event, mark) = match self.token(rest) {
-                Token::More => break Ok(()),
+                Token::More => return (at, Ok(())),
                 Token::Bytes(len, state, mark) => {
                     self.state = state;
                     (len, None, mark)
@@ -268,15 +297,12 @@ impl Parser {
             self.sent = self.sent.saturating_sub(len);
             at += len;
             if let Some(Err(e)) = event.map(|event| sink(&self.blocks, event)) {
-                break Err(e);
+                return (at, Err(e));
             }
             if let Some(Err(e)) = mark.map(|mark| sink(&self.blocks, Event::Mark(mark))) {
-                break Err(e);
+                return (at, Err(e));
             }
-        };
-        buf.drain(..at.min(buf.len()));
-        self.buf = buf;
-        result
+        }
     }
 
     /// Passes on what is held back. For a source that has stopped to wait for an answer, and for the end.

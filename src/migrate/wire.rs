@@ -192,6 +192,7 @@ impl Message {
                 out.push(welcome.disk.into());
             }
             Message::Frame(frame) | Message::Disk(frame) => {
+                out.reserve(64 + frame.ops.len() + frame.literals.len());
                 out.extend(frame.number.to_le_bytes());
                 out.extend(frame.ops_len.to_le_bytes());
                 out.extend(frame.literals_len.to_le_bytes());

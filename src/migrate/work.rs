@@ -9,6 +9,7 @@ use super::part::{Item, Part};
 use super::stream::Place;
 use super::wire::{Digest, Frame, chain};
 use serde::Serialize;
+use std::cell::RefCell;
 use std::io;
 
 /// zstd's level: what a link of a gigabit wants.
@@ -156,7 +157,8 @@ impl Decider {
     pub fn decide(&mut self, hashed: Hashed) -> Decided {
         let Hashed { part, pages, digest } = hashed;
         let before = self.encoder.clone();
-        let (mut sources, mut literals) = (Vec::with_capacity(pages.len()), Vec::new());
+        let (mut sources, mut literals) =
+            (Vec::with_capacity(pages.len()), Vec::with_capacity(pages.len() * super::stream::PAGE_BYTES));
         let (mut at, mut hashes) = (0, pages.into_iter());
         for item in &part.items {
             match *item {
@@ -238,10 +240,19 @@ impl Decided {
             ops_len: len(ops)?,
             literals_len: len(&self.literals)?,
             digest: self.digest,
-            ops: zstd::bulk::compress(ops, LEVEL)?,
-            literals: zstd::bulk::compress(&self.literals, LEVEL)?,
+            ops: compress(ops)?,
+            literals: compress(&self.literals)?,
         })
     }
+}
+
+/// With what zstd needs of memory, once for each thread.
+fn compress(bytes: &[u8]) -> io::Result<Vec<u8>> {
+    thread_local!(static ZSTD: RefCell<Option<zstd::bulk::Compressor<'static>>> = const { RefCell::new(None) });
+    ZSTD.with_borrow_mut(|zstd| match zstd {
+        Some(zstd) => zstd.compress(bytes),
+        None => zstd.insert(zstd::bulk::Compressor::new(LEVEL)?).compress(bytes),
+    })
 }
 
 fn names(part: &Part) -> impl Iterator<Item = &[u8]> {

@@ -20,7 +20,7 @@ const WINDOW: u64 = 8;
 
 /// Where a page is, in a form that serde knows.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub enum From {
+pub enum Where {
     Zero,
     Literal,
     Same,
@@ -33,7 +33,7 @@ pub enum From {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Step {
     /// Records of pages that follow each other, the first of this block and page unless it continues.
-    Pages { block: u8, page: u32, named: bool, from: From, count: u8 },
+    Pages { block: u8, page: u32, named: bool, from: Where, count: u8 },
     Bytes {
         #[serde(with = "super::hex")]
         bytes: Vec<u8>,
@@ -131,13 +131,13 @@ impl Maker {
                 for n in 0..u64::from(*count) {
                     let here = if n == 0 { (*block % NAMES.len() as u8, *page) } else { self.next };
                     let source = match *from {
-                        From::Zero => Source::Zero,
-                        From::Literal => Source::Literal,
-                        From::Same => Source::Same,
-                        From::Kept(page) => Source::Kept(page.wrapping_add(n)),
-                        From::Base(image, block) => Source::Base { image, block: block.wrapping_add(n as u32) },
-                        From::Template(page) => Source::Template(page.wrapping_add(n)),
-                        From::Earlier(page) => Source::Earlier(page.wrapping_add(n)),
+                        Where::Zero => Source::Zero,
+                        Where::Literal => Source::Literal,
+                        Where::Same => Source::Same,
+                        Where::Kept(page) => Source::Kept(page.wrapping_add(n)),
+                        Where::Base(image, block) => Source::Base { image, block: block.wrapping_add(n as u32) },
+                        Where::Template(page) => Source::Template(page.wrapping_add(n)),
+                        Where::Earlier(page) => Source::Earlier(page.wrapping_add(n)),
                     };
                     self.page(here, *named && n == 0, Some(source));
                 }
@@ -349,13 +349,13 @@ impl Frames {
                 let n = number(rng);
                 let small = rng.below(12);
                 let from = match rng.below(9) {
-                    0 | 1 => From::Zero,
-                    2 | 3 => From::Literal,
-                    4 => From::Same,
-                    5 => From::Kept(n),
-                    6 => From::Base(rng.below(3) as u32, n as u32),
-                    7 => From::Template(n),
-                    _ => From::Earlier(small),
+                    0 | 1 => Where::Zero,
+                    2 | 3 => Where::Literal,
+                    4 => Where::Same,
+                    5 => Where::Kept(n),
+                    6 => Where::Base(rng.below(3) as u32, n as u32),
+                    7 => Where::Template(n),
+                    _ => Where::Earlier(small),
                 };
                 let count = if rng.chance(1, 10) { rng.below(80) as u8 } else { 1 + rng.below(4) as u8 };
                 let page = if rng.chance(1, 10) { rng.edge() as u32 } else { rng.below(50) as u32 };
