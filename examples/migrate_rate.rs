@@ -31,6 +31,7 @@ use vmar::cli::output::{Table, percent};
 use vmar::error::Result;
 use vmar::library::Library;
 use vmar::migrate::bases::{BaseFiles, Bases, CONTENTS_MAX};
+use vmar::migrate::disk::Arrival;
 use vmar::migrate::known::{Has, Knows, Received};
 use vmar::migrate::link::Socket;
 use vmar::migrate::part::{Cutter, Item};
@@ -190,7 +191,7 @@ fn sender(args: &Args) {
     println!("ready");
     let source = Socket::Unix(listener.accept().unwrap().0);
     let options = Options { workers: args.workers[0], ..Options::default() };
-    let moved = send::run(&source, &link, &knows, options, &mut (), || Ok(())).unwrap();
+    let moved = send::run(&source, &link, &knows, options, &mut (), &|| Ok(())).unwrap();
     let sent = Sent { cost: Cost::now(), link_bytes: moved.counts.link_bytes };
     println!("{}", serde_json::to_string(&sent).unwrap());
 }
@@ -232,8 +233,8 @@ fn receiver(args: &Args) {
     let destination = Socket::Unix(UnixStream::connect(dir.join("destination")).unwrap());
     receive::welcome(&link, Welcome { images: bases.here(), ..Welcome::default() }).unwrap();
     let has = Has { kept: None, bases, template: None };
-    let pages = Received::new(Options::default().window, has);
-    let outcome = receive::run(&destination, &link, pages, None, &Nobody);
+    let pages = Received::new(Options::default().window, &has);
+    let outcome = receive::run(&destination, &link, pages, None, None::<Arrival<'_, &Has>>, &Nobody);
     assert!(matches!(outcome, Outcome::Here), "{outcome:?}");
     println!("{}", serde_json::to_string(&Cost::now()).unwrap());
 }

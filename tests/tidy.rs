@@ -31,6 +31,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("parquet", &["fingerprint"]),
     ("zstd", &["store", "migrate"]),
     ("qapi", &["migrate"]),
+    ("rustls", &["migrate"]),
     ("virtio_queue", &["device", "daemon"]),
     // Of the binary `vmar-index`: no process with a guest's disk in it links these.
     ("ballista", &["bin"]),

@@ -5,11 +5,14 @@ mod domain;
 pub mod estimate;
 mod explain;
 pub mod image;
+mod kept;
 pub mod library;
 pub mod lifecycle;
 pub mod map;
 mod matrix;
 pub mod migrate;
+mod moved;
+mod moving_disk;
 pub mod output;
 pub mod overlay;
 pub mod repair;
@@ -19,6 +22,7 @@ mod running;
 pub mod serve;
 pub mod stats;
 pub mod tell;
+mod tls;
 pub mod trace;
 pub mod verify;
 
@@ -94,7 +98,13 @@ enum Verb {
     Control(control::Args),
     /// Move running VMs to another host
     #[command(subcommand)]
-    Migrate(migrate::Verb),
+    Migrate(Box<migrate::Verb>),
+    /// Memory that VMs left behind when they migrated
+    #[command(subcommand)]
+    Kept(kept::Verb),
+    /// Pages that many VMs hold, known to both hosts before a migration
+    #[command(subcommand)]
+    Template(kept::TemplateVerb),
 }
 
 /// A full disk under standard output is an error like any other, not the panic of println!.
@@ -160,7 +170,9 @@ pub fn main() -> ExitCode {
         Verb::Report(args) => report::run(common, &args),
         Verb::Serve(args) => serve::run(common, *args),
         Verb::Control(args) => control::run(common, args),
-        Verb::Migrate(verb) => migrate::run(common, verb),
+        Verb::Migrate(verb) => migrate::run(common, *verb),
+        Verb::Kept(verb) => kept::run(common, verb),
+        Verb::Template(verb) => kept::run_template(common, verb),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -21,6 +21,7 @@ pub const CONTENTS_MAX: usize = 8 << 20;
 /// The images whose blocks a sender looks for.
 #[derive(Debug)]
 pub struct Bases {
+    domain: String,
     hasher: Hasher,
     digests: Vec<Digest>,
     places: HashMap<Hash, (u32, u32)>,
@@ -53,7 +54,13 @@ impl Bases {
                 }
             }
         }
-        Ok(Bases { hasher: library.hasher(&own.domain)?, there: vec![false; digests.len()], digests, places })
+        let hasher = library.hasher(&own.domain)?;
+        Ok(Bases { domain: own.domain.clone(), hasher, there: vec![false; digests.len()], digests, places })
+    }
+
+    /// The sharing domain.
+    pub fn domain(&self) -> &str {
+        &self.domain
     }
 
     /// Content digests of the images, for the greeting.
@@ -103,6 +110,11 @@ impl BaseFiles {
     /// For each image of the greeting whether it is here.
     pub fn here(&self) -> Vec<bool> {
         self.files.iter().map(Option::is_some).collect()
+    }
+
+    /// Whether one of them is here.
+    pub fn has(&self, image: u32) -> bool {
+        usize::try_from(image).is_ok_and(|i| self.files.get(i).is_some_and(Option::is_some))
     }
 
     /// Reads a block.

@@ -7,7 +7,7 @@
 use super::frame::Source;
 use super::stream::{PAGE_BYTES, PAGE_SIZE, Place};
 use super::wire::Digest;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::store::manifest::{Held, Manifest, MemoryBlock, Page, ZERO, number, root};
 use crate::store::{Pack, PackId, PackWriter};
 use crate::units::to_usize;
@@ -15,6 +15,9 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+
+/// Pages that are noted, at most: 1 TiB of memory, for which the hashes take 8 GiB.
+const PAGES_MAX: u64 = 1 << 28;
 
 /// The hashes of a VM's memory, as its stream tells of them.
 #[derive(Debug, Default)]
@@ -26,9 +29,32 @@ pub struct Hashes {
 
 impl Hashes {
     /// Of these blocks of memory, all zero.
-    pub fn new(blocks: Vec<MemoryBlock>) -> Hashes {
-        let pages = blocks.iter().map(|b| b.len / PAGE_SIZE).sum();
-        Hashes { blocks, pages: vec![ZERO; to_usize(pages)] }
+    ///
+    /// # Errors
+    /// It is more than [`PAGES_MAX`]: a stream that lies, or a VM that is too large to be noted.
+    pub fn new(blocks: Vec<MemoryBlock>) -> Result<Hashes> {
+        let pages = blocks.iter().try_fold(0u64, |sum, b| sum.checked_add(b.len / PAGE_SIZE));
+        match pages.filter(|pages| *pages <= PAGES_MAX) {
+            Some(pages) => Ok(Hashes { blocks, pages: vec![ZERO; to_usize(pages)] }),
+            None => Err(Error::new(ErrorKind::Unsupported, "memory to keep", "it is more than 1 TiB")),
+        }
+    }
+
+    /// Those of a memory image.
+    pub fn of(manifest: Manifest) -> Hashes {
+        Hashes { pages: manifest.pages.iter().map(|page| page.hash).collect(), blocks: manifest.blocks }
+    }
+
+    /// A memory image whose pages another host has.
+    pub fn elsewhere(self, vm: &str, taken: u64) -> Manifest {
+        let page = |hash| if hash == ZERO { Page::ZERO } else { Page { hash, held: Held::Elsewhere } };
+        Manifest {
+            vm: vm.into(),
+            taken,
+            blocks: self.blocks,
+            pages: self.pages.into_iter().map(page).collect(),
+            ..Manifest::default()
+        }
     }
 
     /// A page is this now; the number of the page, if there is such a one.
@@ -107,6 +133,7 @@ impl Kept {
                 page.fill(0);
                 true
             }
+            Held::Elsewhere => false,
             Held::Pack { pack, page: number } => {
                 let pack = self.packs.get(to_usize(pack.into()));
                 pack.is_some_and(|p| p.read(number, page).inspect_err(|e| log::warn!("migration: {e}")).is_ok())
@@ -116,6 +143,19 @@ impl Kept {
             }
         }
     }
+}
+
+/// What a memory image says beside its pages.
+#[derive(Clone, Debug, Default)]
+pub struct Stay<'a> {
+    /// Name of the VM.
+    pub vm: &'a str,
+    /// Its sharing domain.
+    pub domain: &'a str,
+    /// When it left, in seconds since 1970.
+    pub taken: u64,
+    /// Content digests of the images that [`Spool::image`] names.
+    pub images: Vec<Digest>,
 }
 
 /// The pages of a VM that leaves, each in its place.
@@ -137,7 +177,7 @@ impl Spool {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let file = open(dir, flags, Mode::RUSR | Mode::WUSR);
         let file = File::from(file.map_err(|e| Error::io(dir, "make a file in it", e.into()))?);
-        let hashes = Hashes::new(blocks);
+        let hashes = Hashes::new(blocks)?;
         Ok(Spool { path: dir.to_path_buf(), file, held: vec![Held::Zero; hashes.pages.len()], hashes })
     }
 
@@ -174,7 +214,7 @@ impl Spool {
     ///
     /// # Errors
     /// A file cannot be read or written.
-    pub fn seal(mut self, vm: &str, taken: u64, images: Vec<Digest>, pack: &Path) -> Result<(Manifest, PackId)> {
+    pub fn seal(mut self, stay: Stay<'_>, pack: &Path) -> Result<(Manifest, PackId)> {
         let mut writer = PackWriter::create(pack)?;
         let (mut seen, mut page) = (HashMap::<Digest, u32>::new(), [0; PAGE_BYTES]);
         for (number, (hash, held)) in self.hashes.pages.iter().zip(&mut self.held).enumerate() {
@@ -195,9 +235,10 @@ impl Spool {
         let id = writer.finish()?;
         let pages = self.hashes.pages.iter().zip(&self.held).map(|(hash, held)| Page { hash: *hash, held: *held });
         let manifest = Manifest {
-            vm: vm.into(),
-            taken,
-            images,
+            vm: stay.vm.into(),
+            domain: stay.domain.into(),
+            taken: stay.taken,
+            images: stay.images,
             packs: vec![id],
             pages: pages.collect(),
             blocks: self.hashes.blocks,
@@ -223,12 +264,20 @@ mod tests {
         vec![block(b"ram0", 8), block(b"vram", 2)]
     }
 
+    #[test]
+    fn memory_that_no_host_has_is_not_noted() {
+        let block = |len| MemoryBlock { name: b"ram".to_vec(), len };
+        for len in [(PAGES_MAX + 1) * PAGE_SIZE, u64::MAX] {
+            assert!(Hashes::new(vec![block(len), block(len)]).is_err(), "{len}");
+        }
+    }
+
     /// What leaves comes to lie in the store, and what was noted of it on the other side finds it there.
     #[test]
     fn what_left_is_found_when_it_comes_back() {
         let dir = tempfile::tempdir().unwrap();
         let mut spool = Spool::create(dir.path(), blocks()).unwrap();
-        let mut noted = Hashes::new(blocks());
+        let mut noted = Hashes::new(blocks()).unwrap();
         // Page 1 is sent three times, page 2 becomes zero, pages 1 and 4 are alike at the end.
         for (n, byte) in [(0, 7), (1, 1), (2, 9), (1, 2), (3, 3), (1, 5), (4, 5)] {
             spool.page(b"ram0", n * PAGE_SIZE, hash(byte), &page(byte)).unwrap();
@@ -243,8 +292,13 @@ mod tests {
         assert_eq!(noted.set(b"ram0", 8 * PAGE_SIZE, hash(1)), None);
 
         let path = dir.path().join("new.pack");
-        let (manifest, id) = spool.seal("web", 1, Vec::new(), &path).unwrap();
+        let (manifest, id) = spool.seal(Stay { vm: "web", ..Stay::default() }, &path).unwrap();
         assert_eq!(manifest.root(), noted.root());
+        // As this side keeps it.
+        let mut noted = noted.elsewhere("web", 1);
+        assert_eq!((noted.root(), noted.vm.as_str()), (manifest.root(), "web"));
+        noted = Manifest::decode(&path, &noted.encode().unwrap()).unwrap();
+        let noted = Hashes::of(noted);
         let pack = Pack::open(&path, id).unwrap();
         assert_eq!(pack.hashes().len(), 4, "every content once");
         let read = Manifest::decode(&path, &manifest.encode().unwrap()).unwrap();

@@ -59,7 +59,7 @@ pub struct Has {
     pub template: Option<Pack>,
 }
 
-impl Pages for Has {
+impl Pages for &Has {
     fn same(&mut self, block: &[u8], offset: u64, page: &mut [u8; PAGE_BYTES]) -> bool {
         self.kept.as_ref().is_some_and(|kept| kept.same(block, offset, page))
     }

@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// How long a link may make no progress.
@@ -112,6 +113,38 @@ impl Write for &Socket {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// A link that several threads write to, each a whole message.
+#[derive(Clone, Copy, Debug)]
+pub struct Line<'a> {
+    /// The link.
+    pub link: &'a Socket,
+    /// Held for a whole message.
+    pub writing: &'a Mutex<()>,
+}
+
+impl Line<'_> {
+    /// Writes a message; its bytes.
+    ///
+    /// # Errors
+    /// The connection broke.
+    pub fn send(&self, message: &Message) -> io::Result<usize> {
+        let mut bytes = Vec::new();
+        message.write(&mut bytes);
+        self.write(&bytes)?;
+        Ok(bytes.len())
+    }
+
+    /// Writes a message that was made before.
+    ///
+    /// # Errors
+    /// The connection broke.
+    pub fn write(&self, bytes: &[u8]) -> io::Result<()> {
+        let _whole = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut link = self.link;
+        link.write_all(bytes)
     }
 }
 

@@ -13,16 +13,19 @@
 //!   VMs,
 //! - [`work`] hashes the pages of a part, decides where the other side has each of them ([`known`]) and packs what it has not,
 //! - [`frame`] is how that is written, and how the part is made again of it,
-//! - [`wire`] has the messages that carry frames, and those that decide where the VM lives; [`link`] carries them,
-//! - [`send`] and [`receive`] are the two sides; [`record`] looks on.
-//!
-//! `vmar migrate` uses base images and earlier pages; [`kept`] and [`template`] are used by no command yet.
+//! - [`wire`] has the messages that carry frames, and those that decide where the VM lives; [`link`] carries them, over [`tls`] if
+//!   the hosts have certificates,
+//! - [`disk`] is the disk that goes with a VM if the hosts share no storage,
+//! - [`send`] and [`receive`] are the two sides; [`record`] looks on, and [`memory`] remembers for the next time.
 
 pub mod bases;
+pub mod disk;
 pub mod frame;
+pub mod join;
 pub mod kept;
 pub mod known;
 pub mod link;
+pub mod memory;
 pub mod monitor;
 pub mod order;
 pub mod part;
@@ -31,6 +34,7 @@ pub mod record;
 pub mod send;
 pub mod stream;
 pub mod template;
+pub mod tls;
 pub mod varint;
 pub mod wire;
 pub mod work;

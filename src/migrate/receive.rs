@@ -8,15 +8,15 @@
 //! side's. If the link is cut between the two, nobody here can know whether it was said: the VM runs at neither side, and whoever
 //! looks decides by what the sender has written down ([`Outcome::Doubt`]).
 
-use super::frame::{Decoder, Fault, Pages};
+use super::disk::Arrival;
+use super::frame::Pages;
+use super::join::Joiner;
 use super::known::Received;
 use super::link::{self, NoMessage, Socket};
 use super::record::Coming;
 use super::send::{SHUT_OK, no_message};
-use super::wire::{Digest, Frame, Hello, Message, Welcome, chain};
+use super::wire::{Frame, Hello, Message, Welcome};
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::to_usize;
-use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -60,6 +60,12 @@ pub fn greeted(link: &Socket) -> Result<Hello> {
 /// The link broke.
 pub fn welcome(link: &Socket, welcome: Welcome) -> Result<()> {
     link::send(link, &Message::Welcome(welcome)).map_err(|e| no_message(NoMessage::Broken(e)))
+}
+
+/// Tells a sender, whose VM it still is, why that is not taken.
+pub fn refuse(link: &Socket, why: &Error) {
+    // It may have gone; then it knows.
+    let _ = link::send(link, &Message::Abort(why.to_string()));
 }
 
 /// The host that a VM comes to.
@@ -128,12 +134,14 @@ impl Shared<'_> {
     }
 }
 
-/// Receives a VM into the destination's QEMU, with what this side has. `coming`, if given, sees what the destination gets.
-pub fn run(
+/// Receives a VM into the destination's QEMU, with what this side has. `coming`, if given, sees what the destination gets; `disk` is the
+/// disk that comes with the VM, if one does.
+pub fn run<P: Pages + Clone>(
     destination: &Socket,
     link: &Socket,
     pages: Received<impl Pages>,
     coming: Option<&mut Coming>,
+    disk: Option<Arrival<'_, P>>,
     host: &impl Host,
 ) -> Outcome {
     let shared = Shared {
@@ -143,14 +151,15 @@ pub fn run(
         phase: Mutex::new(Phase::Loading),
         error: Mutex::default(),
     };
+    let mut disk = disk;
     std::thread::scope(|scope| {
-        let shared = &shared;
+        let (shared, disk) = (&shared, disk.as_mut());
         scope.spawn(move || {
             if let Err(error) = return_path(shared, host) {
                 shared.fail(error);
             }
         });
-        if let Err(error) = frames(shared, pages, coming) {
+        if let Err(error) = frames(shared, pages, coming, disk) {
             shared.fail(error);
         }
     });
@@ -158,6 +167,8 @@ pub fn run(
     let error = || error.unwrap_or_else(|| no_message(NoMessage::End));
     match shared.phase.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Phase::Here => {}
+        // A sender gives nothing away before it hears that the disk is complete.
+        Phase::Ready if disk.is_some_and(|disk| !disk.is_settled()) => return Outcome::There(error()),
         Phase::Ready => return Outcome::Doubt(error()),
         Phase::Loading | Phase::Failed => return Outcome::There(error()),
     }
@@ -173,7 +184,12 @@ pub fn run(
 }
 
 /// The frames of the link, until COMMIT.
-fn frames(shared: &Shared<'_>, pages: Received<impl Pages>, mut coming: Option<&mut Coming>) -> Result<()> {
+fn frames<P: Pages + Clone>(
+    shared: &Shared<'_>,
+    pages: Received<impl Pages>,
+    mut coming: Option<&mut Coming>,
+    mut disk: Option<&mut Arrival<'_, P>>,
+) -> Result<()> {
     let mut joiner = Joiner::new(pages);
     let (mut again, mut waiting) = (None, VecDeque::new());
     loop {
@@ -194,10 +210,10 @@ fn frames(shared: &Shared<'_>, pages: Received<impl Pages>, mut coming: Option<&
                     if joiner.join(&frame)? {
                         again = None;
                         let mut destination = shared.destination;
-                        destination.write_all(&joiner.out).map_err(|e| gone(&e))?;
+                        destination.write_all(joiner.out()).map_err(|e| gone(&e))?;
                         shared.send(&Message::Ack(number))?;
                         if let Some(coming) = &mut coming {
-                            coming.bytes(&joiner.out);
+                            coming.bytes(joiner.out());
                         }
                         next = waiting.pop_front();
                     } else if again == Some(number) {
@@ -211,7 +227,7 @@ fn frames(shared: &Shared<'_>, pages: Received<impl Pages>, mut coming: Option<&
             }
             Message::Commit => {
                 let mut phase = lock(&shared.phase);
-                if *phase != Phase::Ready {
+                if *phase != Phase::Ready || disk.as_ref().is_some_and(|disk| !disk.is_settled()) {
                     return Err(strange("it gave the VM away before this side was ready"));
                 }
                 *phase = Phase::Here;
@@ -223,72 +239,23 @@ fn frames(shared: &Shared<'_>, pages: Received<impl Pages>, mut coming: Option<&
                 *phase = Phase::Failed;
                 return Err(Error::new(ErrorKind::Interrupted, "sender", format!("it has given up: {why}")));
             }
+            Message::Disk(frame) => {
+                let disk = disk.as_mut().ok_or_else(|| strange("it sends a disk that this side does not take"))?;
+                if let Some(answer) = disk.frame(&frame).inspect_err(|e| refuse(shared.link, e))? {
+                    shared.send(&answer)?;
+                }
+            }
+            Message::Settled(write_cache) => {
+                let disk = disk.as_mut().ok_or_else(|| strange("it sends a disk that this side does not take"))?;
+                if *lock(&shared.phase) != Phase::Ready {
+                    return Err(strange("the disk is complete before the VM is"));
+                }
+                disk.settle(write_cache).inspect_err(|e| refuse(shared.link, e))?;
+                shared.send(&Message::Settled(write_cache))?;
+            }
             _ => return Err(strange("it said what a sender never says")),
         }
     }
-}
-
-/// Makes the stream of frames.
-#[derive(Debug)]
-pub struct Joiner<P> {
-    decoder: Decoder,
-    pages: Received<P>,
-    digest: Digest,
-    next: u64,
-    out: Vec<u8>,
-}
-
-impl<P: Pages> Joiner<P> {
-    /// For a stream from its beginning, with what this side has.
-    pub fn new(pages: Received<P>) -> Self {
-        Joiner { decoder: Decoder::default(), pages, digest: [0; 32], next: 0, out: Vec::new() }
-    }
-
-    /// The part that the last frame stands for, if that could be made.
-    pub fn part(&self) -> &[u8] {
-        &self.out
-    }
-
-    /// Makes the part that a frame stands for. False: it is to come again.
-    ///
-    /// # Errors
-    /// No sender makes such a frame.
-    pub fn join(&mut self, frame: &Frame) -> Result<bool> {
-        if frame.number != self.next {
-            return Err(strange("frames came out of order"));
-        }
-        let ops = unpack(&frame.ops, frame.ops_len)?;
-        let literals = unpack(&frame.literals, frame.literals_len)?;
-        self.out.clear();
-        let decoder = match self.decoder.apply(&ops, &literals, &mut self.pages, &mut self.out) {
-            Ok(decoder) => decoder,
-            Err(Fault::Broken(what)) => return Err(strange(what)),
-            Err(Fault::Missing(source)) => {
-                log::info!("frame {}: {source:?} is not here", frame.number);
-                return Ok(false);
-            }
-        };
-        let digest = chain(&self.digest, blake3::hash(&self.out).as_bytes());
-        if digest != frame.digest {
-            log::warn!("frame {}: a page that is here is not what the sender believes it to be", frame.number);
-            return Ok(false);
-        }
-        self.decoder = decoder;
-        self.digest = digest;
-        self.next += 1;
-        self.pages.keep(&literals);
-        Ok(true)
-    }
-}
-
-/// Lengths were capped when the message was read.
-fn unpack(packed: &[u8], len: u32) -> Result<Vec<u8>> {
-    let len = to_usize(len.into());
-    // With what zstd needs of memory, once for each thread.
-    thread_local!(static ZSTD: RefCell<zstd::bulk::Decompressor<'static>> = RefCell::default());
-    let bytes = ZSTD.with_borrow_mut(|zstd| zstd.decompress(packed, len));
-    let bytes = bytes.map_err(|e| strange(&format!("a frame cannot be unpacked: {e}")))?;
-    if bytes.len() == len { Ok(bytes) } else { Err(strange("a frame is shorter than it says")) }
 }
 
 /// The destination's answers to the source; its success is held back.

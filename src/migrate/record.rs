@@ -5,6 +5,7 @@ use super::kept::{Hashes, Spool};
 use super::part::{Cutter, Item, Part};
 use super::stream::Block;
 use super::wire::Digest;
+use super::work::Counts;
 use crate::error::{Error, Result};
 use crate::store::manifest::{MemoryBlock, ZERO};
 use std::path::PathBuf;
@@ -13,6 +14,9 @@ use std::path::PathBuf;
 pub trait Recorder: Send {
     /// The next part, with hash and place of each of its pages that is no zero record; a hash of zeros is that of a zero page.
     fn part(&mut self, part: &Part, pages: &[(Digest, Option<Source>)]);
+
+    /// What was made of all parts so far: by rounds, and bytes on the link.
+    fn told(&mut self, _rounds: &[Counts], _link_bytes: u64) {}
 }
 
 /// Nobody looks.
@@ -92,6 +96,7 @@ impl Recorder for Leaving {
 pub struct Coming {
     cutter: Cutter,
     hashes: Option<Hashes>,
+    error: Option<Error>,
 }
 
 impl Coming {
@@ -102,27 +107,43 @@ impl Coming {
     }
 
     /// The hashes of all its memory, once it has come.
-    pub fn finish(mut self) -> Option<Hashes> {
+    ///
+    /// # Errors
+    /// Why they could not be noted.
+    pub fn finish(mut self) -> Result<Option<Hashes>> {
         self.cutter.flush();
         self.note();
-        self.hashes
+        match self.error {
+            Some(error) => Err(error),
+            None => Ok(self.hashes),
+        }
     }
 
     fn note(&mut self) {
         for part in self.cutter.take_parts() {
-            for item in &part.items {
-                let (place, hash) = match *item {
-                    Item::Bytes(_) => continue,
-                    Item::Zero(place) => (place, ZERO),
-                    Item::Page(place, at) => {
-                        let page = part.page(at);
-                        let zero = crate::units::is_zero(page);
-                        (place, if zero { ZERO } else { *blake3::hash(page).as_bytes() })
-                    }
-                };
-                let hashes = self.hashes.get_or_insert_with(|| Hashes::new(memory(&part.blocks)));
-                hashes.set(part.name(place.block), place.offset, hash);
+            if self.error.is_none() {
+                self.error = self.part(&part).err();
             }
         }
+    }
+
+    fn part(&mut self, part: &Part) -> Result<()> {
+        for item in &part.items {
+            let (place, hash) = match *item {
+                Item::Bytes(_) => continue,
+                Item::Zero(place) => (place, ZERO),
+                Item::Page(place, at) => {
+                    let page = part.page(at);
+                    let zero = crate::units::is_zero(page);
+                    (place, if zero { ZERO } else { *blake3::hash(page).as_bytes() })
+                }
+            };
+            let hashes = match &mut self.hashes {
+                Some(hashes) => hashes,
+                None => self.hashes.insert(Hashes::new(memory(&part.blocks))?),
+            };
+            hashes.set(part.name(place.block), place.offset, hash);
+        }
+        Ok(())
     }
 }

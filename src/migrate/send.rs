@@ -14,7 +14,7 @@
 //! ends the migration and runs the VM on; from then on nothing here lets it run again.
 
 use super::known::Known;
-use super::link::{self, NoMessage, Socket};
+use super::link::{self, Line, NoMessage, Socket};
 use super::order::{Permits, Reorder};
 use super::part::{Cutter, Part};
 use super::record::Recorder;
@@ -24,7 +24,7 @@ use super::work::{self, Counts, Decided, Decider, Hashed};
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -64,12 +64,39 @@ impl Default for Options {
 }
 
 /// What became of a VM that was sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Moved {
     /// The receiver has said that it runs there. If not, nobody here knows; it never runs here.
     pub confirmed: bool,
     /// What was sent.
     pub counts: Counts,
+    /// The same by rounds, see [`Decider::rounds`].
+    pub rounds: Vec<Counts>,
+}
+
+/// The host that a VM leaves.
+pub trait Origin: Sync {
+    /// The VM stands still, and its destination has loaded it: what goes with it, and was not complete before, goes now.
+    ///
+    /// # Errors
+    /// It cannot; the VM stays.
+    fn settle(&self, line: &Line<'_>) -> Result<()>;
+    /// Writes down, durably, that the VM has moved, before anybody is told.
+    ///
+    /// # Errors
+    /// It cannot be written down; the VM stays.
+    fn commit(&self) -> Result<()>;
+}
+
+/// One of which nothing goes but the VM's memory; called to write down that it has moved.
+impl<F: Fn() -> Result<()> + Sync> Origin for F {
+    fn settle(&self, _: &Line<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn commit(&self) -> Result<()> {
+        self()
+    }
 }
 
 /// Greets the receiver.
@@ -109,7 +136,8 @@ struct Shared<'a> {
     error: Mutex<Option<Error>>,
     permits: Permits,
     unacked: Mutex<BTreeMap<u64, Arc<Decided>>>,
-    link_bytes: AtomicU64,
+    /// Bytes of frames on the link, by rounds.
+    link_bytes: Mutex<Vec<u64>>,
     source_ended: AtomicBool,
 }
 
@@ -142,21 +170,23 @@ impl Shared<'_> {
         }
     }
 
-    fn write(&self, bytes: &[u8]) -> io::Result<()> {
-        let _whole = lock(&self.writing);
-        let mut link = self.link;
-        link.write_all(bytes)
+    fn line(&self) -> Line<'_> {
+        Line { link: self.link, writing: &self.writing }
     }
 
-    fn send(&self, message: &Message) -> io::Result<usize> {
-        let mut bytes = Vec::new();
-        message.write(&mut bytes);
-        self.write(&bytes).map(|()| bytes.len())
+    /// Counts bytes of a frame.
+    fn count(&self, round: usize, bytes: usize) {
+        let mut rounds = lock(&self.link_bytes);
+        let len = rounds.len().max(round + 1);
+        rounds.resize(len, 0);
+        if let Some(round) = rounds.get_mut(round) {
+            *round += bytes as u64;
+        }
     }
 }
 
 /// Sends a VM: from the source's first byte until the receiver runs it, or until it is clear that it stays. `recorder` sees all of it.
-/// `commit` writes down, durably, that it has moved, before anybody is told.
+/// `origin` gives it away.
 ///
 /// # Errors
 /// Why the VM stays; its QEMU was told, and runs it on.
@@ -166,7 +196,7 @@ pub fn run(
     known: &impl Known,
     options: Options,
     recorder: &mut impl Recorder,
-    commit: impl FnOnce() -> Result<()>,
+    origin: &impl Origin,
 ) -> Result<Moved> {
     let shared = Shared {
         source,
@@ -176,10 +206,10 @@ pub fn run(
         error: Mutex::default(),
         permits: Permits::new(options.parts),
         unacked: Mutex::default(),
-        link_bytes: AtomicU64::new(0),
+        link_bytes: Mutex::default(),
         source_ended: AtomicBool::new(false),
     };
-    let (confirmed, mut counts) = std::thread::scope(|scope| {
+    let (confirmed, mut rounds) = std::thread::scope(|scope| {
         let shared = &shared;
         let (parts, to_hash) = channel();
         let (hashed, to_decide) = channel();
@@ -196,13 +226,14 @@ pub fn run(
         drop((hashed, packed));
         let decider = scope.spawn(move || decide(shared, options.window, recorder, &to_decide, &decided));
         scope.spawn(move || write(shared, &to_write));
-        let confirmed = answers(shared, commit);
+        let confirmed = answers(shared, origin);
         (confirmed, decider.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     });
-    counts.link_bytes = shared.link_bytes.load(Ordering::Relaxed);
+    let link_bytes = shared.link_bytes.into_inner().unwrap_or_else(PoisonError::into_inner);
+    rounds.iter_mut().zip(link_bytes).for_each(|(round, bytes)| round.link_bytes = bytes);
     match shared.error.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(error) => Err(error),
-        None => Ok(Moved { confirmed, counts }),
+        None => Ok(Moved { confirmed, counts: Counts::sum(&rounds), rounds }),
     }
 }
 
@@ -215,7 +246,7 @@ fn read(shared: &Shared<'_>, parts: &Sender<Part>) {
 }
 
 fn read_until_end(shared: &Shared<'_>, parts: &Sender<Part>) -> Result<()> {
-    let (mut cutter, mut return_path) = (Cutter::default(), false);
+    let (mut cutter, mut return_path, mut lost) = (Cutter::default(), false, false);
     let mut buf = vec![0; 128 << 10];
     let mut source = shared.source;
     loop {
@@ -248,7 +279,10 @@ fn read_until_end(shared: &Shared<'_>, parts: &Sender<Part>) -> Result<()> {
                     let what = "the source QEMU has no return path: the VM could be lost at the end";
                     return Err(Error::new(ErrorKind::Unsupported, "migration", what).mend(RETURN_PATH));
                 }
-                Mark::Lost => log::warn!("a part of the migration stream is not understood; it passes as it is"),
+                Mark::Lost if !lost => {
+                    lost = true;
+                    log::warn!("a part of the migration stream is not understood; it passes as it is");
+                }
                 _ => {}
             }
         }
@@ -271,27 +305,34 @@ fn decide(
     recorder: &mut impl Recorder,
     hashed: &Receiver<(u64, Hashed)>,
     decided: &Sender<Arc<Decided>>,
-) -> Counts {
+) -> Vec<Counts> {
     let (mut decider, mut order) = (Decider::new(window), Reorder::default());
     while let Ok((number, piece)) = hashed.recv() {
         for piece in order.push(number, piece) {
             recorder.part(&piece.part, &piece.pages);
             let piece = Arc::new(decider.decide(piece));
             lock(&shared.unacked).insert(piece.part.number, Arc::clone(&piece));
+            recorder.told(decider.rounds(), lock(&shared.link_bytes).iter().sum());
             if decided.send(piece).is_err() {
-                return decider.counts();
+                return decider.rounds().to_vec();
             }
         }
     }
-    decider.counts()
+    decider.rounds().to_vec()
 }
 
-fn pack(shared: &Shared<'_>, decided: &Decided, packed: &Sender<(u64, Vec<u8>)>) -> bool {
+/// A frame as it goes on the link.
+struct Packed {
+    round: usize,
+    bytes: Vec<u8>,
+}
+
+fn pack(shared: &Shared<'_>, decided: &Decided, packed: &Sender<(u64, Packed)>) -> bool {
     match decided.pack() {
         Ok(frame) => {
             let mut bytes = Vec::new();
             Message::Frame(frame).write(&mut bytes);
-            packed.send((decided.part.number, bytes)).is_ok()
+            packed.send((decided.part.number, Packed { round: decided.round, bytes })).is_ok()
         }
         Err(e) => {
             shared.fail(Error::new(ErrorKind::Io, "zstd", e));
@@ -300,21 +341,20 @@ fn pack(shared: &Shared<'_>, decided: &Decided, packed: &Sender<(u64, Vec<u8>)>)
     }
 }
 
-fn write(shared: &Shared<'_>, packed: &Receiver<(u64, Vec<u8>)>) {
+fn write(shared: &Shared<'_>, packed: &Receiver<(u64, Packed)>) {
     let mut order = Reorder::default();
     while let Ok((number, bytes)) = packed.recv() {
-        for bytes in order.push(number, bytes) {
-            if let Err(e) = shared.write(&bytes) {
+        for Packed { round, bytes } in order.push(number, bytes) {
+            if let Err(e) = shared.line().write(&bytes) {
                 return shared.fail(cut(&e));
             }
-            shared.link_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            shared.count(round, bytes.len());
         }
     }
 }
 
 /// Does what the receiver says, until it is clear where the VM is. True: the receiver runs it.
-fn answers(shared: &Shared<'_>, commit: impl FnOnce() -> Result<()>) -> bool {
-    let mut commit = Some(commit);
+fn answers(shared: &Shared<'_>, origin: &impl Origin) -> bool {
     let confirmed = loop {
         let message = match link::receive(shared.link) {
             Ok(message) => message,
@@ -323,7 +363,7 @@ fn answers(shared: &Shared<'_>, commit: impl FnOnce() -> Result<()>) -> bool {
                 break false;
             }
         };
-        match answer(shared, message, &mut commit) {
+        match answer(shared, message, origin) {
             Ok(false) => {}
             Ok(true) => break true,
             Err(error) => {
@@ -338,7 +378,7 @@ fn answers(shared: &Shared<'_>, commit: impl FnOnce() -> Result<()>) -> bool {
     confirmed
 }
 
-fn answer(shared: &Shared<'_>, message: Message, commit: &mut Option<impl FnOnce() -> Result<()>>) -> Result<bool> {
+fn answer(shared: &Shared<'_>, message: Message, origin: &impl Origin) -> Result<bool> {
     let mut source = shared.source;
     match message {
         Message::Ack(number) => {
@@ -352,23 +392,27 @@ fn answer(shared: &Shared<'_>, message: Message, commit: &mut Option<impl FnOnce
             let decided = decided.ok_or_else(|| strange("it asks again for what was not sent"))?;
             log::info!("frame {number} is sent again: the receiver lacks a page that it was to have");
             let frame = decided.pack_again().map_err(|e| Error::new(ErrorKind::Io, "zstd", e))?;
-            let len = shared.send(&Message::Frame(frame)).map_err(|e| cut(&e))?;
-            shared.link_bytes.fetch_add(len as u64, Ordering::Relaxed);
+            let len = shared.line().send(&Message::Frame(frame)).map_err(|e| cut(&e))?;
+            shared.count(decided.round, len);
         }
         Message::Return(bytes) => source.write_all(&bytes).map_err(|e| no_source(&e))?,
         Message::Ready => {
+            if *lock(&shared.phase) != Phase::Here {
+                return Ok(false);
+            }
+            // Its VM stands still; nothing but this is on the link any more.
+            origin.settle(&shared.line())?;
             let mut phase = lock(&shared.phase);
             if *phase != Phase::Here {
                 return Ok(false);
             }
-            let Some(commit) = commit.take() else { return Err(strange("it was ready twice")) };
             // Written down, then said: whatever happens from here on, the VM is not this host's.
-            if let Err(error) = commit() {
+            if let Err(error) = origin.commit() {
                 drop(phase);
                 return Err(error);
             }
             *phase = Phase::Moved;
-            if let Err(e) = shared.send(&Message::Commit) {
+            if let Err(e) = shared.line().send(&Message::Commit) {
                 log::error!("the link broke when the VM was given away: {e}");
             }
             // Its QEMU has the VM stopped, and after this never runs it again.
@@ -378,7 +422,7 @@ fn answer(shared: &Shared<'_>, message: Message, commit: &mut Option<impl FnOnce
         }
         Message::Done => return Ok(*lock(&shared.phase) == Phase::Moved),
         Message::Abort(why) => return Err(refused(&why)),
-        Message::Hello(_) | Message::Welcome(_) | Message::Frame(_) | Message::End | Message::Commit => {
+        _ => {
             return Err(strange("it said what a receiver never says"));
         }
     }

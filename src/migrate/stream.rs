@@ -94,6 +94,19 @@ pub enum Kind {
     Data,
 }
 
+impl Kind {
+    /// What a record of these flags is that continues its block; none for any other.
+    pub fn of_flags(flags: u64) -> Option<Kind> {
+        const ZERO: u64 = flag::ZERO | flag::CONTINUE;
+        const PAGE: u64 = flag::PAGE | flag::CONTINUE;
+        match flags {
+            ZERO => Some(Kind::Zero),
+            PAGE => Some(Kind::Data),
+            _ => None,
+        }
+    }
+}
+
 impl Place {
     /// Appends what stands before the page's bytes in its record: the inverse of what the parser does.
     pub fn write_header(&self, kind: Kind, name: &[u8], out: &mut Vec<u8>) {

@@ -68,7 +68,7 @@ impl Template {
 #[cfg(test)]
 mod tests {
     use super::super::bases::BaseFiles;
-    use super::super::kept::{Kept, Spool};
+    use super::super::kept::{Kept, Spool, Stay};
     use super::super::stream::{PAGE_BYTES, PAGE_SIZE};
     use super::*;
     use crate::store::manifest::MemoryBlock;
@@ -91,7 +91,7 @@ mod tests {
             }
         }
         let path = dir.join(format!("{name}.pack"));
-        let (manifest, id) = spool.seal(name, 1, vec![[9; 32]], &path).unwrap();
+        let (manifest, id) = spool.seal(Stay { vm: name, images: vec![[9; 32]], ..Stay::default() }, &path).unwrap();
         let kept = Kept::new(manifest.clone(), vec![Pack::open(&path, id).unwrap()], BaseFiles::none());
         (manifest, kept)
     }

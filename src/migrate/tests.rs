@@ -1,8 +1,9 @@
 //! Both sides with a source and a destination that behave as QEMU does: what arrives, and who runs the VM when the link is cut.
 
 use super::bases::BaseFiles;
+use super::disk::Arrival;
 use super::frame::{Pages, Source};
-use super::kept::{Kept, Remembered};
+use super::kept::{Kept, Remembered, Stay};
 use super::known::{Has, Known, Knows, Nothing, Received};
 use super::link::Socket;
 use super::receive::{self, Host, Outcome};
@@ -184,6 +185,8 @@ impl Host for There<'_> {
     }
 }
 
+const NO_DISK: Option<Arrival<'static, Nothing>> = None;
+
 struct End {
     sent: Result<Moved>,
     received: Outcome,
@@ -231,12 +234,19 @@ fn migrate_noting<K: Known, P: Pages + Send>(
             if let Err(error) = begun {
                 return Outcome::There(error);
             }
-            receive::run(&to_destination, &far, Received::new(options.window, pages), Some(coming), &There(&there))
+            receive::run(
+                &to_destination,
+                &far,
+                Received::new(options.window, pages),
+                Some(coming),
+                NO_DISK,
+                &There(&there),
+            )
         });
         let to_source = Socket::Unix(to_source);
         let hello = Hello { vm: "web".into(), images: vec![[1; 32]], ..Hello::default() };
         let sent = send::greet(&near, hello).and_then(|_| {
-            send::run(&to_source, &near, &known, options, recorder, || {
+            send::run(&to_source, &near, &known, options, recorder, &|| {
                 committed.store(true, Ordering::SeqCst);
                 Ok(())
             })
@@ -330,10 +340,17 @@ fn a_source_that_ends_early_is_not_moved() {
         let receiver = scope.spawn(move || {
             receive::greeted(&far).unwrap();
             receive::welcome(&far, Welcome::default()).unwrap();
-            receive::run(&Socket::Unix(to_destination), &far, Received::new(100, Nothing), None, &There(started))
+            receive::run(
+                &Socket::Unix(to_destination),
+                &far,
+                Received::new(100, Nothing),
+                None,
+                NO_DISK,
+                &There(started),
+            )
         });
         send::greet(&near, Hello::default()).unwrap();
-        let sent = send::run(&Socket::Unix(source_end), &near, &Nothing, options(), &mut (), || panic!("nor moved"));
+        let sent = send::run(&Socket::Unix(source_end), &near, &Nothing, options(), &mut (), &|| panic!("nor moved"));
         assert!(sent.unwrap_err().to_string().contains("has ended it"));
         let Outcome::There(why) = receiver.join().unwrap() else { panic!("it is not there") };
         assert!(why.to_string().contains("has ended it"), "{why}");
@@ -381,8 +398,9 @@ fn a_vm_that_comes_back_finds_its_memory() {
     let end = migrate_noting(plain(&away, usize::MAX), &mut leaving, &mut coming);
     assert!(end.there && end.got == away);
     let pack = dir.path().join("new.pack");
-    let (manifest, id) = leaving.finish().unwrap().unwrap().seal("web", 1, vec![[1; 32]], &pack).unwrap();
-    let remembered = Remembered::new(coming.finish().unwrap());
+    let stay = Stay { vm: "web", images: vec![[1; 32]], ..Stay::default() };
+    let (manifest, id) = leaving.finish().unwrap().unwrap().seal(stay, &pack).unwrap();
+    let remembered = Remembered::new(coming.finish().unwrap().unwrap());
     assert_eq!(manifest.root(), remembered.root(), "both sides name it alike");
 
     // It has 500 pages more, and its pages are those of the second round.
@@ -391,7 +409,7 @@ fn a_vm_that_comes_back_finds_its_memory() {
     let images = BaseFiles::none();
     let kept = Kept::new(manifest, vec![Pack::open(&pack, id).unwrap()], images);
     let pages = Has { kept: Some(kept), bases: BaseFiles::none(), template: None };
-    let setup = Try { stream: &back, known, pages, cut: usize::MAX, status: SHUT_OK, options: options() };
+    let setup = Try { stream: &back, known, pages: &pages, cut: usize::MAX, status: SHUT_OK, options: options() };
     let end = migrate(setup);
     assert!(end.there && end.got == back);
     let counts = end.sent.unwrap().counts;
@@ -412,7 +430,14 @@ fn a_slow_source_is_not_waited_for() {
         let receiver = scope.spawn(move || {
             receive::greeted(&far).unwrap();
             receive::welcome(&far, Welcome::default()).unwrap();
-            receive::run(&Socket::Unix(to_destination), &far, Received::new(100, Nothing), None, &There(started))
+            receive::run(
+                &Socket::Unix(to_destination),
+                &far,
+                Received::new(100, Nothing),
+                None,
+                NO_DISK,
+                &There(started),
+            )
         });
         let slow = &stream;
         scope.spawn(move || {
@@ -426,7 +451,7 @@ fn a_slow_source_is_not_waited_for() {
             to_source.read_exact(&mut rest).unwrap();
         });
         send::greet(&near, Hello::default()).unwrap();
-        let moved = send::run(&Socket::Unix(source_end), &near, &Nothing, options(), &mut (), || Ok(())).unwrap();
+        let moved = send::run(&Socket::Unix(source_end), &near, &Nothing, options(), &mut (), &|| Ok(())).unwrap();
         assert!(moved.confirmed);
         assert!(got.join().unwrap() == stream);
         assert!(matches!(receiver.join().unwrap(), Outcome::Here));

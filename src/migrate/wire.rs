@@ -7,9 +7,13 @@
 //!         ◀ WELCOME
 //!         ▶ FRAME 0, FRAME 1, …                    ◀ ACK n, RETURN bytes, AGAIN n
 //!         ▶ END                                    ◀ READY (the destination has all of it)
+//!         ▶ DISK 0, DISK 1, …, SETTLED             ◀ DISK_ACK n, DISK_AGAIN n, SETTLED
 //!         ▶ COMMIT (written down before)           ◀ DONE  (the destination runs)
 //!           either ABORT, at any time before COMMIT
 //! ```
+//!
+//! A disk that goes with the VM is sent before the first FRAME, again and again while it changes, and what has changed since when the
+//! destination is ready; each time with numbers from 0 on. SETTLED says that it is complete, and that it is durable.
 //!
 //! Integers are little-endian. Strings are UTF-8 with a u16 length.
 
@@ -26,6 +30,8 @@ pub const HEADER_BYTES: usize = 5;
 pub const BODY_BYTES_MAX: usize = 2 * (FRAME_BYTES_MAX + OPS_BYTES_MAX);
 /// Images that a greeting may name.
 const IMAGES_MAX: usize = 65_536;
+/// Templates that a greeting may name.
+pub const TEMPLATES_MAX: usize = 16;
 /// Bytes of a string.
 const TEXT_MAX: usize = 1024;
 
@@ -41,10 +47,23 @@ mod kind {
     pub const COMMIT: u8 = 9;
     pub const DONE: u8 = 10;
     pub const ABORT: u8 = 11;
+    pub const DISK: u8 = 12;
+    pub const DISK_ACK: u8 = 13;
+    pub const DISK_AGAIN: u8 = 14;
+    pub const SETTLED: u8 = 15;
 }
 
 /// A BLAKE3 hash.
 pub type Digest = [u8; 32];
+
+/// A disk that goes with the VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// Bytes.
+    pub size: u64,
+    /// Content digest of the image that its overlay was made on.
+    pub base: Digest,
+}
 
 /// What a sender offers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -57,8 +76,10 @@ pub struct Hello {
     pub images: Vec<Digest>,
     /// Root hash of the memory image that the sender has of the VM's last stay at the receiver.
     pub kept: Option<Digest>,
-    /// Root hash of the sender's template.
-    pub template: Option<Digest>,
+    /// The sender's templates by their IDs, the one that it would rather use first.
+    pub templates: Vec<Digest>,
+    /// The disk that goes with the VM, if it does.
+    pub disk: Option<Disk>,
 }
 
 /// What a receiver has of it.
@@ -68,8 +89,10 @@ pub struct Welcome {
     pub images: Vec<bool>,
     /// It has the kept image.
     pub kept: bool,
-    /// It has the template.
-    pub template: bool,
+    /// The first of the templates that it has, by its place in the greeting.
+    pub template: Option<u8>,
+    /// It takes the disk.
+    pub disk: bool,
 }
 
 /// A part of the stream.
@@ -114,6 +137,14 @@ pub enum Message {
     Done,
     /// It failed; the VM stays where it is. Why, in a line.
     Abort(String),
+    /// Blocks of the disk, as a frame of records of pages.
+    Disk(Frame),
+    /// The blocks of all such frames as far as this one were written to the overlay.
+    DiskAck(u64),
+    /// As [`Message::Again`].
+    DiskAgain(u64),
+    /// The sender's: the disk is complete; the guest has its write cache switched on. The receiver's: it is durable here.
+    Settled(bool),
 }
 
 /// What was wrong with a message.
@@ -144,17 +175,23 @@ impl Message {
                 write_text(&hello.vm, out);
                 write_len(hello.images.len(), out);
                 out.extend(hello.images.as_flattened());
-                for root in [hello.kept, hello.template] {
-                    out.push(root.is_some().into());
-                    out.extend(root.unwrap_or_default());
-                }
+                out.push(hello.kept.is_some().into());
+                out.extend(hello.kept.unwrap_or_default());
+                write_len(hello.templates.len(), out);
+                out.extend(hello.templates.as_flattened());
+                out.push(hello.disk.is_some().into());
+                let disk = hello.disk.unwrap_or(Disk { size: 0, base: [0; 32] });
+                out.extend(disk.size.to_le_bytes());
+                out.extend(disk.base);
             }
             Message::Welcome(welcome) => {
                 out.extend(VERSION.to_le_bytes());
                 write_len(welcome.images.len(), out);
-                out.extend(welcome.images.iter().chain([&welcome.kept, &welcome.template]).map(|has| u8::from(*has)));
+                out.extend(welcome.images.iter().chain([&welcome.kept]).map(|has| u8::from(*has)));
+                out.push(welcome.template.map_or(0, |place| place.saturating_add(1)));
+                out.push(welcome.disk.into());
             }
-            Message::Frame(frame) => {
+            Message::Frame(frame) | Message::Disk(frame) => {
                 out.reserve(64 + frame.ops.len() + frame.literals.len());
                 out.extend(frame.number.to_le_bytes());
                 out.extend(frame.ops_len.to_le_bytes());
@@ -164,10 +201,13 @@ impl Message {
                 out.extend(&frame.ops);
                 out.extend(&frame.literals);
             }
-            Message::Ack(n) | Message::Again(n) => out.extend(n.to_le_bytes()),
+            Message::Ack(n) | Message::Again(n) | Message::DiskAck(n) | Message::DiskAgain(n) => {
+                out.extend(n.to_le_bytes())
+            }
             Message::Return(bytes) => out.extend(bytes),
             Message::End | Message::Ready | Message::Commit | Message::Done => {}
             Message::Abort(why) => write_text(why, out),
+            Message::Settled(write_cache) => out.push((*write_cache).into()),
         }
         let len = u32::try_from(out.len() - start - HEADER_BYTES).unwrap_or(u32::MAX);
         if let Some(at) = out.get_mut(start + 1..start + HEADER_BYTES) {
@@ -182,8 +222,10 @@ impl Message {
     pub fn header(bytes: [u8; HEADER_BYTES]) -> Result<(u8, usize), Malformed> {
         let [kind, len @ ..] = bytes;
         let len = usize::try_from(u32::from_le_bytes(len)).unwrap_or(usize::MAX);
-        if !(kind::HELLO..=kind::ABORT).contains(&kind) {
-            return Err(Malformed::Broken("a message of no known type: is the other side vmar?"));
+        if !(kind::HELLO..=kind::SETTLED).contains(&kind) {
+            return Err(Malformed::Broken(
+                "a message of no known type: is the other side vmar, and --tls-* given on both sides or on neither?",
+            ));
         }
         if len > BODY_BYTES_MAX {
             return Err(Malformed::Broken("a message longer than any"));
@@ -218,6 +260,10 @@ impl Message {
             kind::COMMIT => Some(Message::Commit),
             kind::DONE => Some(Message::Done),
             kind::ABORT => text(&mut c).map(Message::Abort),
+            kind::DISK => frame(&mut c, body.len()).map(Message::Disk),
+            kind::DISK_ACK => c.u64_le().map(Message::DiskAck),
+            kind::DISK_AGAIN => c.u64_le().map(Message::DiskAgain),
+            kind::SETTLED => flag(&mut c).map(Message::Settled),
             _ => None,
         };
         match message {
@@ -240,6 +286,10 @@ impl Message {
             Message::Commit => kind::COMMIT,
             Message::Done => kind::DONE,
             Message::Abort(_) => kind::ABORT,
+            Message::Disk(_) => kind::DISK,
+            Message::DiskAck(_) => kind::DISK_ACK,
+            Message::DiskAgain(_) => kind::DISK_AGAIN,
+            Message::Settled(_) => kind::SETTLED,
         }
     }
 }
@@ -254,18 +304,25 @@ fn version(c: &mut Cursor<'_>) -> Result<(), Malformed> {
 
 fn hello(c: &mut Cursor<'_>) -> Option<Hello> {
     let (migration, vm) = (c.array()?, text(c)?);
-    let count = len(c).filter(|n| *n <= IMAGES_MAX)?;
-    let images = (0..count).map(|_| c.array()).collect::<Option<_>>()?;
-    let mut root = || Some((flag(c)?, c.array()?));
-    let (kept, template) = (root()?, root()?);
-    let root = |(there, root): (bool, Digest)| there.then_some(root);
-    Some(Hello { migration, vm, images, kept: root(kept), template: root(template) })
+    let images = digests(c, IMAGES_MAX)?;
+    let (there, root) = (flag(c)?, c.array()?);
+    let kept = there.then_some(root);
+    let templates = digests(c, TEMPLATES_MAX)?;
+    let (there, disk) = (flag(c)?, Disk { size: c.u64_le()?, base: c.array()? });
+    Some(Hello { migration, vm, images, kept, templates, disk: there.then_some(disk) })
+}
+
+fn digests(c: &mut Cursor<'_>, most: usize) -> Option<Vec<Digest>> {
+    let count = len(c).filter(|n| *n <= most)?;
+    (0..count).map(|_| c.array()).collect()
 }
 
 fn welcome(c: &mut Cursor<'_>) -> Option<Welcome> {
     let count = len(c).filter(|n| *n <= IMAGES_MAX)?;
     let images = (0..count).map(|_| flag(c)).collect::<Option<_>>()?;
-    Some(Welcome { images, kept: flag(c)?, template: flag(c)? })
+    let (kept, [template]) = (flag(c)?, c.array()?);
+    // 0 is none.
+    Some(Welcome { images, kept, template: template.checked_sub(1), disk: flag(c)? })
 }
 
 fn frame(c: &mut Cursor<'_>, body: usize) -> Option<Frame> {
@@ -323,7 +380,8 @@ mod tests {
             vm: "wéb".into(),
             images: vec![[1; 32], [2; 32]],
             kept: Some([3; 32]),
-            template: None,
+            templates: vec![[5; 32]],
+            disk: Some(Disk { size: 1 << 30, base: [6; 32] }),
         };
         let frame = Frame {
             number: 9,
@@ -336,8 +394,12 @@ mod tests {
         vec![
             Message::Hello(hello),
             Message::Hello(Hello::default()),
-            Message::Welcome(Welcome { images: vec![true, false], kept: true, template: false }),
-            Message::Frame(frame),
+            Message::Welcome(Welcome { images: vec![true, false], kept: true, template: Some(1), disk: true }),
+            Message::Frame(frame.clone()),
+            Message::Disk(frame),
+            Message::DiskAck(1),
+            Message::DiskAgain(2),
+            Message::Settled(true),
             Message::Ack(u64::MAX),
             Message::Again(3),
             Message::Return(vec![0, 1, 0, 4]),
@@ -368,7 +430,7 @@ mod tests {
     #[test]
     fn what_is_cut_or_longer_is_refused() {
         // A frame's literals and the bytes of a return path end with the message.
-        let whole = |m: &Message| !matches!(m, Message::Frame(_) | Message::Return(_));
+        let whole = |m: &Message| !matches!(m, Message::Frame(_) | Message::Disk(_) | Message::Return(_));
         for message in messages().iter().filter(|m| whole(m)) {
             let (kind, body) = bytes(message);
             for len in 0..body.len() {
@@ -403,7 +465,7 @@ mod tests {
         #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
-        fn whatever_comes_is_read_or_refused(kind in 0u8..13, body in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn whatever_comes_is_read_or_refused(kind in 0u8..17, body in prop::collection::vec(any::<u8>(), 0..200)) {
             if let Ok(message) = Message::read(kind, &body) {
                 let (kind_again, again) = bytes(&message);
                 prop_assert_eq!((kind_again, again), (kind, body));
@@ -411,7 +473,7 @@ mod tests {
         }
 
         #[test]
-        fn lengths_that_lie_are_refused(message in 0usize..12, at in any::<prop::sample::Index>(), byte: u8) {
+        fn lengths_that_lie_are_refused(message in 0usize..16, at in any::<prop::sample::Index>(), byte: u8) {
             let (kind, mut body) = bytes(&messages()[message]);
             if !body.is_empty() {
                 let at = at.index(body.len());

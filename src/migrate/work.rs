@@ -6,6 +6,7 @@
 use super::frame::{Encoder, Source};
 use super::known::{Known, Sent};
 use super::part::{Item, Part};
+use super::stream::Place;
 use super::wire::{Digest, Frame, chain};
 use serde::Serialize;
 use std::cell::RefCell;
@@ -13,6 +14,8 @@ use std::io;
 
 /// zstd's level: what a link of a gigabit wants.
 pub const LEVEL: i32 = 1;
+/// Rounds that are counted each; the last of them has all that follow.
+const ROUNDS_MAX: usize = 1000;
 
 /// A part with what can be said of its pages without knowing those before it.
 #[derive(Debug)]
@@ -64,6 +67,25 @@ pub struct Counts {
 }
 
 impl Counts {
+    /// All pages.
+    pub fn pages(&self) -> u64 {
+        self.zero + self.kept + self.base + self.template + self.intra + self.literal
+    }
+
+    /// Of all rounds.
+    pub fn sum(rounds: &[Counts]) -> Counts {
+        rounds.iter().fold(Counts::default(), |a, b| Counts {
+            zero: a.zero + b.zero,
+            kept: a.kept + b.kept,
+            base: a.base + b.base,
+            template: a.template + b.template,
+            intra: a.intra + b.intra,
+            literal: a.literal + b.literal,
+            stream_bytes: a.stream_bytes + b.stream_bytes,
+            link_bytes: a.link_bytes + b.link_bytes,
+        })
+    }
+
     fn count(&mut self, source: Source) {
         let one = match source {
             Source::Zero => &mut self.zero,
@@ -92,6 +114,8 @@ pub struct Decided {
     pub literals: Vec<u8>,
     /// Of the stream as far as here.
     pub digest: Digest,
+    /// The round that it ends in.
+    pub round: usize,
 }
 
 /// Decides, part after part.
@@ -100,18 +124,33 @@ pub struct Decider {
     encoder: Encoder,
     sent: Sent,
     digest: Digest,
-    counts: Counts,
+    rounds: Vec<Counts>,
+    /// Block and offset of the last page.
+    last: (u16, u64),
 }
 
 impl Decider {
     /// With a window of so many literals.
     pub fn new(window: u64) -> Decider {
-        Decider { encoder: Encoder::default(), sent: Sent::new(window), digest: [0; 32], counts: Counts::default() }
+        let rounds = vec![Counts::default()];
+        Decider { encoder: Encoder::default(), sent: Sent::new(window), digest: [0; 32], rounds, last: (0, 0) }
     }
 
-    /// Pages so far.
-    pub fn counts(&self) -> Counts {
-        self.counts
+    /// Pages so far, by rounds. A round is a pass over the memory: QEMU goes through it in order, again and again, and sends what
+    /// has changed; the stream itself does not say where a round begins.
+    pub fn rounds(&self) -> &[Counts] {
+        &self.rounds
+    }
+
+    fn count(&mut self, place: Place, source: Source) {
+        let here = (place.block, place.offset);
+        if here < self.last && self.rounds.len() < ROUNDS_MAX {
+            self.rounds.push(Counts::default());
+        }
+        self.last = here;
+        if let Some(round) = self.rounds.last_mut() {
+            round.count(source);
+        }
     }
 
     /// Takes the next part.
@@ -128,7 +167,7 @@ impl Decider {
                     at += len;
                 }
                 Item::Zero(place) => {
-                    self.counts.count(Source::Zero);
+                    self.count(place, Source::Zero);
                     self.encoder.page(place, Source::Zero, names(&part));
                     at += header_len(&part, place) + 1;
                 }
@@ -139,16 +178,19 @@ impl Decider {
                     if source == Source::Literal {
                         literals.extend_from_slice(part.page(from));
                     }
-                    self.counts.count(source);
+                    self.count(place, source);
                     self.encoder.page(place, source, names(&part));
                     sources.push(source);
                     at = from + super::stream::PAGE_BYTES;
                 }
             }
         }
-        self.counts.stream_bytes += part.bytes.len() as u64;
+        if let Some(round) = self.rounds.last_mut() {
+            round.stream_bytes += part.bytes.len() as u64;
+        }
         self.digest = chain(&self.digest, &digest);
-        Decided { ops: self.encoder.finish(), sources, before, literals, digest: self.digest, part }
+        let round = self.rounds.len() - 1;
+        Decided { ops: self.encoder.finish(), sources, before, literals, digest: self.digest, round, part }
     }
 }
 
@@ -218,6 +260,6 @@ fn names(part: &Part) -> impl Iterator<Item = &[u8]> {
 }
 
 /// Bytes of a record before its page.
-fn header_len(part: &Part, place: super::stream::Place) -> usize {
+fn header_len(part: &Part, place: Place) -> usize {
     if place.named { 9 + part.name(place.block).len() } else { 8 }
 }

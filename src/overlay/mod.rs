@@ -28,6 +28,7 @@
 //! | `commit`, `import` | overlay and base to a raw file; an overlay of plain QEMU to one of vmar |
 //! | `copy` | copies data, sparsely |
 //! | `check` | what `vmar overlay info` and `check` show |
+//! | `glance` | what an overlay holds, also while a server writes to it |
 
 mod adopt;
 mod bits;
@@ -37,6 +38,7 @@ mod copy;
 mod create;
 mod disk;
 mod flush;
+mod glance;
 mod header;
 mod import;
 mod layout;
@@ -57,6 +59,7 @@ pub use check::{Info, Look, Report, SessionInfo, base_of, check, examine, inspec
 pub use commit::commit;
 pub use copy::Work;
 pub use create::create;
+pub use glance::Glance;
 pub use import::create_from;
 pub use relayout::{RelayoutOptions, grow, relayout};
 

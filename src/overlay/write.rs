@@ -108,6 +108,16 @@ impl Overlay {
         self.write_locked(self.span(range), bufs, base)
     }
 
+    /// [`write`](Self::write) of bytes that this process has: a multiple of 512 of them.
+    ///
+    /// # Errors
+    /// As that.
+    pub fn write_bytes(&self, offset: u64, bytes: &[u8], base: &dyn BaseRead) -> io::Result<()> {
+        // SAFETY: the piece is used inside this call alone, in which `bytes` lives, and only written from.
+        let piece = unsafe { piece_of(bytes) };
+        self.write(offset, &[piece], base)
+    }
+
     /// Makes `[offset, offset + len)` (multiples of 512) read as zeros; with `unmap` the space in the file is given back.
     pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool, base: &dyn BaseRead) -> io::Result<()> {
         let range = self.range(offset, len)?;

@@ -5,6 +5,7 @@
 //! DIR/packs/ID.pack       named by what they hold
 //! DIR/kept/VM.mem         the memory of a VM that left this host
 //! DIR/gone/VM.mem         the hashes alone of one that came, and whose memory the host that it came from keeps
+//! DIR/templates/          see [`super::templates`]
 //! DIR/staging/            what is being written; whatever a writer finds there is of one that was killed
 //! ```
 //!
@@ -21,6 +22,8 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{ErrorKind as IoKind, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 const MARK: &str = "vmar-store";
 const VERSION: u32 = 1;
@@ -87,20 +90,27 @@ impl Store {
             return Store::open(dir);
         }
         fs::create_dir_all(dir).map_err(|e| Error::io(dir, "make it", e))?;
-        let mut others = fs::read_dir(dir).map_err(|e| Error::io(dir, "look at it", e))?;
-        if others.next().is_some() {
-            return Err(Error::file(ErrorKind::Exists, dir, "is no store of memory images, and not empty")
-                .mend("name an empty or a new directory"));
+        // Another process may be making it, too.
+        let subs = [PACKS, STAGING, Kind::Kept.dir(), Kind::Gone.dir()];
+        let looked = |e| Error::io(dir, "look at it", e);
+        for entry in fs::read_dir(dir).map_err(looked)? {
+            let name = entry.map_err(looked)?.file_name();
+            if !subs.iter().chain([&MARK]).any(|own| name == **own) {
+                return Err(Error::file(ErrorKind::Exists, dir, "is no store of memory images, and not empty")
+                    .mend("name an empty or a new directory"));
+            }
         }
-        for sub in [PACKS, STAGING, Kind::Kept.dir(), Kind::Gone.dir()] {
-            let sub = dir.join(sub);
-            fs::create_dir(&sub).map_err(|e| Error::io(&sub, "make it", e))?;
+        for sub in subs.map(|sub| dir.join(sub)) {
+            fs::create_dir_all(&sub).map_err(|e| Error::io(&sub, "make it", e))?;
         }
         let mark = Mark { format: MARK.into(), version: VERSION };
         let text = serde_json::to_vec(&mark).map_err(|e| Error::new(ErrorKind::Io, "JSON", e))?;
         // Whoever sees the mark sees all of the store.
-        write_durably(&dir.join(STAGING).join(MARK), &text)?;
-        rename(&dir.join(STAGING).join(MARK), &dir.join(MARK))?;
+        static MADE: AtomicU64 = AtomicU64::new(0);
+        let (process, made) = (std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+        let staged = dir.join(STAGING).join(format!("{MARK}.{process}.{made}"));
+        write_durably(&staged, &text)?;
+        rename(&staged, &dir.join(MARK))?;
         sync_dir(dir)?;
         Store::open(dir)
     }
@@ -175,6 +185,12 @@ impl Store {
         manifest.packs.iter().map(open).collect()
     }
 
+    /// Where files are made that [`StoreWriter::publish`] moves to their place. Without a writer, only files without a name: a writer
+    /// removes the others.
+    pub fn staging(&self) -> PathBuf {
+        self.dir.join(STAGING)
+    }
+
     /// Takes the lock, and removes what a killed writer left.
     ///
     /// # Errors
@@ -188,7 +204,7 @@ impl Store {
             e => Error::io(&path, "lock it", e.into()),
         })?;
         let writer = StoreWriter { store: self, _lock: lock };
-        let staging = writer.staging();
+        let staging = writer.store.staging();
         for file in fs::read_dir(&staging).map_err(|e| Error::io(&staging, "look at it", e))? {
             let path = file.map_err(|e| Error::io(&staging, "look at it", e))?.path();
             fs::remove_file(&path).map_err(|e| Error::io(&path, "remove it", e))?;
@@ -197,13 +213,25 @@ impl Store {
         Ok(writer)
     }
 
+    /// The same, and waits so long for another process that writes.
+    ///
+    /// # Errors
+    /// `Busy` when it still writes.
+    pub fn writer_within(dir: &Path, within: Duration) -> Result<StoreWriter> {
+        let began = Instant::now();
+        loop {
+            match Store::open(dir)?.writer() {
+                Err(e) if e.kind() == ErrorKind::Busy && began.elapsed() < within => {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                result => return result,
+            }
+        }
+    }
+
     /// The file of a VM's image. Its name is a file's name here.
     fn path(&self, kind: Kind, vm: &str) -> Result<PathBuf> {
-        if vm.is_empty() || vm.len() > 200 || vm.starts_with('.') || vm.contains(['/', '\0']) {
-            return Err(Error::new(ErrorKind::Usage, format!("VM {vm:?}"), "is no name for a memory image")
-                .mend("take letters, digits, - and _"));
-        }
-        Ok(self.dir.join(kind.dir()).join(format!("{vm}.{ENDING}")))
+        Ok(self.dir.join(kind.dir()).join(format!("{}.{ENDING}", check_file_name(vm)?)))
     }
 }
 
@@ -213,12 +241,7 @@ impl StoreWriter {
         &self.store
     }
 
-    /// Where files are made that [`StoreWriter::publish`] moves to their place.
-    pub fn staging(&self) -> PathBuf {
-        self.store.dir.join(STAGING)
-    }
-
-    /// Puts an image in the place of the one that the VM had. `packs` were made in [`StoreWriter::staging`] and are durable.
+    /// Puts an image in the place of the one that the VM had. `packs` were made in [`Store::staging`] and are durable.
     ///
     /// # Errors
     /// A file cannot be written or moved; then the VM has the image that it had.
@@ -234,7 +257,7 @@ impl StoreWriter {
         }
         sync_dir(&home)?;
         let goal = self.store.path(kind, &manifest.vm)?;
-        let staged = self.staging().join("manifest");
+        let staged = self.store.staging().join("manifest");
         let bytes = manifest.encode().map_err(|e| Error::io(&staged, "pack it", e))?;
         write_durably(&staged, &bytes)?;
         rename(&staged, &goal)?;
@@ -258,30 +281,38 @@ impl StoreWriter {
         Ok(true)
     }
 
-    /// Removes the oldest kept images until all of them take no more than this; the names of their VMs.
+    /// Removes the oldest images of both kinds until all of them take no more than this; the names of their VMs. Templates are not
+    /// counted: whoever made them removes them.
     ///
     /// # Errors
     /// One cannot be removed.
     pub fn evict(&mut self, bytes_max: u64) -> Result<Vec<String>> {
+        let mut images = Vec::new();
+        for kind in [Kind::Kept, Kind::Gone] {
+            images.extend(self.store.entries(kind)?.into_iter().map(|entry| (entry.written, kind, entry.vm)));
+        }
+        images.sort_by_key(|(written, ..)| *written);
         let mut gone = Vec::new();
-        for entry in self.store.entries(Kind::Kept)? {
-            if self.bytes()? <= bytes_max {
+        for (_, kind, vm) in images {
+            if self.store.bytes()? <= bytes_max {
                 break;
             }
-            self.remove(Kind::Kept, &entry.vm)?;
-            gone.push(entry.vm);
+            self.remove(kind, &vm)?;
+            gone.push(vm);
         }
         Ok(gone)
     }
+}
 
-    /// Bytes of all packs and kept images.
+impl Store {
+    /// Bytes of all images and their packs.
     ///
     /// # Errors
     /// A directory cannot be read.
     pub fn bytes(&self) -> Result<u64> {
         let mut sum = 0;
-        for dir in [PACKS, Kind::Kept.dir()] {
-            let dir = self.store.dir.join(dir);
+        for dir in [PACKS, Kind::Kept.dir(), Kind::Gone.dir()] {
+            let dir = self.dir.join(dir);
             let failed = |e| Error::io(&dir, "look at it", e);
             for file in fs::read_dir(&dir).map_err(failed)? {
                 sum += file.and_then(|f| f.metadata()).map_err(failed)?.len();
@@ -289,7 +320,9 @@ impl StoreWriter {
         }
         Ok(sum)
     }
+}
 
+impl StoreWriter {
     /// Packs that no image names are of a killed writer, or of images that are gone.
     fn remove_unnamed(&self) -> Result<()> {
         let mut named = HashSet::new();
@@ -316,6 +349,15 @@ impl StoreWriter {
     }
 }
 
+/// Refuses a VM's or a domain's name that no file can have.
+pub(super) fn check_file_name(name: &str) -> Result<&str> {
+    if name.is_empty() || name.len() > 200 || name.starts_with('.') || name.contains(['/', '\0']) {
+        return Err(Error::new(ErrorKind::Usage, format!("name {name:?}"), "cannot be the name of a file")
+            .mend("take letters, digits, - and _"));
+    }
+    Ok(name)
+}
+
 fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
     let written = File::create(path).and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
     written.map_err(|e| Error::io(path, "write", e))
@@ -336,7 +378,7 @@ mod tests {
     fn put(writer: &mut StoreWriter, vm: &str, byte: u8) -> PackId {
         let page = [byte; PAGE_BYTES];
         let hash = *blake3::hash(&page).as_bytes();
-        let path = writer.staging().join("new.pack");
+        let path = writer.store().staging().join("new.pack");
         let mut pack = PackWriter::create(&path).unwrap();
         pack.push(&hash, &page).unwrap();
         let id = pack.finish().unwrap();
@@ -386,11 +428,11 @@ mod tests {
             let file = File::options().write(true).open(dir.path().join(format!("kept/{vm}.mem"))).unwrap();
             file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(n as u64)).unwrap();
         }
-        let all = writer.bytes().unwrap();
+        let all = writer.store().bytes().unwrap();
         assert_eq!(writer.evict(all).unwrap(), [""; 0]);
         assert_eq!(writer.evict(all - 1).unwrap(), ["a"]);
         assert_eq!(writer.evict(0).unwrap(), ["b", "c"]);
-        assert_eq!((writer.bytes().unwrap(), packs(dir.path())), (0, 0));
+        assert_eq!((writer.store().bytes().unwrap(), packs(dir.path())), (0, 0));
     }
 
     #[test]
@@ -414,6 +456,17 @@ mod tests {
         fs::write(dir.path().join("kept/db.mem"), b"vmar-mem, but not really").unwrap();
         writer.remove(Kind::Kept, "web").unwrap();
         assert_eq!(packs(dir.path()), 1);
+    }
+
+    #[test]
+    fn two_make_a_store_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("new");
+        std::thread::scope(|scope| {
+            let makers: Vec<_> = (0..8).map(|_| scope.spawn(|| Store::create(&path).map(|_| ()))).collect();
+            makers.into_iter().for_each(|maker| maker.join().unwrap().unwrap());
+        });
+        Store::open(&path).unwrap().writer().unwrap();
     }
 
     #[test]

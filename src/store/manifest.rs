@@ -2,13 +2,13 @@
 //!
 //! ```text
 //! header    "vmar-mem", version u32, reserved u32, bytes of the body u64
-//! body      zstd: vm, taken, blocks, images, packs; a byte a page; hashes; places
+//! body      zstd: vm, domain, taken, blocks, images, packs; a byte a page; hashes; places
 //! checksum  BLAKE3 of all before it
 //! ```
 //!
 //! Integers are little-endian, strings have a u32 length. Pages are in columns: first for each page what it is (0 zero, 1 in a pack, 2
-//! in an image), then the hashes of those that are not zero, then of each of these two u32: pack and page, or image and block, by
-//! their places in the lists. Zero pages, and those that were never told of, take a byte that zstd takes away.
+//! in an image, 3 on another host), then the hashes of those that are not zero, then of each that is here two u32: pack and page, or image
+//! and block, by their places in the lists. Zero pages, and those that were never told of, take a byte that zstd takes away.
 //!
 //! The *root* names a memory image by its content alone, wherever that is kept: both sides of a migration make it of the stream
 //! that they saw, and by it agree on what both have.
@@ -18,6 +18,7 @@ use super::{Digest, MEND};
 use crate::codec::Cursor;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::to_usize;
+use std::collections::BTreeSet;
 use std::io::Read;
 use std::path::Path;
 
@@ -60,6 +61,8 @@ pub enum Held {
         /// 4 KiB block of it.
         block: u32,
     },
+    /// Another host has it; here is its hash alone.
+    Elsewhere,
 }
 
 /// A page: hash and place.
@@ -81,6 +84,8 @@ impl Page {
 pub struct Manifest {
     /// Name of the VM.
     pub vm: String,
+    /// Sharing domain of the VM.
+    pub domain: String,
     /// When it was taken, in seconds since 1970.
     pub taken: u64,
     /// The blocks of memory.
@@ -104,6 +109,12 @@ impl Manifest {
         number(&self.blocks, block, offset)
     }
 
+    /// The images that pages are in, by their places in the list.
+    pub fn images_used(&self) -> BTreeSet<u32> {
+        let image = |page: &Page| if let Held::Image { image, .. } = page.held { Some(image) } else { None };
+        self.pages.iter().filter_map(image).collect()
+    }
+
     /// The bytes of its file.
     ///
     /// # Errors
@@ -111,6 +122,7 @@ impl Manifest {
     pub fn encode(&self) -> std::io::Result<Vec<u8>> {
         let mut body = Vec::with_capacity(self.pages.len() * 41);
         write_bytes(self.vm.as_bytes(), &mut body);
+        write_bytes(self.domain.as_bytes(), &mut body);
         body.extend(self.taken.to_le_bytes());
         write_len(self.blocks.len(), &mut body);
         for block in &self.blocks {
@@ -125,12 +137,13 @@ impl Manifest {
             Held::Zero => 0,
             Held::Pack { .. } => 1,
             Held::Image { .. } => 2,
+            Held::Elsewhere => 3,
         }));
         let kept = || self.pages.iter().filter(|page| page.held != Held::Zero);
         kept().for_each(|page| body.extend(page.hash));
         for page in kept() {
             let (a, b) = match page.held {
-                Held::Zero => continue,
+                Held::Zero | Held::Elsewhere => continue,
                 Held::Pack { pack, page } => (pack, page),
                 Held::Image { image, block } => (image, block),
             };
@@ -208,7 +221,8 @@ pub fn root(blocks: &[MemoryBlock], hashes: impl Iterator<Item = Digest>) -> Dig
 
 fn parse(body: &[u8]) -> Option<Manifest> {
     let mut c = Cursor::new(body);
-    let vm = String::from_utf8(bytes(&mut c)?.to_vec()).ok()?;
+    let text = |c: &mut Cursor<'_>| String::from_utf8(bytes(c)?.to_vec()).ok();
+    let (vm, domain) = (text(&mut c)?, text(&mut c)?);
     let taken = c.u64_le()?;
     let mut blocks = Vec::new();
     let mut count = 0u64;
@@ -232,15 +246,18 @@ fn parse(body: &[u8]) -> Option<Manifest> {
             pages.push(Page::ZERO);
             continue;
         }
-        let (hash, a, b) = (*hashes.next()?, c.u32_le()?, c.u32_le()?);
+        let hash = *hashes.next()?;
         let held = match *tag {
-            1 if to_usize(a.into()) < packs.len() => Held::Pack { pack: a, page: b },
-            2 if to_usize(a.into()) < images.len() => Held::Image { image: a, block: b },
+            1 => Held::Pack { pack: c.u32_le().filter(|n| to_usize((*n).into()) < packs.len())?, page: c.u32_le()? },
+            2 => {
+                Held::Image { image: c.u32_le().filter(|n| to_usize((*n).into()) < images.len())?, block: c.u32_le()? }
+            }
+            3 => Held::Elsewhere,
             _ => return None,
         };
         pages.push(Page { hash, held });
     }
-    (c.position() == body.len()).then_some(Manifest { vm, taken, blocks, images, packs, pages })
+    (c.position() == body.len()).then_some(Manifest { vm, domain, taken, blocks, images, packs, pages })
 }
 
 fn bytes<'a>(c: &mut Cursor<'a>) -> Option<&'a [u8]> {
@@ -269,13 +286,15 @@ mod tests {
     use proptest::prelude::*;
 
     fn manifest() -> Manifest {
-        let held = |n: u8| match n % 3 {
+        let held = |n: u8| match n % 4 {
             0 => Page::ZERO,
             1 => Page { hash: [n; 32], held: Held::Pack { pack: 1, page: n.into() } },
+            2 => Page { hash: [n; 32], held: Held::Elsewhere },
             _ => Page { hash: [n; 32], held: Held::Image { image: 0, block: 1000 + u32::from(n) } },
         };
         Manifest {
             vm: "web-1".into(),
+            domain: "shop".into(),
             taken: 1_700_000_000,
             blocks: vec![
                 MemoryBlock { name: b"ram0".to_vec(), len: 10 * 4096 },

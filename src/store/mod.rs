@@ -7,6 +7,7 @@
 pub mod dir;
 pub mod manifest;
 pub mod pack;
+pub mod templates;
 
 pub use dir::{Store, StoreWriter};
 pub use manifest::Manifest;

@@ -3,9 +3,10 @@
 # each with a vmar of its own, on one overlay. One migration is cancelled half-way; the old server and the old QEMU are
 # killed with -9 as soon as the others have succeeded.
 #
-# Usage: tests/qemu/migrate.sh [--proxies] [--seconds N] [--moves N] [--qemu BIN]
+# Usage: tests/qemu/migrate.sh [--proxies [--with-disk]] [--seconds N] [--moves N] [--qemu BIN]
 #   --proxies     through vmar migrate send and receive, with a library for each host: what QEMU sends and what the other one
 #                 gets is compared by SHA-256. Once the link is cut half-way, and the guest goes on where it was
+#   --with-disk   the hosts share no storage: the overlay goes with the VM, each time to a new one
 #   --seconds N   load for so long, all moves included (default 180)
 #   --moves N     migrations that succeed (default 3)
 #   --qemu BIN    this qemu-system-x86_64; qemu-img is the one beside it
@@ -14,10 +15,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-seconds=180 moves=3 proxies=''
+seconds=180 moves=3 proxies='' with_disk=''
 while [ $# -gt 0 ]; do
   case $1 in
     --proxies) proxies=1; shift ;;
+    --with-disk) with_disk=1; shift ;;
     --seconds) seconds=$2; shift 2 ;;
     --moves) moves=$2; shift 2 ;;
     --qemu)
@@ -29,6 +31,7 @@ while [ $# -gt 0 ]; do
     *) echo "tests/qemu/migrate.sh: $1: see the head of the script" >&2; exit 1 ;;
   esac
 done
+[ -z "$with_disk" ] || [ -n "$proxies" ] || { echo "tests/qemu/migrate.sh: --with-disk needs --proxies" >&2; exit 1; }
 export VMAR_BIN=${VMAR_BIN:-${CARGO_TARGET_DIR:-target}/debug/vmar}
 [ -x "$VMAR_BIN" ] || cargo build --locked
 VMAR_BIN=$(realpath "$VMAR_BIN")
@@ -78,7 +81,13 @@ start() {
   [ -z "${2:-}" ] || [ -z "$proxies" ] || machine+=(-S)
   vm_folder "$dir"
   vm_dirs+=("$dir")
-  "$vmar" serve --library "$vm_library" --image right --overlay "$overlay" --socket-path "$dir/blk.sock" \
+  # The disk that the VM has, or will have.
+  local file=$overlay
+  if [ -n "${2:-}" ] && [ -n "$with_disk" ]; then
+    file=$dir/disk.qcow2
+    vm_overlay vmar right "$file"
+  fi
+  "$vmar" serve --library "$vm_library" --image right --overlay "$file" --socket-path "$dir/blk.sock" \
     --state-dir "$dir/state" "${server[@]}" >"$dir/vmar.log" 2>&1 </dev/null &
   echo $! >"$dir/vmar.pid"
   while [ ! -S "$dir/blk.sock" ]; do
@@ -159,7 +168,12 @@ move_state() {
 # link ends after so many bytes. Sets sent and received to how the two ended.
 capability='{"capabilities": [{"capability": "return-path", "state": true}]}'
 through() {
-  local dir=$1 next=$2 cut=${3:-} to=$2/link.sock left=100 sender receiver
+  local dir=$1 next=$2 cut=${3:-} to=$2/link.sock left=600 sender receiver
+  local -a there=() here=()
+  if [ -n "$with_disk" ]; then
+    here=(--with-disk "$overlay" --state-dir "$dir/state")
+    there=(--with-disk "$next/disk.qcow2" --state-dir "$next/state")
+  fi
   local -a copies=()
   rm -f "$next"/{source,tap,out,link,cut}.sock "$next"/{sent,got}
   # Between QEMU and each proxy: -r and -R keep what goes to one side.
@@ -168,7 +182,7 @@ through() {
   socat -r "$next/got" "UNIX-LISTEN:$next/out.sock" "UNIX-CONNECT:$next/migrate.sock" 2>"$next/socat-2.log" &
   copies+=("$!")
   "$vmar" migrate receive --library "$far_library" --listen "unix:$next/link.sock" --destination "$next/out.sock" \
-    --qmp "$next/qmp.sock" --records "$next/records" >"$next/receive.log" 2>&1 &
+    --qmp "$next/qmp.sock" --records "$next/records" "${there[@]}" >"$next/receive.log" 2>&1 &
   receiver=$!
   until [ -S "$next/link.sock" ]; do
     left=$((left - 1))
@@ -200,15 +214,18 @@ END
     until [ -S "$to" ]; do sleep 0.1; done
   fi
   "$vmar" migrate send --library "$vm_library" --image right --vm right --source "$next/tap.sock" --link "unix:$to" \
-    --records "$next/records-of-source" --json >"$next/send.json" 2>"$next/send.log" &
+    --records "$next/records-of-source" "${here[@]}" --json >"$next/send.json" 2>"$next/send.log" &
   sender=$!
-  until [ -S "$next/source.sock" ] && grep -q ready "$next/send.log"; do
+  # A sender whose link is cut while the disk goes is never ready.
+  until { [ -S "$next/source.sock" ] && grep -q ready "$next/send.log"; } || ! kill -0 "$sender" 2>/dev/null; do
     left=$((left - 1))
     [ "$left" -gt 0 ] || fail "the sender is not ready: $(tail -n 1 "$next/send.log")"
     sleep 0.1
   done
-  qmp "$dir" migrate-set-capabilities "$capability" >/dev/null
-  qmp "$dir" migrate "{\"uri\": \"unix:$next/source.sock\"}" >/dev/null
+  if kill -0 "$sender" 2>/dev/null; then
+    qmp "$dir" migrate-set-capabilities "$capability" >/dev/null
+    qmp "$dir" migrate "{\"uri\": \"unix:$next/source.sock\"}" >/dev/null
+  fi
   sent=0 received=0
   wait "$sender" || sent=$?
   wait "$receiver" || received=$?
@@ -257,7 +274,8 @@ if [ -n "$proxies" ]; then
   qmp "$now" migrate-set-parameters '{"max-bandwidth": 4000000000, "downtime-limit": 300}' >/dev/null
   through "$now" "$cut" 3000000
   [ "$sent" = 1 ] && [ "$received" = 1 ] || fail "the link was cut: the sender ended with $sent, the receiver with $received"
-  [ "$(move_state "$now")" = failed ] || fail "the link was cut, and the migration is not failed"
+  # With a disk the cut comes before the memory.
+  [ -n "$with_disk" ] || [ "$(move_state "$now")" = failed ] || fail "the link was cut, and the migration is not failed"
   [ "$(qmp "$now" query-status '{}' status)" = running ] || fail "the link was cut, and the source does not go on"
   kill_9 "$cut"
   say "link cut: the source goes on: $(tail -n 1 "$cut/send.log")"
@@ -274,6 +292,7 @@ for ((n = 1; n <= moves; n++)); do
     through "$now" "$next"
     [ "$sent" = 0 ] && [ "$received" = 0 ] ||
       fail "migration $n: $(tail -n 1 "$next/send.log"); $(tail -n 1 "$next/receive.log")"
+    [ -z "$with_disk" ] || { grep 'disk, pass' "$next/send.log"; overlay=$next/disk.qcow2; }
     cmp "$next/sent" "$next/got" || fail "migration $n: the destination's QEMU got another stream"
     say "$(stat -c %s "$next/sent") bytes, SHA-256 on both sides $(sha256sum <"$next/got" | cut -c1-16)…: $(jq -c .pages "$next/send.json")"
     rm -f "$next/sent" "$next/got"

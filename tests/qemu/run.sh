@@ -129,5 +129,10 @@ pass "a guest under load does not notice that its server is killed again and aga
 # The same of what is to be shown for longer (tests/qemu/lifecycle.sh alone).
 tests/qemu/lifecycle.sh --seconds 45 || fail "the library changed under load: see above"
 pass "guests read right and notice nothing while images are added, removed, updated, renamed and remapped"
+# A move through the proxies, and a few cuts of what tests/qemu/cuts.sh alone does a hundred times.
+tests/qemu/migrate.sh --proxies --seconds 60 --moves 1 || fail "moved under load: see above"
+pass "a guest under load moves through vmar migrate, byte for byte, and goes on when the link is cut"
+tests/qemu/cuts.sh --cuts 6 --last 4 || fail "links were cut: see above"
+pass "wherever the link is cut, the guest runs at one side at most, and goes on"
 rm -rf "$work"
 echo "$passed passed, 0 failed"

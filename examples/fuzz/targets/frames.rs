@@ -7,8 +7,8 @@ use super::stream::{NAMES, cross};
 use super::{Fuzz, Outcome, Seen, Setup};
 use serde::{Deserialize, Serialize};
 use vmar::migrate::frame::{Decoder, Encoder, FRAME_BYTES_MAX, Fault, LITERALS_MAX, Pages, Source};
+use vmar::migrate::join::Joiner;
 use vmar::migrate::known::Received;
-use vmar::migrate::receive::Joiner;
 use vmar::migrate::stream::{Kind, PAGE_BYTES, PAGE_SIZE, Place};
 use vmar::migrate::varint;
 use vmar::migrate::wire::{Digest, Frame, HEADER_BYTES, Hello, Message, Welcome, chain};
@@ -266,7 +266,7 @@ impl Receiver {
         }
         let joined = self.joiner.join(&frame);
         match (applied, joined) {
-            (Ok(next), Ok(true)) if self.joiner.part() == out => {
+            (Ok(next), Ok(true)) if self.joiner.out() == out => {
                 seen.exact("taken");
                 (self.decoder, self.digest, self.number) = (next, digest, self.number + 1);
                 self.pages.keep(&plain.literals);
@@ -308,7 +308,7 @@ fn message(kind: u8, body: &[u8], seen: &mut Seen) -> Result<Option<Message>, St
 }
 
 fn other(which: u8) -> Message {
-    match which % 10 {
+    match which % 13 {
         0 => Message::Hello(Hello {
             vm: "web".into(),
             images: vec![[1; 32], [2; 32]],
@@ -323,6 +323,9 @@ fn other(which: u8) -> Message {
         6 => Message::Ready,
         7 => Message::Commit,
         8 => Message::Done,
+        9 => Message::DiskAck(1),
+        10 => Message::DiskAgain(2),
+        11 => Message::Settled(true),
         _ => Message::Abort("no room".into()),
     }
 }

@@ -42,9 +42,10 @@ fn seed(input: &Input) -> Manifest {
     let mut pages = Vec::new();
     for n in 0..input.blocks.iter().map(|n| u32::from(*n)).sum::<u32>() {
         let hash = *blake3::hash(&n.to_le_bytes()).as_bytes();
-        let held = match n % 3 {
+        let held = match n % 4 {
             1 if input.packs > 0 => Held::Pack { pack: n % u32::from(input.packs), page: n },
             2 if input.images > 0 => Held::Image { image: n % u32::from(input.images), block: 7 * n },
+            3 => Held::Elsewhere,
             _ => Held::Zero,
         };
         pages.push(if held == Held::Zero { Page::ZERO } else { Page { hash, held } });

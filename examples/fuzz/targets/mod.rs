@@ -11,7 +11,7 @@
 //! | `trace` | bytes of traces | `redirect::trace::TraceReader` |
 //! | `library` | `library.json` | `library::Library` |
 //! | `stream` | bytes of QEMU's migration stream, in pieces | `migrate::part::Cutter`, and both sides of a link |
-//! | `frames` | messages, operations and literals of a sender | `migrate::{wire::Message, frame::Decoder, receive::Joiner}` |
+//! | `frames` | messages, operations and literals of a sender | `migrate::{wire::Message, frame::Decoder, join::Joiner}` |
 //! | `manifest` | bytes of memory images and packs | `store::{Manifest, Pack}` |
 
 pub mod alloc;

@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use vmar::migrate::frame::{FRAME_BYTES_MAX, Pages, Source};
+use vmar::migrate::join::Joiner;
 use vmar::migrate::known::{Known, Received};
 use vmar::migrate::part::{Cutter, Item, Part};
-use vmar::migrate::receive::Joiner;
 use vmar::migrate::stream::{PAGE_BYTES, PAGE_SIZE, Place};
 use vmar::migrate::wire::{Digest, Frame, HEADER_BYTES, Message};
 use vmar::migrate::work::{self, Decider};
@@ -98,7 +98,7 @@ fn write(step: &Step, out: &mut Vec<u8>) {
         Step::Ram { blocks } => {
             let names = &NAMES[..usize::from(*blocks).clamp(1, NAMES.len() - 1)];
             out.extend(b"\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04");
-            out.extend((names.len() as u64 * 16 * PAGE_SIZE | 4).to_be_bytes());
+            out.extend(((names.len() as u64 * 16 * PAGE_SIZE) | 4).to_be_bytes());
             for name in names {
                 out.push(name.len() as u8);
                 out.extend(*name);
@@ -156,7 +156,7 @@ fn record(r: &Record, again: u64, out: &mut Vec<u8>) {
     match r.kind {
         RecordKind::Zero => out.push(u8::from(r.fill == 0xFFFF)),
         RecordKind::Page => {
-            let word = r.fill.wrapping_mul(if again % 3 == 0 { 1 } else { again as u16 });
+            let word = r.fill.wrapping_mul(if again.is_multiple_of(3) { 1 } else { again as u16 });
             out.extend(word.to_le_bytes().repeat(PAGE_BYTES / 2));
         }
         RecordKind::Xbzrle => {
@@ -304,7 +304,7 @@ impl Link<'_> {
                 return Err("a frame that came again is wrong".into());
             }
         }
-        if self.joiner.part() != decided.part.bytes {
+        if self.joiner.out() != decided.part.bytes {
             return Err("the other side has made something else of a part".into());
         }
         self.out.extend(&decided.part.bytes);

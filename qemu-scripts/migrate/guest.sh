@@ -1,0 +1,155 @@
+#!/usr/bin/env bash
+# Runs in the guest, through its serial shell: what a move must not harm, and the load that runs meanwhile. All loads have a pace, so
+# that they dirty as much in every mode of migration, as long as the guest's processor keeps up.
+#
+#   setup FILES_MIB LOAD DIRTY_MIB    makes and sums up what is verified, starts the counter and the load
+#   verify                            says what is wrong; nothing: all is as it was
+set -Eeuo pipefail
+export LC_ALL=C
+dir=/run/vmar-migrate
+trap 'echo "failed: $BASH_COMMAND"' ERR
+
+fail() {
+    echo "$*"
+    exit 1
+}
+
+# background NAME COMMAND...: as a service, so that it has no terminal. (systemd would expand a $ in the words.)
+background() {
+    local name=$1
+    shift
+    systemd-run --quiet --collect --unit="vmar-$name" "$@"
+}
+
+# background_perl NAME PROGRAM [ARGUMENT...]
+background_perl() {
+    local name=$1
+    printf '%s\n' "$2" >"$dir/$name.pl"
+    shift 2
+    background "$name" perl "$dir/$name.pl" "$@"
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must not come to harm
+
+# Files of the image as they are in the page cache, a file that this guest has written to its disk, and one that is only in memory.
+make_files() {
+    local mib=$1
+    mkdir -p $dir /var/tmp/vmar-migrate /dev/shm/vmar-migrate
+    head -c 4M /dev/urandom >/var/tmp/vmar-migrate/disk
+    head -c 4M /dev/urandom >/dev/shm/vmar-migrate/memory
+    {
+        echo /var/tmp/vmar-migrate/disk
+        echo /dev/shm/vmar-migrate/memory
+        find /usr/bin /usr/lib/x86_64-linux-gnu -maxdepth 1 -type f -size -4M -printf '%s %p\n' | sort -k 2 |
+            awk -v max="$mib" '{ s += $1 } s <= max * 1048576 { print $2 }'
+    } >$dir/files
+    xargs -d '\n' sha256sum <$dir/files >$dir/sums
+    sync
+}
+
+# Counts 20 times a second, in place in a file, and looks at a piece of its own 8 MiB of memory each time: ends if that has changed.
+# shellcheck disable=SC2016 # perl's
+counter='
+    use strict; use Time::HiRes "sleep";
+    open(my $random, "<:raw", "/dev/urandom") or die; read($random, my $memory, 8 << 20) == 8 << 20 or die;
+    my @sums = map { unpack("%32N*", substr($memory, $_ << 16, 1 << 16)) } 0 .. 127;
+    open(my $out, "+>", $ARGV[0]) or die;
+    for (my $n = 1; ; $n++) {
+        unpack("%32N*", substr($memory, ($n % 128) << 16, 1 << 16)) == $sums[$n % 128] or die "memory has changed";
+        seek($out, 0, 0); syswrite($out, sprintf("%12d", $n)); sleep(0.05);
+    }'
+
+# What the kernel calls an error or worse.
+errors() {
+    dmesg --level emerg,alert,crit,err
+}
+
+verify() {
+    local before after
+    (cd / && sha256sum --quiet --check $dir/sums 2>&1) || fail "files have changed"
+    [ "$(systemctl show --value --property MainPID vmar-counter)" = "$(cat $dir/counter.pid)" ] || fail "the counter is not alive"
+    before=$(cat $dir/count)
+    sleep 0.5
+    after=$(cat $dir/count)
+    [ "$after" -gt "$before" ] && [ "$before" -ge "$(cat $dir/count-then)" ] || fail "the counter stands at $after (before: $before)"
+    echo "$after" >$dir/count-then
+    [ ! -e $dir/load ] || systemctl --quiet is-active vmar-load || fail "the load has ended: $(journalctl -qn 3 -u vmar-load -o cat)"
+    errors | diff $dir/errors - || fail "the kernel has errors"
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loads
+
+# A process that writes over a buffer of 64 MiB, so many MiB a second: pages of one half that nothing can compress and one that is
+# all the same, no two of them alike.
+stress='
+    use strict; use Time::HiRes qw(time sleep);
+    my ($rate, $pages) = ($ARGV[0] * 256, 64 * 256);
+    open(my $random, "<:raw", "/dev/urandom") or die; read($random, my $pool, 1 << 20) == 1 << 20 or die;
+    my $buffer = "\0" x ($pages << 12); my $same = "vmar" x 512; my $began = time;
+    for (my $n = 0; ; $n++) {
+        substr($buffer, ($n % $pages) << 12, 4096) = substr($pool, int(rand((1 << 20) - 2048)), 2048) . $same;
+        if ($n % 64 == 0) { my $wait = $began + $n / $rate - time; sleep($wait) if $wait > 0; $began -= $wait if $wait < -1; }
+    }'
+
+# What a player has in memory: 25 frames a second of 640 x 360 (YUV 4:2:0, 4 bits of noise in each byte) in a ring of 64 MiB. The
+# picture moves up by a line a frame, and nothing is where it was.
+video='
+    use strict; use Time::HiRes qw(time sleep);
+    my ($line, $size) = (640, 640 * 360 * 3 / 2); my $frames = int((64 << 20) / $size);
+    open(my $random, "<:raw", "/dev/urandom") or die; read($random, my $pool, 1 << 20) == 1 << 20 or die;
+    $pool =~ tr/\x00-\xff/\x60-\x6f/; my $frame = substr($pool, 0, $size); my $ring = "\0" x ($frames * $size); my $began = time;
+    for (my $n = 0; ; $n++) {
+        $frame = substr($frame, $line) . substr($pool, int(rand((1 << 20) - $line)), $line);
+        substr($ring, ($n % $frames) * $size, $size) = $frame;
+        my $wait = $began + $n / 25 - time; sleep($wait) if $wait > 0; $began -= $wait if $wait < -1;
+    }'
+
+# nginx serves 200 files of 4 to 200 KiB to a client on the same machine, 20 a second, in turns; both write logs.
+load_web() {
+    local n
+    systemctl --quiet is-active nginx || fail "load web: no nginx runs in this image: take one that has it, such as web"
+    mkdir -p /var/www/html/vmar
+    for n in $(seq 200); do
+        head -c $((n * 1000 + 3000)) /dev/urandom | base64 >/var/www/html/vmar/"$n"
+    done
+    sync
+    background load sh -c 'while :; do curl --silent --fail --output /dev/null --rate 20/s "http://127.0.0.1/vmar/[1-200]" || exit 1; done'
+}
+
+# PostgreSQL and its pgbench at scale 3 (45 MB), one client, 10 transactions of the TPC-B kind a second.
+load_db() {
+    local cluster bin
+    cluster=$(cd /etc/postgresql 2>/dev/null && echo */main) || fail "load db: no PostgreSQL in this image: take one that has it, such as db"
+    bin=/usr/lib/postgresql/${cluster%/main}/bin
+    systemctl start "postgresql@${cluster/\//-}"
+    runuser -u postgres -- createdb vmar_migrate
+    runuser -u postgres -- "$bin/pgbench" --initialize --quiet --scale=3 vmar_migrate >$dir/pgbench.log 2>&1 ||
+        fail "load db: $(tail -n 1 $dir/pgbench.log)"
+    background load --uid=postgres "$bin/pgbench" --no-vacuum --client=1 --rate=10 --time=1000000 vmar_migrate
+}
+
+setup() {
+    local mib=$1 load=$2 dirty=$3
+    # What ends on its own soon after a boot is over.
+    systemctl --quiet stop apt-daily.timer apt-daily-upgrade.timer man-db.timer 2>/dev/null || true
+    make_files "$mib"
+    background_perl counter "$counter" $dir/count
+    case $load in
+        idle) ;;
+        stress) background_perl load "$stress" "$dirty" ;;
+        video) background_perl load "$video" ;;
+        web) load_web ;;
+        db) load_db ;;
+        *) fail "no load $load" ;;
+    esac
+    [ "$load" = idle ] || touch $dir/load
+    errors >$dir/errors || true
+    sleep 2
+    systemctl show --value --property MainPID vmar-counter >$dir/counter.pid
+    echo 0 >$dir/count-then
+    verify
+}
+
+"$@"
