@@ -28,35 +28,53 @@ use super::{Class, Facts, GuestMemory};
 const NO_TYPE: u32 = u32::MAX;
 /// From this on `_mapcount` is a type: no page is mapped 2 billion times.
 const TYPES: u32 = 0x8000_0000;
-/// Before this, Linux 6.12 has a number of its own for each type in the upper byte; earlier a type is a bit that is not set.
-const NUMBERED: u32 = 0x00ff_ffff;
 /// Pages of the largest compound page: 1 GiB.
 const COMPOUND_MAX: u64 = 1 << 18;
+
+/// A type of pages, in the field that else counts mappings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Type {
+    /// A bit that is clear, before Linux 6.12; a page may have several types.
+    Bit(u32),
+    /// The upper byte, from 6.12 on.
+    Number(u32),
+}
+
+impl Type {
+    /// Of the value that a page has which has this type alone.
+    fn of(value: u32) -> Type {
+        if value & 0x00ff_ffff == 0 { Type::Number(value >> 24) } else { Type::Bit(!value) }
+    }
+
+    fn is(self, mapcount: u32) -> bool {
+        match self {
+            Type::Bit(bit) => mapcount >= TYPES && mapcount & bit == 0,
+            Type::Number(number) => mapcount >> 24 == number,
+        }
+    }
+}
 
 /// How types of pages are told apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Types {
-    buddy: u32,
-    slab: Option<u32>,
-    table: Option<u32>,
-    numbered: bool,
+    buddy: Type,
+    slab: Option<Type>,
+    table: Option<Type>,
 }
 
 impl Types {
     fn new(facts: &Facts, enums: Option<&Enums>) -> Types {
-        // 6.12 has 0xf0000000 for the buddy, earlier versions have a mask with one bit clear.
-        let numbered = facts.buddy_type & NUMBERED == 0;
-        let table = match enums.and_then(|enums| enums.page_type("PGTY_table")) {
-            Some(number) => numbered.then_some(number << 24),
-            // Without a name for it: the bits for the buddy, for pages that are offline and for tables follow each other.
-            None => (!numbered).then(|| !(!facts.buddy_type << 2)),
+        let named = |name| enums?.page_type(name);
+        let buddy = Type::of(facts.buddy_type);
+        let table = match (buddy, named("PGTY_table"), named("PG_table")) {
+            (Type::Number(_), Some(number), _) => Some(Type::Number(number)),
+            (Type::Number(_), None, _) => None,
+            (Type::Bit(_), _, Some(bit)) => Some(Type::Bit(bit)),
+            // Without a name for it: the bits for the buddy, for offline pages and for tables follow each other, and before Linux
+            // 5.11 there was one more in front of that for tables.
+            (Type::Bit(buddy), ..) => Some(Type::Bit(buddy << if facts.before(5, 11) { 3 } else { 2 })),
         };
-        Types { buddy: facts.buddy_type, slab: facts.slab_type, table, numbered }
-    }
-
-    fn is(&self, mapcount: u32, kind: u32) -> bool {
-        let kept = if self.numbered { !NUMBERED } else { u32::MAX };
-        mapcount & kept == kind & kept
+        Types { buddy, slab: facts.slab_type.map(Type::of), table }
     }
 }
 
@@ -142,7 +160,7 @@ impl Rules {
 
     /// How many pages the free block has that starts with this one, if one does.
     fn free_block(&self, frame: u64, page: &Page) -> Option<u64> {
-        let sane = self.types.is(page.mapcount, self.types.buddy) && page.refcount == 0 && page.private < self.orders;
+        let sane = self.types.buddy.is(page.mapcount) && page.refcount == 0 && page.private < self.orders;
         let pages = sane.then(|| 1 << page.private)?;
         frame.is_multiple_of(pages).then_some(pages)
     }
@@ -156,13 +174,13 @@ impl Rules {
     /// The class of a page that is neither free nor a tail.
     fn class_in_use(&self, page: &Page) -> Class {
         let has = |flag: u64| page.flags & flag != 0;
-        if has(self.flags.hwpoison) || self.types.is(page.mapcount, self.types.buddy) {
+        if has(self.flags.hwpoison) || self.types.buddy.is(page.mapcount) {
             return Class::Unknown;
         }
         if has(self.flags.reserved) {
             return Class::Reserved;
         }
-        let is = |kind: Option<u32>| kind.is_some_and(|kind| self.types.is(page.mapcount, kind));
+        let is = |kind: Option<Type>| kind.is_some_and(|kind| kind.is(page.mapcount));
         if has(self.flags.slab) || is(self.types.slab) {
             return Class::Slab;
         }

@@ -66,7 +66,8 @@ pub enum Class {
     CacheClean,
     /// Page cache that is not on disk yet, or on its way there; or, without BTF, any page cache.
     CacheDirty,
-    /// Page cache whose content was not read yet.
+    /// Page cache that is not read as a whole. Parts of it may be: file systems read their own metadata by blocks, and the page that
+    /// holds them is never marked as read.
     CacheNotUptodate,
     /// Objects of the kernel.
     Slab,
@@ -142,7 +143,7 @@ impl Class {
 
     /// Whether PARS keeps one copy of it only: free pages and page cache that is on disk.
     pub fn paper_keeps_once(self) -> bool {
-        matches!(self, Class::Zero | Class::Free | Class::CacheClean | Class::CacheNotUptodate)
+        matches!(self, Class::Zero | Class::Free | Class::CacheClean)
     }
 }
 

@@ -15,6 +15,7 @@ fn class(guest: &Guest, frame: u64) -> Class {
     seen.classes[to_usize(n)]
 }
 
+/// `_mapcount` of a page of this type.
 fn type_of(version: &Version, numbered: u32, bit: u32) -> u32 {
     if version.types.is_empty() { !bit } else { numbered << 24 }
 }
@@ -58,6 +59,18 @@ fn each_rule_gives_its_class() {
                 assert_eq!(class(&guest, n), *expected, "{}: {page:x?}", version.release);
             }
         }
+    }
+}
+
+#[test]
+fn page_tables_of_older_kernels_have_another_bit() {
+    let mut guest = Guest::new(Version { release: "5.10.0-32-cloud-amd64", ..LINUX_6_1 });
+    // Charged to a group of processes: that is a type of its own there, and a page may have both.
+    for (frame, clear, expected) in
+        [(3000, 0x400, Class::PageTable), (3001, 0x600, Class::PageTable), (3002, 0x200, Class::Kernel)]
+    {
+        guest.page(frame, Page { mapcount: !clear, ..IN_USE });
+        assert_eq!(class(&guest, frame), expected, "{clear:x}");
     }
 }
 

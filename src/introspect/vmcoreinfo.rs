@@ -179,6 +179,12 @@ impl Facts {
         self.image_physical(self.text)
     }
 
+    /// Whether the kernel is older than this version; not when its name does not begin with one.
+    pub fn before(&self, major: u32, minor: u32) -> bool {
+        let mut parts = self.release.split('.').map(|part| part.parse::<u32>().ok());
+        matches!((parts.next(), parts.next()), (Some(Some(a)), Some(Some(b))) if (a, b) < (major, minor))
+    }
+
     /// Whether the kernel is where the note says.
     fn check(&self, memory: &impl GuestMemory) -> Result<(), Doubt> {
         let tables = PageTables::new(memory, self.page_directory(), self.five_levels);
@@ -289,10 +295,11 @@ impl<'a> Lines<'a> {
         value.filter(|value| *value >> 63 == 1).ok_or(Doubt::Field(key))
     }
 
-    /// A page's type, 32 bits that some versions print as signed.
+    /// A page's type, 32 bits that some versions print as signed. All ones are a page without a type.
     fn page_type(&self, key: &str) -> Option<u32> {
         let value = self.signed(key)?;
-        u32::try_from(value).ok().or_else(|| i32::try_from(value).ok().map(i32::cast_unsigned))
+        let value = u32::try_from(value).ok().or_else(|| i32::try_from(value).ok().map(i32::cast_unsigned))?;
+        (1 << 31..u32::MAX).contains(&value).then_some(value)
     }
 
     fn zones(&self) -> Result<ZoneFields, Doubt> {

@@ -94,10 +94,16 @@ if qmp:
     ask("qmp_capabilities")
 s = connect(path)
 s.settimeout(2)
-# The marks are put together by the shell, so that its echo of the command has none.
-s.sendall(b" stty -echo; echo VMAR-''BEGIN; " + command.encode() + b"; echo VMAR-''END $?\n")
+# Whatever an earlier call left at the prompt is thrown away. The marks are this call's own, and put together by the shell, so
+# that its echo of the command has none.
+s.sendall(b"\x03")
+time.sleep(0.5)
+mark = str(time.time_ns()).encode()
+begin, end = b"BEGIN-" + mark, b"END-" + mark
+s.sendall(b"\n echo VMAR-''" + begin + b"; " + command.encode() + b"; echo VMAR-''" + end + b" $?\n")
+begin, end = b"VMAR-" + begin, b"VMAR-" + end
 seen, ends = b"", time.monotonic() + seconds
-while b"VMAR-END" not in seen:
+while end not in seen:
     if time.monotonic() > ends:
         sys.exit(f"the guest does not answer: {seen[-300:]!r}")
     try:
@@ -109,20 +115,20 @@ while b"VMAR-END" not in seen:
     seen += data
 if monitor:
     ask("stop")
-while not seen.rpartition(b"VMAR-END")[2].count(b"\n"):
+# Stopped, the guest says no more: the rest of the line came with the mark, or never.
+while not monitor and not seen.rpartition(end)[2].count(b"\n"):
     seen += s.recv(65536)
-body = seen.rpartition(b"VMAR-BEGIN")[2].replace(b"\r", b"")
-text, _, status = body.rpartition(b"VMAR-END")
+body = seen.rpartition(begin)[2].replace(b"\r", b"")
+text, _, status = body.rpartition(end)
 sys.stdout.write(text.decode(errors="replace").strip("\n") + "\n")
-sys.exit(0 if status.split()[:1] == [b"0"] else f"in the guest: {command}: {body[-300:]!r}")
+sys.exit(0 if status.split()[:1] in ([], [b"0"]) else f"in the guest: {command}: {body[-300:]!r}")
 END
 }
 
-# Reading what the kernel says of each page takes a while; the guest is stopped right after.
-look='dd if=/proc/kpageflags of=/dev/vdb bs=256k oflag=direct 2>/dev/null; cat /proc/meminfo'
+# Reading what the kernel says of each page takes a while: twice, to see which pages move meanwhile. The guest is stopped right after.
+look='for disk in /dev/vdb /dev/vdc; do dd if=/proc/kpageflags of=$disk bs=256k oflag=direct 2>/dev/null; done; cat /proc/meminfo'
 # Files read, a file written and not flushed, tmpfs, memory of a process; huge pages where the kernel has some. What the
 # page cache is to hold is read last.
-# shellcheck disable=SC2016 # for the guest
 load='cd /proc/sys/vm && echo 0 >dirty_writeback_centisecs && echo 95 >dirty_ratio && echo 90 >dirty_background_ratio
 (exec perl -e "\$a = chr(65) x 60000000; \$b = join q(), map { rand } 1..300000; sleep 100000") >/dev/null 2>&1 &
 dd if=/dev/urandom of=/dev/shm/vmar bs=1M count=48 2>/dev/null
@@ -132,14 +138,15 @@ find /usr/lib /usr/share -xdev -type f -size -4000k | head -n 6000 | xargs cat >
 
 # state LABEL: stops the guest, classifies, lets it go on.
 state() {
-  local label=$1 left=50
+  local label=$1 status=''
   QMP=$dir/qmp.sock in_guest "$dir/shell.sock" 300 "$look" >"$dir/$label.meminfo" || fail "$trial, $label: cannot look"
-  "$classify" "$dir/ram" --machine "$machine" --compare "$dir/flags.raw" --meminfo "$dir/$label.meminfo" --json \
-    >"$dir/$label.json" || fail "$trial, $label: $(cat "$dir/$label.json")"
-  "$classify" "$dir/ram" --machine "$machine" --compare "$dir/flags.raw" --meminfo "$dir/$label.meminfo" |
-    tee "$dir/$label.txt"
-  [ -z "$keep" ] || { cp --sparse=always "$dir/ram" "$dir/$label.ram"; cp "$dir/flags.raw" "$dir/$label.flags"; }
-  jq -e .agrees "$dir/$label.json" >/dev/null || fail "$trial, $label: the classes are not what the guest says"
+  local -a what=("$dir/ram" --machine "$machine" --before "$dir/before.raw" --compare "$dir/flags.raw" --meminfo "$dir/$label.meminfo")
+  "$classify" "${what[@]}" >"$dir/$label.txt" 2>&1 || status=1
+  cat "$dir/$label.txt"
+  "$classify" "${what[@]}" --json >"$dir/$label.json" || status=1
+  [ -z "$keep" ] || { cp --sparse=always "$dir/ram" "$dir/$label.ram"; cp --sparse=always "$dir/flags.raw" "$dir/$label.flags"
+    cp --sparse=always "$dir/before.raw" "$dir/$label.before"; }
+  [ -z "$status" ] || fail "$trial, $label: the classes are not what the guest says"
 }
 
 resume() {
@@ -159,7 +166,7 @@ END
 }
 
 run_trial() {
-  local name memory kernel cpu left=900
+  local name memory kernel cpu left=300
   local -a boot
   trial=$1
   IFS=: read -r name memory kernel machine cpu <<<"$trial"
@@ -172,17 +179,18 @@ run_trial() {
     other_kernel "$kernel"
     boot=(-kernel "$cache/vmlinuz" -initrd "$cache/initrd")
   fi
-  truncate -s 64M "$dir/flags.raw"
+  truncate -s 64M "$dir/before.raw" "$dir/flags.raw"
   qemu-system-x86_64 -name vmar-introspect -nodefaults -display none -no-reboot \
     -machine "$machine,memory-backend=ram0" -object "memory-backend-file,id=ram0,size=$memory,share=on,mem-path=$dir/ram" \
     -m "$memory" -smp 2 -accel "$VMAR_ACCEL" ${cpu:+-cpu "$cpu"} "${boot[@]}" \
     -append "$(cat "$images/$name.cmdline") systemd.debug_shell=ttyS1" \
-    -drive "file=$images/$name.raw,format=raw,if=virtio,snapshot=on" -drive "file=$dir/flags.raw,format=raw,if=virtio" \
+    -drive "file=$images/$name.raw,format=raw,if=virtio,snapshot=on" -drive "file=$dir/before.raw,format=raw,if=virtio" \
+    -drive "file=$dir/flags.raw,format=raw,if=virtio" \
     -device virtio-rng-pci -serial "file:$dir/serial.log" -serial "unix:$dir/shell.sock,server=on,wait=off" \
     -qmp "unix:$dir/qmp.sock,server=on,wait=off" >"$dir/qemu.log" 2>&1 </dev/null &
   qemu=$!
   # The shell is there before the services are.
-  until in_guest "$dir/shell.sock" 5 'systemctl is-active -q multi-user.target' >/dev/null 2>&1; do
+  until in_guest "$dir/shell.sock" 60 'systemctl is-active -q multi-user.target' >/dev/null 2>&1; do
     kill -0 "$qemu" 2>/dev/null || fail "$trial: QEMU ended: $(tail -n 1 "$dir/qemu.log")"
     left=$((left - 1))
     [ "$left" -gt 0 ] || fail "$trial: the guest does not come up: $(tail -n 1 "$dir/serial.log")"
