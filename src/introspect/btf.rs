@@ -148,7 +148,7 @@ impl Parts {
     fn read(&self, memory: &impl GuestMemory, start: u64) -> Option<Enums> {
         let take = |(at, len): (u64, u32)| {
             let mut bytes = vec![0; to_usize(len.into())];
-            memory.read(start + at, &mut bytes).then_some(bytes)
+            memory.read(start.checked_add(at)?, &mut bytes).then_some(bytes)
         };
         Enums::parse(&take(self.types)?, &take(self.strings)?)
     }

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Classes of guest memory, beside what the guest's own kernel says of its pages: README.md beside this file.
 #
-#   tests/long/introspect.sh --images DIR [--classify PROGRAM] [--workdir DIR] [--keep] [TRIAL...]
+#   tests/long/introspect.sh [--images DIR] [--classify PROGRAM] [--workdir DIR] [--keep] [TRIAL...]
 #
-# TRIAL is NAME:MEMORY[:KERNEL[:MACHINE[:CPU]]]: an image of DIR (as qemu-scripts/images make them), and maybe a kernel of
-# another suite of Debian (SUITE or SUITE=PACKAGE) instead of its own. Without any, what README.md beside this file lists.
+# TRIAL is NAME:MEMORY[:KERNEL[:MACHINE[:CPU[:WORD]]]]: an image of DIR (as images/build.sh makes them), maybe a kernel of
+# another suite of Debian (SUITE or SUITE=PACKAGE) instead of its own, and a word for it. Without any, those of README.md.
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 cd "$repo"
@@ -13,7 +13,7 @@ cd "$repo"
 # shellcheck source=tests/qemu/private-apt.sh
 . tests/qemu/private-apt.sh
 
-images='' classify=${CARGO_TARGET_DIR:-$repo/target}/release/examples/classify workdir='' keep='' trials=()
+images=${VMAR_IMAGES_DIR:-$repo/build/images} classify=${CARGO_TARGET_DIR:-$repo/target}/release/examples/classify workdir='' keep='' trials=()
 while [ $# -gt 0 ]; do
   case $1 in
     --images) images=$2; shift ;;
@@ -26,9 +26,9 @@ while [ $# -gt 0 ]; do
   shift
 done
 fail() { echo "introspect.sh: $*" >&2; exit 1; }
-[ -d "$images" ] || fail "name the directory of the images with --images"
+[ -d "$images" ] || fail "$images is not there: make images with images/build.sh, or name their directory with --images"
 [ -x "$classify" ] || fail "$classify is not there; build it with 'cargo build --release --example classify'"
-[ ${#trials[@]} -gt 0 ] || trials=(web:1G web:2G:bullseye mail:1G web13:2G web13:4G web:4G::pc 'web13:1G::q35:max,la57=on')
+[ ${#trials[@]} -gt 0 ] || trials=(web:1G web:2G:bullseye mail:1G web13:2G::::hugetlb_free_vmemmap=on web13:4G web:4G::pc 'web13:1G::q35:max,la57=on')
 [ -n "$workdir" ] || workdir=$(mktemp -d)
 mkdir -p "$workdir"
 work=$(cd "$workdir" && pwd)
@@ -127,14 +127,13 @@ END
 
 # Reading what the kernel says of each page takes a while: twice, to see which pages move meanwhile. The guest is stopped right after.
 look='for disk in /dev/vdb /dev/vdc; do dd if=/proc/kpageflags of=$disk bs=256k oflag=direct 2>/dev/null; done; cat /proc/meminfo'
-# Files read, a file written and not flushed, tmpfs, memory of a process; huge pages where the kernel has some. What the
-# page cache is to hold is read last.
+# Memory of a process, tmpfs, huge pages, files read, and last, so that it is not flushed yet, a file written.
 load='cd /proc/sys/vm && echo 0 >dirty_writeback_centisecs && echo 95 >dirty_ratio && echo 90 >dirty_background_ratio
 (exec perl -e "\$a = chr(65) x 60000000; \$b = join q(), map { rand } 1..300000; sleep 100000") >/dev/null 2>&1 &
 dd if=/dev/urandom of=/dev/shm/vmar bs=1M count=48 2>/dev/null
-dd if=/dev/urandom of=/var/tmp/vmar bs=1M count=40 2>/dev/null
 echo 4 >/proc/sys/vm/nr_hugepages
-find /usr/lib /usr/share -xdev -type f -size -4000k | head -n 6000 | xargs cat >/dev/null; sleep 8'
+find /usr/lib /usr/share -xdev -type f -size -4000k | head -n 6000 | xargs cat >/dev/null
+dd if=/dev/urandom of=/var/tmp/vmar bs=1M count=40 2>/dev/null && sleep 5'
 
 # state LABEL: stops the guest, classifies, lets it go on.
 state() {
@@ -166,10 +165,10 @@ END
 }
 
 run_trial() {
-  local name memory kernel cpu left=300
+  local name memory kernel cpu word left=300
   local -a boot
   trial=$1
-  IFS=: read -r name memory kernel machine cpu <<<"$trial"
+  IFS=: read -r name memory kernel machine cpu word <<<"$trial"
   machine=${machine:-q35}
   dir=$work/${trial//[:,=]/-}
   rm -rf "$dir" && mkdir -p "$dir"
@@ -183,7 +182,7 @@ run_trial() {
   qemu-system-x86_64 -name vmar-introspect -nodefaults -display none -no-reboot \
     -machine "$machine,memory-backend=ram0" -object "memory-backend-file,id=ram0,size=$memory,share=on,mem-path=$dir/ram" \
     -m "$memory" -smp 2 -accel "$VMAR_ACCEL" ${cpu:+-cpu "$cpu"} "${boot[@]}" \
-    -append "$(cat "$images/$name.cmdline") systemd.debug_shell=ttyS1" \
+    -append "$(cat "$images/$name.cmdline") systemd.debug_shell=ttyS1 $word" \
     -drive "file=$images/$name.raw,format=raw,if=virtio,snapshot=on" -drive "file=$dir/before.raw,format=raw,if=virtio" \
     -drive "file=$dir/flags.raw,format=raw,if=virtio" \
     -device virtio-rng-pci -serial "file:$dir/serial.log" -serial "unix:$dir/shell.sock,server=on,wait=off" \
