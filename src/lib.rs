@@ -32,7 +32,7 @@
 //! | 5 | [`device`]: virtio-blk requests to completions · [`report`]: pages with plots, of an evaluation or a library; nothing that serves imports it |
 //! | 4 | [`indexer`]: adds images · [`overlay`]: the VM's writes, a qcow2 · [`redirect`]: plans and runs base reads · [`migrate`]: moves running VMs |
 //! | 3 | [`map`]: the block map; bytes in, ranges out |
-//! | 2 | [`library`], [`image`], [`fingerprint`], [`cluster`] · [`store`]: pages of guest memory, by content |
+//! | 2 | [`library`], [`image`], [`fingerprint`], [`cluster`] · [`store`]: pages of guest memory, by content · [`introspect`]: what they are used for |
 //! | 1 | [`io`]: copies from mappings, the page cache without waiting, io_uring for the rest; image locks; the fault engine of the tests |
 //! | 0 | [`units`], [`error`], [`codec`] |
 //!
@@ -103,6 +103,7 @@ pub mod cluster;
 pub mod fingerprint;
 pub mod image;
 pub mod index;
+pub mod introspect;
 pub mod library;
 pub mod store;
 

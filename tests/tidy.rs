@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const FLOORS: &[&[&str]] = &[
     &["units", "error", "codec"],
     &["io"],
-    &["fingerprint", "cluster", "image", "index", "library", "store"],
+    &["fingerprint", "cluster", "image", "index", "introspect", "library", "store"],
     &["map"],
     &["indexer", "migrate", "overlay", "redirect"],
     &["device", "report"],
