@@ -175,13 +175,6 @@ set_rate() {
     done
 }
 
-# on HOST COMMAND...: there. Its process is the command's.
-on() {
-    local host=$1
-    shift
-    nsenter --net="/run/netns/$host" "$@"
-}
-
 # What host a's end of the link has sent and got so far, in bytes.
 link_bytes() {
     ip -n a -s -j link show dev link0 | jq -r '.[0].stats64 | "\(.tx.bytes) \(.rx.bytes)"'
@@ -206,7 +199,8 @@ qemu_start() {
     vm_dirs+=("$dir")
     vm_serve "$name" "$dir" "$overlay"
     now_ms >"$dir/began"
-    on "$host" "$bin" -name "vmar-$name" -nodefaults -display none -no-reboot -machine "$machine_type,memory-backend=ram0" \
+    # Not by a function: this is to be QEMU's own process.
+    nsenter --net="/run/netns/$host" "$bin" -name "vmar-$name" -nodefaults -display none -no-reboot -machine "$machine_type,memory-backend=ram0" \
         -object "memory-backend-memfd,id=ram0,size=$ram_bytes,share=on" -m "${ram_bytes}B" -smp "$smp" -accel "$accel" \
         -chardev "socket,id=disk0,path=$dir/blk.sock,$reconnect" -device vhost-user-blk-pci,chardev=disk0,bootindex=1 \
         -kernel "$vm_images/$name.vmlinuz" -initrd "$vm_images/$name.initrd" \
