@@ -126,6 +126,7 @@ outside() {
     child=$!
     wait "$child" || status=$?
     child=''
+    [ "$status" -le 128 ] || say "ended by signal $((status - 128))" >&2
     exit "$status"
 }
 
@@ -528,6 +529,10 @@ vm_record=''
 probe_accel "$vm_images/$image.vmlinuz"
 choose_memory
 vm_guard
+# Nothing ends this without a word.
+set -o errtrace
+trap 'say "line $LINENO: failed: $BASH_COMMAND" >&2' ERR
+trap 'say "ended by a signal" >&2; exit 143' TERM HUP
 make_hosts
 library_with "$image"
 # Who may share pages with the guest.

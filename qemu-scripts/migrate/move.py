@@ -164,7 +164,7 @@ def run(spec, source, destination, helpers, result):
         destination.take(0.05)
     result["state"] = said["status"]
     if said["status"] != "completed":
-        result["error"] = said.get("error-desc") or (f"no end after {spec['limit']} s" if cancelled else "QEMU does not say why")
+        result["error"] = f"no end after {spec['limit']} s" if cancelled else said.get("error-desc", "QEMU does not say why")
         for name in ("send", "receive"):
             if name in helpers:
                 helpers[name].wait(60)
