@@ -129,5 +129,8 @@ pass "a guest under load does not notice that its server is killed again and aga
 # The same of what is to be shown for longer (tests/qemu/lifecycle.sh alone).
 tests/qemu/lifecycle.sh --seconds 45 || fail "the library changed under load: see above"
 pass "guests read right and notice nothing while images are added, removed, updated, renamed and remapped"
+# Some of the cuts that are to be shown (tests/qemu/cuts.sh alone).
+tests/qemu/cuts.sh --cuts 6 --last 4 || fail "a migration was cut: see above"
+pass "a guest is alive at one side, and at one only, wherever the link of its migration is cut"
 rm -rf "$work"
 echo "$passed passed, 0 failed"
