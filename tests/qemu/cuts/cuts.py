@@ -157,7 +157,8 @@ class Attempt:
             try:
                 process.wait(2 * PATIENCE_S)
             except subprocess.TimeoutExpired as e:
-                raise Failure(f"the {who} does not end: {self.log(who)}") from e
+                link = f"{self.link.passed} bytes passed, {self.link.forward.frames} frames, {self.link.back.acks} acknowledged"
+                raise Failure(f"the {who} does not end ({link}): {self.log(who)}") from e
         self.link.join(PATIENCE_S)
         if self.link.is_alive():
             raise Failure("the link does not end")
@@ -330,7 +331,9 @@ class Rig:
             self.styles[style, outcome] += 1
             self.mids += attempt.link.mid > 0
             mid = f", {attempt.link.mid} bytes into a message" if attempt.link.mid else ""
-            print(f"{n:4} {attempt.cut}{mid}: {outcome} ({self.took[-1]:.1f} s)", flush=True)
+            nowhere = "".join(f", ran nowhere for {ms:.0f} ms" for ms in attempt.pause_ms())
+            told = attempt.cut.told(attempt.link.withheld)
+            print(f"{n:4} {told}{mid}: {outcome}{nowhere} ({self.took[-1]:.1f} s)", flush=True)
 
     def counts(self, number):
         if self.here.ended():
@@ -420,16 +423,17 @@ class Rig:
         print()
 
     def report(self):
+        kinds = {"bytes": "random bytes", "tail": "the stream's end", "handshake": "the handshake", "record": "the record"}
         print()
-        self.table((("random bytes", "bytes"), ("the stream's end", "tail"), ("the handshake", "handshake"), ("the record", "record")), self.outcomes)
-        self.table([(s, s) for s in (*STYLES, "sender", "receiver")], self.styles)
+        self.table([(told, kind) for kind, told in kinds.items()], self.outcomes)
+        self.table([(style, style) for style in (*STYLES, "sender", "receiver")], self.styles)
         pauses = sorted(self.pauses) or [0]
         done, what = sum(self.outcomes.values()), "kills" if self.options.kill else "cuts"
         memory, base = self.ticks.passes
         print(
             f"{done} {what}, {self.mids} in the middle of a message: {self.samples} samples of both QEMUs, it ran at both in 0.\n"
-            f"{self.ticks.number} numbers told, the last {len(self.ticks.last)} found on the disk; memory checked {memory} times, the"
-            f" base image {base} times, all as they should be.\n"
+            f"{self.ticks.number} numbers told, the last {len(self.ticks.last)} found on the disk; memory checked {memory} times,"
+            f" the base image {base} times, all as they should be.\n"
             f"Where it did not run all the time: nowhere for {statistics.median(pauses):.0f} ms in the median,"
             f" {pauses[-1]:.0f} at most. {statistics.mean(self.took):.1f} s each, {max(self.took):.1f} at most."
         )

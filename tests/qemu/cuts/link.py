@@ -16,8 +16,9 @@ HANDSHAKE = (READY, COMMIT, DONE)
 HANDSHAKE_BYTES = 3 * HEADER_BYTES
 # Frames that the sender has under way at most, with two workers (src/migrate/send.rs).
 PARTS = 8
-# Without a byte from the sender for so long, with its VM stopped, the stream is over.
+# Without a byte from the sender for so long, with its VM stopped, the stream is over; with all those frames under way it waits.
 QUIET_S = 0.25
+STALL_S = 0.03
 # The sender has a record for so long after it has heard that the receiver is ready.
 RECORD_S = 10
 
@@ -27,7 +28,8 @@ class Cut:
     """Where the link is cut, and how."""
 
     # 'whole': nowhere; 'bytes': when `at` bytes have passed, both ways; 'tail': the last `at` bytes of the sender's stream do not
-    # pass; 'handshake': when `at` bytes of the handshake have passed; 'record': when the sender's record says that it has moved.
+    # pass, or as many of them as it sends without an answer; 'handshake': when `at` bytes of the handshake have passed; 'record':
+    # when the sender's record says that it has moved.
     kind: str
     at: int = 0
     # 'shut': both ways at once; 'reset': the same by RST; 'forward', 'back': this way a pause before the other; 'freeze': nothing
@@ -35,11 +37,12 @@ class Cut:
     style: str = "shut"
     pause_s: float = 0.0
 
-    def __str__(self):
+    def told(self, withheld):
+        """In words; with how many bytes of the stream's end did not pass."""
         where = {
             "whole": "nowhere",
             "bytes": f"after {self.at} bytes",
-            "tail": f"{self.at} bytes before the end of the stream",
+            "tail": f"{withheld} bytes before the end of the stream",
             "handshake": f"after {self.at} bytes of the handshake",
             "record": "as soon as it was written down",
         }
@@ -139,22 +142,20 @@ class Link(threading.Thread):
                 if way is self.forward and data:
                     heard = time.monotonic()
                 if not data:
-                    if not self.flush():
-                        return
+                    self.release()
                     way.open = False
                     way.to.shutdown(socket.SHUT_WR)
                 elif holds and way is self.forward:
                     self.hold(data)
                 elif not self.take(way, data):
                     return
-            if (holds or self.held) and time.monotonic() - heard > QUIET_S:
-                # It may wait for an answer to what is held here.
-                if self.forward.frames - self.back.acks >= PARTS:
-                    if not self.flush():
-                        return
-                    heard = time.monotonic()
-                elif holds and not self.cut(self.forward):
-                    return
+            # It may wait for answers to what is held here.
+            waits = self.held and self.forward.frames - self.back.acks >= PARTS
+            if waits and time.monotonic() - heard > STALL_S:
+                self.release(PARTS // 2)
+                heard = time.monotonic()
+            elif holds and time.monotonic() - heard > QUIET_S and not self.cut(self.forward):
+                return
 
     def read(self, way):
         try:
@@ -172,21 +173,23 @@ class Link(threading.Thread):
                 elif self.plan.kind == "handshake" and kind in HANDSHAKE:
                     count = min(count, self.plan.at - self.handshake)
             self.send(way, kind, piece[:count])
-            reached = {
-                "bytes": self.passed >= self.plan.at,
-                "handshake": kind in HANDSHAKE and self.handshake >= self.plan.at,
-                "record": kind == READY and way.whole and self.wait_for_record(),
-            }
-            if not self.done and reached.get(self.plan.kind):
+            if not self.done and self.reached(way, kind):
                 self.mid = 0 if way.whole and count == len(piece) else way.seen - len(piece) + count
                 if not self.cut(way):
                     return False
                 self.send(way, kind, piece[count:])
         return True
 
-    def wait_for_record(self):
-        """Without a pause: what comes next comes at once."""
+    def reached(self, way, kind):
+        """All has passed that is to pass."""
+        if self.plan.kind == "bytes":
+            return self.passed >= self.plan.at
+        if self.plan.kind == "handshake":
+            return kind in HANDSHAKE and self.handshake >= self.plan.at
+        if self.plan.kind != "record" or kind != READY or not way.whole:
+            return False
         end = time.monotonic() + RECORD_S
+        # Without a pause: what comes after it comes at once.
         while not (recorded := self.recorded()) and time.monotonic() < end:
             pass
         return recorded
@@ -199,24 +202,25 @@ class Link(threading.Thread):
 
     def hold(self, data):
         """The last bytes of the stream stay here until it is known that they are the last."""
-        for piece in self.forward.pieces(data):
-            self.held.append(piece)
-            self.held_bytes += len(piece[1])
+        for kind, piece in self.forward.pieces(data):
+            self.held.append((kind, piece, self.forward.whole))
+            self.held_bytes += len(piece)
         while self.held and self.held_bytes > self.plan.at:
-            kind, piece = self.held.popleft()
+            kind, piece, whole = self.held.popleft()
             count = min(len(piece), self.held_bytes - self.plan.at)
             self.send(self.forward, kind, piece[:count])
             self.held_bytes -= count
             if count < len(piece):
-                self.held.appendleft((kind, piece[count:]))
+                self.held.appendleft((kind, piece[count:], whole))
 
-    def flush(self):
-        """What is held passes."""
-        while self.held:
-            kind, piece = self.held.popleft()
+    def release(self, messages=None):
+        """What is held passes, or so many messages of it."""
+        while self.held and messages != 0:
+            kind, piece, whole = self.held.popleft()
             self.send(self.forward, kind, piece)
-        self.held_bytes = 0
-        return True
+            self.held_bytes -= len(piece)
+            if messages and whole:
+                messages -= 1
 
     def cut(self, way):
         """Does what was planned. False: the link is no more."""
@@ -227,7 +231,8 @@ class Link(threading.Thread):
         if style in ("sender", "receiver"):
             time.sleep(self.plan.pause_s)
             self.kill(style)
-            return self.flush()
+            self.release()
+            return True
         self.held.clear()
         if style in ("forward", "back"):
             # The one side sees the end, and is still heard by the other.
