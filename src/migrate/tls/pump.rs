@@ -4,7 +4,7 @@
 //! bounded, for QEMU guesses by what is taken from it when the rest fits into the downtime:
 //!
 //! ```text
-//! program ──▶ socket (SOCKET_BYTES) ──▶ CHUNK_BYTES of TLS records ──▶ TCP: what it sent and is not acknowledged, and UNSENT_BYTES
+//! program ──▶ socket (SOCKET_BYTES) ──▶ CHUNK_BYTES of TLS records ──▶ TCP: UNSENT_BYTES, then the network and the peer's kernel
 //! program ◀── socket (SOCKET_BYTES) ◀── CHUNK_BYTES decrypted ◀─────── TCP
 //! ```
 //!
@@ -256,7 +256,8 @@ fn decrypt(tls: &mut Connection, mut wire: &[u8], ready: &mut Vec<u8>) -> io::Re
     }
 }
 
-/// Has TCP take little more than it can send. What it has sent and the peer has not acknowledged may be more: that is the network's.
+/// Has TCP take little more than it can send. What is in the network and in the peer's kernel may be more, as it is without TLS: a
+/// bound on that would be one on the rate over long ways. The sides bound it by the parts under way.
 fn limit_unsent(tcp: &TcpStream) -> io::Result<()> {
     let bytes = UNSENT_BYTES;
     let len = libc::socklen_t::try_from(size_of_val(&bytes)).map_err(io::Error::other)?;
