@@ -31,7 +31,7 @@ impl Hashes {
     /// Of these blocks of memory, all zero.
     ///
     /// # Errors
-    /// It is more than [`PAGES_MAX`]: a stream that lies, or a VM that is too large to be noted.
+    /// It is more than 1 TiB: a stream that lies, or a VM that is too large to be noted.
     pub fn new(blocks: Vec<MemoryBlock>) -> Result<Hashes> {
         let pages = blocks.iter().try_fold(0u64, |sum, b| sum.checked_add(b.len / PAGE_SIZE));
         match pages.filter(|pages| *pages <= PAGES_MAX) {
