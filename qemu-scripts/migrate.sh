@@ -363,23 +363,22 @@ end_guest() {
 prepare_guest() {
     boot "$image"
     local wrong
-    wrong=$(in_guest 600 setup "$files" "$load" "$dirty") && [ -z "$wrong" ] || die "the guest cannot be set up: $wrong (logs: $now)"
+    wrong=$(in_guest 600 setup "$files" "$load" "$dirty" 2>&1) || die "the guest cannot be set up: $wrong (logs: $now)"
     sleep "$stay"
 }
 
 # measure ROUND MODE [LEG]: one move as a line of points.jsonl. Sets $arrived if the guest is there and well. One that has come to
 # harm has a successor.
 measure() {
-    local round=$1 mode=$2 leg=${3:-} wrong verified=true state
+    local round=$1 mode=$2 leg=${3:-} said verified=true state
     arrived=''
     move "$mode"
     state=$(jq -r .state <<<"$result")
-    if ! wrong=$(in_guest 300 verify 2>&1) || [ -n "$wrong" ]; then
-        verified=false
-    fi
-    result=$(jq -c --argjson round "$round" --arg mode "$mode" --arg leg "$leg" --arg wrong "$wrong" --argjson verified "$verified" '
-        {$round, $mode, leg: (if $leg == "" then null else $leg end)} + . +
-            {verified: ($verified and (.state != "completed" or .exact != false)), wrong: (if $wrong == "" then null else $wrong end)}' <<<"$result")
+    said=$(in_guest 300 verify 2>&1) || verified=false
+    result=$(jq -c --argjson round "$round" --arg mode "$mode" --arg leg "$leg" --arg said "$said" --argjson verified "$verified" '
+        {$round, $mode, leg: (if $leg == "" then null else $leg end)} + . + {
+            verified: ($verified and (.state != "completed" or .exact != false)),
+            wrong: (if $verified then null else $said end), note: (if $verified and $said != "" then $said else null end)}' <<<"$result")
     printf '%s\n' "$result" >>"$points"
     say "$(jq -r -f "$here/line.jq" <<<"$result")"
     [ "$state" = completed ] && [ "$(jq -r .verified <<<"$result")" = true ] && arrived=1 || bad=$((bad + 1))

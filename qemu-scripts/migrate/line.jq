@@ -9,3 +9,4 @@ def mb: . / 1e5 | round / 10;
     else "" end
 + if .exact == null or .state != "completed" then "" elif .exact then ", exact" else ", NOT THE SAME STREAM" end
 + if .wrong then ", WRONG: \(.wrong)" elif .state == "completed" then ", verified" else ", the guest goes on where it was" end
++ if .note then " (the guest notes: \(.note))" else "" end
