@@ -118,6 +118,23 @@ impl Shared<'_> {
         link::send(self.link, message).map_err(|e| no_message(NoMessage::Broken(e)))
     }
 
+    /// The same for who reads the link: a sender that has closed it may have said why before.
+    fn answer(&self, message: &Message) -> Result<()> {
+        let sent = {
+            let _whole = lock(&self.writing);
+            link::send(self.link, message)
+        };
+        let Err(e) = sent else { return Ok(()) };
+        while e.kind() == io::ErrorKind::BrokenPipe {
+            match link::receive(self.link) {
+                Ok(Message::Abort(why)) => return Err(given_up(&why)),
+                Ok(_) => {}
+                Err(_) => break,
+            }
+        }
+        Err(no_message(NoMessage::Broken(e)))
+    }
+
     /// Ends it. The sender hears why, unless this side was ready: then only the sender may say what becomes of the VM, and it
     /// has not.
     fn fail(&self, error: Error) {
@@ -211,7 +228,7 @@ fn frames<P: Pages + Clone>(
                         again = None;
                         let mut destination = shared.destination;
                         destination.write_all(joiner.out()).map_err(|e| gone(&e))?;
-                        shared.send(&Message::Ack(number))?;
+                        shared.answer(&Message::Ack(number))?;
                         if let Some(coming) = &mut coming {
                             coming.bytes(joiner.out());
                         }
@@ -220,7 +237,7 @@ fn frames<P: Pages + Clone>(
                         return Err(strange("a frame is wrong, and as wrong when it came again"));
                     } else {
                         again = Some(number);
-                        shared.send(&Message::Again(number))?;
+                        shared.answer(&Message::Again(number))?;
                         next = None;
                     }
                 }
@@ -237,12 +254,12 @@ fn frames<P: Pages + Clone>(
                 // Said before it committed: the VM is there.
                 let mut phase = lock(&shared.phase);
                 *phase = Phase::Failed;
-                return Err(Error::new(ErrorKind::Interrupted, "sender", format!("it has given up: {why}")));
+                return Err(given_up(&why));
             }
             Message::Disk(frame) => {
                 let disk = disk.as_mut().ok_or_else(|| strange("it sends a disk that this side does not take"))?;
                 if let Some(answer) = disk.frame(&frame).inspect_err(|e| refuse(shared.link, e))? {
-                    shared.send(&answer)?;
+                    shared.answer(&answer)?;
                 }
             }
             Message::Settled(write_cache) => {
@@ -293,6 +310,10 @@ fn return_path(shared: &Shared<'_>, host: &impl Host) -> Result<()> {
 fn gone(e: &io::Error) -> Error {
     Error::new(ErrorKind::Io, "destination QEMU", format!("its socket broke: {e}"))
         .mend("look at its standard error; the VM runs on at the source")
+}
+
+fn given_up(why: &str) -> Error {
+    Error::new(ErrorKind::Interrupted, "sender", format!("it has given up: {why}"))
 }
 
 fn strange(what: &str) -> Error {

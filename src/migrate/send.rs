@@ -35,6 +35,9 @@ pub const PARTS: usize = 8;
 const LINGER: Duration = Duration::from_millis(2);
 /// How long bytes wait that make no sense alone.
 const IDLE: Duration = Duration::from_millis(20);
+/// The same for the beginning of a page: QEMU waits for nothing in the middle of one, but may get no processor. A page that went in
+/// two pieces is one that nobody takes for a page, and what is kept of the VM is of no use.
+const RECORD: Duration = Duration::from_secs(2);
 /// How long QEMU may take to end after it was told that the VM has moved.
 const FAREWELL: Duration = Duration::from_secs(10);
 /// How long the receiver's being told of a failure may take, while the source waits for its own.
@@ -253,7 +256,8 @@ fn read_until_end(shared: &Shared<'_>, parts: &Sender<Part>) -> Result<()> {
         let more = source.is_readable(LINGER).map_err(|e| no_source(&e))?;
         if !more {
             cutter.cut();
-            if cutter.parser().held() > 0 && !source.is_readable(IDLE).map_err(|e| no_source(&e))? {
+            let patience = if cutter.parser().is_in_record() { RECORD } else { IDLE };
+            if cutter.parser().held() > 0 && !source.is_readable(patience).map_err(|e| no_source(&e))? {
                 cutter.flush();
             }
         }

@@ -227,6 +227,11 @@ impl Parser {
         self.buf.len() - self.sent
     }
 
+    /// What is held back is the beginning of a page's record: whoever wrote it goes on by himself.
+    pub fn is_in_record(&self) -> bool {
+        self.held() > 0 && matches!(self.state, State::Ram { .. })
+    }
+
     /// Takes the next bytes, and tells `sink` of all that can be told now.
     pub fn feed<E>(
         &mut self,

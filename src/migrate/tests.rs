@@ -364,29 +364,44 @@ fn a_source_that_ends_early_is_not_moved() {
 #[test]
 fn wherever_the_link_is_cut_the_vm_runs_at_one_side_at_most() {
     let stream = stream(600, true);
-    let whole = migrate(plain(&stream, usize::MAX)).passed;
-    let mut doubts = 0;
-    let spread = (0..60).map(|n| n * whole / 60 + n * 7 % 97);
-    for cut in spread.chain(whole.saturating_sub(220)..whole + 3) {
-        let end = migrate(plain(&stream, cut));
-        let said = format!("cut at {cut} of {whole}: {:?}, {:?}", end.sent.as_ref().map(|m| m.confirmed), end.received);
-        assert!(!(end.here && end.there), "at both: {said}");
-        // Who lost it can be told from what the sender wrote down.
-        assert_eq!(end.here, !end.committed, "{said}");
-        match (&end.sent, &end.received) {
-            (Ok(moved), Outcome::Here) => assert!(end.there && (moved.confirmed || cut < whole), "{said}"),
-            (Ok(moved), Outcome::Doubt(_)) => {
-                doubts += 1;
-                assert!(!moved.confirmed && !end.there, "{said}");
-            }
-            (Err(_), Outcome::Doubt(_) | Outcome::There(_)) => assert!(!end.there, "{said}"),
-            _ => panic!("{said}"),
+    let measure = || migrate(plain(&stream, usize::MAX)).passed;
+    let whole = measure();
+    (0..60).for_each(|n| drop(cut_at(&stream, n * whole / 60 + n * 7 % 97, whole)));
+    // How many bytes it takes depends on how parts are cut, which is a matter of time: the end is where it was about.
+    let doubts = (0..10).find(|_| {
+        let whole = measure();
+        let doubts = (whole.saturating_sub(220)..whole + 3).filter(|cut| cut_at(&stream, *cut, whole)).count();
+        doubts > 0
+    });
+    assert!(doubts.is_some(), "no cut came between the sender's word and the receiver's ear");
+}
+
+/// Cuts the link after so many bytes. True: nobody at the receiver knows whose the VM is, and it was given away.
+fn cut_at(stream: &[u8], cut: usize, whole: usize) -> bool {
+    let end = migrate(plain(stream, cut));
+    let said = format!("cut at {cut} of {whole}: {:?}, {:?}", end.sent.as_ref().map(|m| m.confirmed), end.received);
+    assert!(!(end.here && end.there), "at both: {said}");
+    // Who lost it can be told from what the sender wrote down.
+    assert_eq!(end.here, !end.committed, "{said}");
+    let doubt = match (&end.sent, &end.received) {
+        (Ok(_), Outcome::Here) => {
+            assert!(end.there, "{said}");
+            false
         }
-        if end.there {
-            assert!(end.got == stream, "{said}");
+        (Ok(moved), Outcome::Doubt(_)) => {
+            assert!(!moved.confirmed && !end.there, "{said}");
+            true
         }
+        (Err(_), Outcome::Doubt(_) | Outcome::There(_)) => {
+            assert!(!end.there, "{said}");
+            false
+        }
+        _ => panic!("{said}"),
+    };
+    if end.there {
+        assert!(end.got == stream, "{said}");
     }
-    assert!(doubts > 0, "no cut came between the sender's word and the receiver's ear");
+    doubt
 }
 
 /// Back where it was: what it left there is not sent, wherever in memory it is by now.
@@ -419,6 +434,9 @@ fn a_vm_that_comes_back_finds_its_memory() {
 /// A source that pauses in the middle of everything, as one at its bandwidth limit does.
 #[test]
 fn a_slow_source_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut leaving, mut coming) = (Leaving::new(dir.path().into()), Coming::default());
+    let noted = &mut coming;
     let stream = stream(300, true);
     let (to_source, source_end) = UnixStream::pair().unwrap();
     let (to_destination, destination_end) = UnixStream::pair().unwrap();
@@ -434,7 +452,7 @@ fn a_slow_source_is_not_waited_for() {
                 &Socket::Unix(to_destination),
                 &far,
                 Received::new(100, Nothing),
-                None,
+                Some(noted),
                 NO_DISK,
                 &There(started),
             )
@@ -451,11 +469,14 @@ fn a_slow_source_is_not_waited_for() {
             to_source.read_exact(&mut rest).unwrap();
         });
         send::greet(&near, Hello::default()).unwrap();
-        let moved = send::run(&Socket::Unix(source_end), &near, &Nothing, options(), &mut (), &|| Ok(())).unwrap();
+        let moved = send::run(&Socket::Unix(source_end), &near, &Nothing, options(), &mut leaving, &|| Ok(())).unwrap();
         assert!(moved.confirmed);
         assert!(got.join().unwrap() == stream);
         assert!(matches!(receiver.join().unwrap(), Outcome::Here));
         drop(near);
     });
     pumps.join().unwrap();
+    // It paused in the middle of pages, too: both sides know all of them.
+    let (manifest, _) = leaving.finish().unwrap().unwrap().seal(Stay::default(), &dir.path().join("new.pack")).unwrap();
+    assert_eq!(manifest.root(), Remembered::new(coming.finish().unwrap().unwrap()).root());
 }
