@@ -403,8 +403,8 @@ fn end(args: &ReceiveArgs, hello: &Hello, outcome: Outcome) -> Result<()> {
         }
         Outcome::Doubt(error) => {
             let mend = format!(
-                "look for {}-{migration}.sent.json with \"moved\" on the host that it left: if it is there, say 'cont' to QEMU here; \
-                 if not, 'quit', and the VM runs there",
+                "wait until 'vmar migrate send' has ended on the host that it left; if QEMU runs the VM there, 'quit' here; if not, and \
+                 {}-{migration}.sent.json there has \"moved\", say 'cont' to QEMU here",
                 hello.vm
             );
             let cause = format!("whose it is is not known: {error}");

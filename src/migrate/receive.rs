@@ -6,7 +6,7 @@
 //! The destination's QEMU was started with `-S`, so it loads the VM and does not run it. It tells its success (SHUT) on the return
 //! path; that is held back here, and the sender is told that this side is ready. Only the sender's COMMIT makes the VM this
 //! side's. If the link is cut between the two, nobody here can know whether it was said: the VM runs at neither side, and whoever
-//! looks decides by what the sender has written down ([`Outcome::Doubt`]).
+//! looks decides by what the source runs, and by what the sender has written down ([`Outcome::Doubt`]).
 
 use super::disk::Arrival;
 use super::frame::Pages;

@@ -415,13 +415,15 @@ fn answer(shared: &Shared<'_>, message: Message, origin: &impl Origin) -> Result
                 drop(phase);
                 return Err(error);
             }
+            // The source first: once it has its success it never runs the VM again, whatever becomes of this process. One that does not
+            // take it has ended the migration, and may run the VM on.
+            if let Err(e) = source.write_all(&SHUT_OK) {
+                drop(phase);
+                return Err(no_source(&e));
+            }
             *phase = Phase::Moved;
             if let Err(e) = shared.line().send(&Message::Commit) {
                 log::error!("the link broke when the VM was given away: {e}");
-            }
-            // Its QEMU has the VM stopped, and after this never runs it again.
-            if let Err(e) = source.write_all(&SHUT_OK) {
-                log::warn!("the source QEMU could not be told that the VM has moved: {e}");
             }
         }
         Message::Done => return Ok(*lock(&shared.phase) == Phase::Moved),

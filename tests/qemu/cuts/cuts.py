@@ -226,15 +226,17 @@ class Attempt:
         return bool(re.search(words, self.log("sender"), re.S))
 
     def mend(self):
-        """What is to be done by what the receiver has said: the file that it names is looked at. The sender has ended: before, what
-        it has written down may change."""
-        words = r"""look for (\S+\.sent\.json) with "(\w+)".*if it is there, say '(\w+)'.*if not, '(\w+)'"""
+        """What is to be done by what the receiver has said: the source's QEMU, and the file that it names, are looked at. The sender has
+        ended: before, what it has written down may change."""
+        words = r"""if QEMU runs the VM there, '(\w+)' here; if not, and (\S+\.sent\.json) there has "(\w+)", say '(\w+)'"""
         named = re.search(words, self.log("receiver"), re.S)
         if not named:
             raise Failure(f"the receiver does not say what to do: {self.log('receiver')}")
-        path = os.path.join(self.path("sender.records"), named[1])
+        if self.here.monitor.status() == "running":
+            return named[1]
+        path = os.path.join(self.path("sender.records"), named[2])
         state = json.loads(text(path))["state"] if os.path.exists(path) else None
-        return named[3] if state == named[2] else named[4]
+        return named[4] if state == named[3] else None
 
     def doubt(self, source):
         """It runs at neither."""
