@@ -353,7 +353,9 @@ fn a_source_that_ends_early_is_not_moved() {
         let sent = send::run(&Socket::Unix(source_end), &near, &Nothing, options(), &mut (), &|| panic!("nor moved"));
         assert!(sent.unwrap_err().to_string().contains("has ended it"));
         let Outcome::There(why) = receiver.join().unwrap() else { panic!("it is not there") };
-        assert!(why.to_string().contains("has ended it"), "{why}");
+        // The network here may end before it has carried the sender's last word.
+        let why = why.to_string();
+        assert!(why.contains("has ended it") || why.contains("link"), "{why}");
         drop(near);
     });
     assert!(!started.load(Ordering::SeqCst), "the VM is not complete");
