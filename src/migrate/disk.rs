@@ -13,7 +13,7 @@
 //! Blocks go as frames of their own ([`Message::Disk`]): a block is a page, and found as one in base images, the kept memory and the template.
 
 use super::frame::{FRAME_BYTES, Pages};
-use super::join::Joiner;
+use super::join::{Joiner, strange};
 use super::known::{Known, Received};
 use super::link::{self, Line};
 use super::part::{Item, Part};
@@ -180,14 +180,10 @@ impl<'a, K: Known> Pass<'a, K> {
         Ok(())
     }
 
-    /// A receiver that gave up has said why before it closed the link; one that takes nothing any more is not waited for.
+    /// A receiver that gave up has said why.
     fn why(&self, e: std::io::Error) -> Error {
-        while e.kind() == std::io::ErrorKind::BrokenPipe {
-            match link::receive(self.line.link) {
-                Ok(message @ Message::Abort(_)) => return unexpected(message),
-                Ok(_) => {}
-                Err(_) => break,
-            }
+        if let Some(why) = link::last_word(self.line.link, &e) {
+            return link::given_up("receiver", &why);
         }
         no_message(link::NoMessage::Broken(e))
     }
@@ -224,7 +220,7 @@ impl<'a, K: Known> Pass<'a, K> {
 
 fn unexpected(message: Message) -> Error {
     match message {
-        Message::Abort(why) => Error::new(ErrorKind::Interrupted, "receiver", format!("it has given up: {why}")),
+        Message::Abort(why) => link::given_up("receiver", &why),
         _ => Error::new(ErrorKind::Corrupt, "receiver", "it said something else while the disk was sent"),
     }
 }
@@ -320,8 +316,4 @@ impl<'a> Record<'a> {
             }
         }
     }
-}
-
-fn strange(what: &str) -> Error {
-    Error::new(ErrorKind::Corrupt, "sender", what).mend("look at its log; the VM runs on there")
 }

@@ -34,14 +34,14 @@ impl<P: Pages> Joiner<P> {
     /// It is no frame, or not the next one.
     pub fn join(&mut self, frame: &Frame) -> Result<bool> {
         if frame.number != self.next {
-            return Err(broken("frames came out of order"));
+            return Err(strange("frames came out of order"));
         }
         let ops = unpack(&frame.ops, frame.ops_len)?;
         let literals = unpack(&frame.literals, frame.literals_len)?;
         self.out.clear();
         let decoder = match self.decoder.apply(&ops, &literals, &mut self.pages, &mut self.out) {
             Ok(decoder) => decoder,
-            Err(Fault::Broken(what)) => return Err(broken(what)),
+            Err(Fault::Broken(what)) => return Err(strange(what)),
             Err(Fault::Missing(source)) => {
                 log::info!("frame {}: {source:?} is not here", frame.number);
                 return Ok(false);
@@ -66,11 +66,11 @@ fn unpack(packed: &[u8], len: u32) -> Result<Vec<u8>> {
     // With what zstd needs of memory, once for each thread.
     thread_local!(static ZSTD: RefCell<zstd::bulk::Decompressor<'static>> = RefCell::default());
     let bytes = ZSTD.with_borrow_mut(|zstd| zstd.decompress(packed, len));
-    let bytes = bytes.map_err(|e| broken(&format!("a frame cannot be unpacked: {e}")))?;
-    if bytes.len() == len { Ok(bytes) } else { Err(broken("a frame is shorter than it says")) }
+    let bytes = bytes.map_err(|e| strange(&format!("a frame cannot be unpacked: {e}")))?;
+    if bytes.len() == len { Ok(bytes) } else { Err(strange("a frame is shorter than it says")) }
 }
 
-/// What is no frame.
-fn broken(what: &str) -> Error {
+/// What no sender says.
+pub(super) fn strange(what: &str) -> Error {
     Error::new(ErrorKind::Corrupt, "sender", what).mend("look at its log; the VM runs on there")
 }

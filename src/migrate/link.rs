@@ -2,6 +2,7 @@
 
 use super::frame::FRAME_BYTES_MAX;
 use super::wire::{HEADER_BYTES, Malformed, Message};
+use crate::error::{Error, ErrorKind};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -183,6 +184,24 @@ pub fn receive(mut from: &Socket) -> Result<Message, NoMessage> {
         return Err(NoMessage::Broken(io::ErrorKind::UnexpectedEof.into()));
     }
     Message::read(kind, &body).map_err(NoMessage::Malformed)
+}
+
+/// What a peer has said why it gave up, before it closed a link that could not be written to any more; one that takes nothing is not
+/// waited for.
+pub fn last_word(from: &Socket, broke: &io::Error) -> Option<String> {
+    while broke.kind() == io::ErrorKind::BrokenPipe {
+        match receive(from) {
+            Ok(Message::Abort(why)) => return Some(why),
+            Ok(_) => {}
+            Err(_) => break,
+        }
+    }
+    None
+}
+
+/// What it means that a side has given up.
+pub fn given_up(side: &str, why: &str) -> Error {
+    Error::new(ErrorKind::Interrupted, side, format!("it has given up: {why}"))
 }
 
 /// Writes a message.

@@ -10,9 +10,9 @@
 
 use super::disk::Arrival;
 use super::frame::Pages;
-use super::join::Joiner;
+use super::join::{Joiner, strange};
 use super::known::Received;
-use super::link::{self, NoMessage, Socket};
+use super::link::{self, NoMessage, Socket, given_up};
 use super::record::Coming;
 use super::send::{SHUT_OK, no_message};
 use super::wire::{Frame, Hello, Message, Welcome};
@@ -125,12 +125,8 @@ impl Shared<'_> {
             link::send(self.link, message)
         };
         let Err(e) = sent else { return Ok(()) };
-        while e.kind() == io::ErrorKind::BrokenPipe {
-            match link::receive(self.link) {
-                Ok(Message::Abort(why)) => return Err(given_up(&why)),
-                Ok(_) => {}
-                Err(_) => break,
-            }
+        if let Some(why) = link::last_word(self.link, &e) {
+            return Err(given_up("sender", &why));
         }
         Err(no_message(NoMessage::Broken(e)))
     }
@@ -254,7 +250,7 @@ fn frames<P: Pages + Clone>(
                 // Said before it committed: the VM is there.
                 let mut phase = lock(&shared.phase);
                 *phase = Phase::Failed;
-                return Err(given_up(&why));
+                return Err(given_up("sender", &why));
             }
             Message::Disk(frame) => {
                 let disk = disk.as_mut().ok_or_else(|| strange("it sends a disk that this side does not take"))?;
@@ -310,12 +306,4 @@ fn return_path(shared: &Shared<'_>, host: &impl Host) -> Result<()> {
 fn gone(e: &io::Error) -> Error {
     Error::new(ErrorKind::Io, "destination QEMU", format!("its socket broke: {e}"))
         .mend("look at its standard error; the VM runs on at the source")
-}
-
-fn given_up(why: &str) -> Error {
-    Error::new(ErrorKind::Interrupted, "sender", format!("it has given up: {why}"))
-}
-
-fn strange(what: &str) -> Error {
-    Error::new(ErrorKind::Corrupt, "sender", what).mend("look at its log; the VM runs on there")
 }

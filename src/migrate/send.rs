@@ -14,7 +14,7 @@
 //! ends the migration and runs the VM on; from then on nothing here lets it run again.
 
 use super::known::Known;
-use super::link::{self, Line, NoMessage, Socket};
+use super::link::{self, Line, NoMessage, Socket, given_up};
 use super::order::{Permits, Reorder};
 use super::part::{Cutter, Part};
 use super::record::Recorder;
@@ -112,7 +112,7 @@ pub fn greet(link: &Socket, hello: Hello) -> Result<Welcome> {
     link::send(link, &Message::Hello(hello)).map_err(|e| cut(&e))?;
     match link::receive(link) {
         Ok(Message::Welcome(welcome)) if welcome.images.len() == images => Ok(welcome),
-        Ok(Message::Abort(why)) => Err(refused(&why)),
+        Ok(Message::Abort(why)) => Err(given_up("receiver", &why)),
         Ok(_) => Err(strange("it answered the greeting with something else")),
         Err(e) => Err(no_message(e)),
     }
@@ -427,7 +427,7 @@ fn answer(shared: &Shared<'_>, message: Message, origin: &impl Origin) -> Result
             }
         }
         Message::Done => return Ok(*lock(&shared.phase) == Phase::Moved),
-        Message::Abort(why) => return Err(refused(&why)),
+        Message::Abort(why) => return Err(given_up("receiver", &why)),
         _ => {
             return Err(strange("it said what a receiver never says"));
         }
@@ -467,10 +467,6 @@ fn cut(e: &io::Error) -> Error {
 
 fn strange(what: &str) -> Error {
     Error::new(ErrorKind::Corrupt, "receiver", what).mend("look at its log; the VM runs on here")
-}
-
-fn refused(why: &str) -> Error {
-    Error::new(ErrorKind::Interrupted, "receiver", format!("it has given up: {why}"))
 }
 
 /// What it means that there is no message.
