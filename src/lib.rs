@@ -29,7 +29,7 @@
 //! | --- | --- |
 //! | 7 | [`cli`]: one file a verb; prints and exits |
 //! | 6 | [`daemon`]: vhost-user protocol, queue threads, what is in flight, control socket; the only importer of the vhost crates |
-//! | 5 | [`device`]: virtio-blk requests to completions · [`report`]: pages with plots, of an evaluation or a library; nothing that serves imports it |
+//! | 5 | [`device`]: virtio-blk requests to completions · [`report`]: pages with plots, of an evaluation or a library; nothing that serves imports it · [`snapshot`]: keeps running VMs, in several stores |
 //! | 4 | [`indexer`]: adds images · [`overlay`]: the VM's writes, a qcow2 · [`redirect`]: plans and runs base reads · [`migrate`]: moves running VMs |
 //! | 3 | [`map`]: the block map; bytes in, ranges out |
 //! | 2 | [`library`], [`image`], [`fingerprint`], [`cluster`] · [`store`]: pages of guest memory, by content · [`introspect`]: what they are used for |
@@ -116,6 +116,7 @@ pub mod redirect;
 
 pub mod device;
 pub mod report;
+pub mod snapshot;
 
 pub mod daemon;
 

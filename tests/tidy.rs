@@ -12,7 +12,7 @@ const FLOORS: &[&[&str]] = &[
     &["fingerprint", "cluster", "image", "index", "introspect", "library", "store"],
     &["map"],
     &["indexer", "migrate", "overlay", "redirect"],
-    &["device", "report"],
+    &["device", "report", "snapshot"],
     &["daemon"],
     &["cli"],
 ];
@@ -29,7 +29,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("plotters", &["report"]),
     ("io_uring", &["io"]),
     ("parquet", &["fingerprint"]),
-    ("zstd", &["store", "migrate"]),
+    ("zstd", &["store", "migrate", "snapshot"]),
     ("qapi", &["migrate"]),
     ("rustls", &["migrate"]),
     ("virtio_queue", &["device", "daemon"]),
@@ -39,7 +39,9 @@ const CRATES: &[(&str, &[&str])] = &[
     ("ballista_executor", &["bin"]),
     ("ballista_scheduler", &["bin"]),
     ("datafusion", &["bin"]),
-    ("tokio", &["bin"]),
+    // Stores of snapshots, and the binary of the cluster.
+    ("tokio", &["snapshot", "bin"]),
+    ("object_store", &["snapshot"]),
 ];
 
 /// Lines of a file that still has one idea.

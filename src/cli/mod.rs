@@ -20,6 +20,8 @@ mod replay;
 pub mod report;
 mod running;
 pub mod serve;
+pub mod snapshot;
+mod snapshot_show;
 pub mod stats;
 pub mod tell;
 mod tls;
@@ -105,6 +107,9 @@ enum Verb {
     /// Pages that many VMs hold, known to both hosts before a migration
     #[command(subcommand)]
     Template(kept::TemplateVerb),
+    /// Keep running VMs, with their disks, in several stores
+    #[command(subcommand)]
+    Snapshot(Box<snapshot::Verb>),
 }
 
 /// A full disk under standard output is an error like any other, not the panic of println!.
@@ -173,6 +178,7 @@ pub fn main() -> ExitCode {
         Verb::Migrate(verb) => migrate::run(common, *verb),
         Verb::Kept(verb) => kept::run(common, verb),
         Verb::Template(verb) => kept::run_template(common, verb),
+        Verb::Snapshot(verb) => snapshot::run(common, *verb),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

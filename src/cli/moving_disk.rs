@@ -1,4 +1,4 @@
-//! `vmar migrate --with-disk`: the overlay of a VM, where it leaves and where it comes.
+//! The overlay of a VM, where it leaves and where it comes: `vmar migrate --with-disk`, and snapshots.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::migrate::disk::{ArrivingDisk, Each, LeavingDisk};
@@ -187,14 +187,30 @@ impl Arriving {
             let cause = format!("is a disk of {} bytes, and the VM's has {}", empty.size, offer.size);
             return refuse(ErrorKind::Changed, cause, "make it with --size of the VM's disk");
         }
-        let new = beside(path)?;
-        remove_leftover(&new)?;
         let options =
             CreateOptions { backing: &empty.backing, base: empty.base, size: empty.size, capacity: empty.capacity };
-        overlay::create(&new, &options)?;
-        let options = OpenOptions { read_only: false, state_dir, base: Some(empty.base), discard_unflushed: false };
-        let overlay = Overlay::open(&new, &options).inspect_err(|_| drop(fs::remove_file(&new)))?;
-        let base = Base::open(&empty.backing)?;
+        Arriving::begin(path, state_dir, &options)
+    }
+
+    /// Where there is no file yet.
+    ///
+    /// # Errors
+    /// There is one, or it cannot be made.
+    pub fn create(path: &Path, state_dir: &Path, options: &CreateOptions<'_>) -> Result<Arriving> {
+        if fs::symlink_metadata(path).is_ok() {
+            return Err(Error::file(ErrorKind::Exists, path, "is there already")
+                .mend("name a new file, or remove it if nobody needs it"));
+        }
+        Arriving::begin(path, state_dir, options)
+    }
+
+    fn begin(path: &Path, state_dir: &Path, options: &CreateOptions<'_>) -> Result<Arriving> {
+        let new = beside(path)?;
+        remove_leftover(&new)?;
+        overlay::create(&new, options)?;
+        let open = OpenOptions { read_only: false, state_dir, base: Some(options.base), discard_unflushed: false };
+        let overlay = Overlay::open(&new, &open).inspect_err(|_| drop(fs::remove_file(&new)))?;
+        let base = Base::open(options.backing)?;
         Ok(Arriving { path: path.to_path_buf(), new, overlay, base, settled: false })
     }
 }

@@ -38,8 +38,27 @@ impl Bases {
     pub fn load(library: &Library, image: &str, most: usize) -> Result<Bases> {
         let own = library.image(image)?;
         let others = library.images().iter().filter(|r| r.domain == own.domain && r.id != own.id);
+        Bases::of(library, own, std::iter::once(own).chain(others), most)
+    }
+
+    /// Of one image alone.
+    ///
+    /// # Errors
+    /// Its fingerprints cannot be read.
+    pub fn of_image(library: &Library, own: &ImageRecord) -> Result<Bases> {
+        let mut bases = Bases::of(library, own, std::iter::once(own), usize::MAX)?;
+        bases.set_there(&[true]);
+        Ok(bases)
+    }
+
+    fn of<'a>(
+        library: &Library,
+        own: &ImageRecord,
+        images: impl Iterator<Item = &'a ImageRecord>,
+        most: usize,
+    ) -> Result<Bases> {
         let (mut digests, mut places) = (Vec::new(), HashMap::new());
-        for record in std::iter::once(own).chain(others) {
+        for record in images {
             if !digests.is_empty() && places.len() as u64 + record.nonzero_blocks > most as u64 {
                 log::warn!("migration: no room for the fingerprints of image {} and those after it", record.name);
                 break;

@@ -1,7 +1,12 @@
-//! The destination QEMU's monitor (QMP): it is told to run the VM once that is this host's.
+//! QEMU's monitor (QMP): a destination is told to run the VM once that is this host's, and the QEMU of a snapshot to stop, to write
+//! its VM to a socket, and to go on.
+//!
+//! Answers with names that later QEMUs add to are taken as JSON, not as the types of one QEMU's schema.
 
 use crate::error::{Error, ErrorKind, Result};
-use qapi::{Qmp, Stream, qmp};
+use qapi::{Command, Qmp, Stream, qmp};
+use serde::Serialize;
+use serde_json::{Value, json};
 use std::fmt::Display;
 use std::io::BufReader;
 use std::os::unix::net::UnixStream;
@@ -10,6 +15,60 @@ use std::time::Duration;
 
 /// How long an answer may take.
 const ANSWER: Duration = Duration::from_secs(30);
+
+/// A command whose arguments and answer are JSON.
+macro_rules! command {
+    ($name:ident, $said:literal) => {
+        #[derive(Debug, Serialize)]
+        #[serde(transparent)]
+        struct $name(Value);
+
+        impl Command for $name {
+            type Ok = Value;
+            const NAME: &'static str = $said;
+            const ALLOW_OOB: bool = false;
+        }
+
+        impl qmp::QmpCommand for $name {}
+    };
+}
+
+command!(QueryStatus, "query-status");
+command!(QueryName, "query-name");
+command!(QueryCapabilities, "query-migrate-capabilities");
+command!(SetCapabilities, "migrate-set-capabilities");
+command!(QueryParameters, "query-migrate-parameters");
+command!(SetParameters, "migrate-set-parameters");
+command!(Migrate, "migrate");
+command!(MigrateIncoming, "migrate-incoming");
+command!(MigrateCancel, "migrate_cancel");
+command!(QueryMigrate, "query-migrate");
+
+/// How QEMU was set before a migration to a file, to be set so again.
+#[derive(Debug, Default)]
+pub struct Settings {
+    capabilities: Vec<Value>,
+    parameters: Option<Value>,
+}
+
+/// Bytes a second: more than any socket takes, and little enough for QEMU's own sums.
+const FAST: u64 = 64 << 30;
+
+/// Capabilities that change what a stream is; they are off in a stream that is kept.
+const OFF: [&str; 12] = [
+    "return-path",
+    "xbzrle",
+    "compress",
+    "multifd",
+    "mapped-ram",
+    "postcopy-ram",
+    "background-snapshot",
+    "x-colo",
+    "rdma-pin-all",
+    "x-ignore-shared",
+    "release-ram",
+    "auto-converge",
+];
 
 /// A connected monitor.
 pub struct Monitor {
@@ -60,6 +119,103 @@ impl Monitor {
         self.qmp.execute(&qmp::stop {}).map_err(|e| refused(&self.path, &e))?;
         let cause = "this QEMU ran the VM before it was given away; it is stopped";
         Err(Error::file(ErrorKind::Usage, &self.path, cause).mend("start the destination's QEMU with -S"))
+    }
+
+    /// What state the VM is in, as QEMU names it (`running`, `paused`, `inmigrate`, …).
+    ///
+    /// # Errors
+    /// QEMU does not say.
+    pub fn status(&mut self) -> Result<String> {
+        let said = self.ask(&QueryStatus(json!({})))?;
+        Ok(said["status"].as_str().unwrap_or_default().into())
+    }
+
+    /// The name of the VM, if it has one (`-name`).
+    ///
+    /// # Errors
+    /// QEMU does not say.
+    pub fn name(&mut self) -> Result<Option<String>> {
+        Ok(self.ask(&QueryName(json!({})))?["name"].as_str().map(str::to_string))
+    }
+
+    /// Stops the VM.
+    ///
+    /// # Errors
+    /// QEMU does not.
+    pub fn stop(&mut self) -> Result<()> {
+        self.qmp.execute(&qmp::stop {}).map_err(|e| refused(&self.path, &e))?;
+        Ok(())
+    }
+
+    /// Sets QEMU up to write all of its VM, once and as it is, as fast as it can. What to give to [`Monitor::restore`].
+    ///
+    /// # Errors
+    /// QEMU refuses.
+    pub fn plain(&mut self) -> Result<Settings> {
+        let on = |said: &Value| {
+            let of = |c: &&Value| c["state"] == true && OFF.iter().any(|name| c["capability"] == *name);
+            said.as_array().into_iter().flatten().filter(of).cloned().collect::<Vec<_>>()
+        };
+        let capabilities = on(&self.ask(&QueryCapabilities(json!({})))?);
+        let off = capabilities.iter().map(|c| json!({"capability": c["capability"], "state": false}));
+        let off: Vec<Value> = off.collect();
+        let before = self.ask(&QueryParameters(json!({})))?;
+        let parameters = json!({"max-bandwidth": before["max-bandwidth"], "tls-creds": before["tls-creds"].as_str().unwrap_or_default()});
+        self.ask(&SetCapabilities(json!({"capabilities": off})))?;
+        let settings = Settings { capabilities, parameters: Some(parameters) };
+        match self.ask(&SetParameters(json!({"max-bandwidth": FAST, "tls-creds": ""}))) {
+            Ok(_) => Ok(settings),
+            Err(e) => {
+                self.restore(settings)?;
+                Err(e)
+            }
+        }
+    }
+
+    /// Sets QEMU as it was.
+    ///
+    /// # Errors
+    /// QEMU refuses.
+    pub fn restore(&mut self, settings: Settings) -> Result<()> {
+        self.ask(&SetCapabilities(json!({"capabilities": settings.capabilities})))?;
+        settings.parameters.map_or(Ok(()), |parameters| self.ask(&SetParameters(parameters)).map(|_| ()))
+    }
+
+    /// Has QEMU write its VM to a socket.
+    ///
+    /// # Errors
+    /// QEMU does not begin.
+    pub fn migrate(&mut self, to: &Path) -> Result<()> {
+        self.ask(&Migrate(json!({"uri": format!("unix:{}", to.display())}))).map(|_| ())
+    }
+
+    /// Has a QEMU that was started with `-incoming defer` wait at a socket.
+    ///
+    /// # Errors
+    /// QEMU does not.
+    pub fn incoming(&mut self, at: &Path) -> Result<()> {
+        self.ask(&MigrateIncoming(json!({"uri": format!("unix:{}", at.display())}))).map(|_| ())
+    }
+
+    /// Ends a migration that is under way.
+    ///
+    /// # Errors
+    /// QEMU does not.
+    pub fn cancel(&mut self) -> Result<()> {
+        self.ask(&MigrateCancel(json!({}))).map(|_| ())
+    }
+
+    /// How far a migration is, as QEMU names it (`active`, `completed`, `failed`, …), and what it says about that.
+    ///
+    /// # Errors
+    /// QEMU does not say.
+    pub fn migration(&mut self) -> Result<(String, Option<String>)> {
+        let said = self.ask(&QueryMigrate(json!({})))?;
+        Ok((said["status"].as_str().unwrap_or_default().into(), said["error-desc"].as_str().map(str::to_string)))
+    }
+
+    fn ask<C: qmp::QmpCommand + Command<Ok = Value>>(&mut self, command: &C) -> Result<Value> {
+        self.qmp.execute(command).map_err(|e| refused(&self.path, &format!("{}: {e}", C::NAME)))
     }
 
     /// Runs the VM.

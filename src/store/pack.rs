@@ -56,18 +56,19 @@ struct Batch {
     first: u32,
 }
 
-/// Writes a pack.
+/// Writes a pack: to a file, or to memory.
 #[derive(Debug)]
-pub struct PackWriter {
+pub struct PackWriter<W = BufWriter<File>> {
     path: PathBuf,
-    file: BufWriter<File>,
+    out: W,
+    level: i32,
     batch: Vec<u8>,
     batches: Vec<Batch>,
     hashes: Vec<Digest>,
     at: u64,
 }
 
-impl PackWriter {
+impl PackWriter<BufWriter<File>> {
     /// Starts a new file. The caller gives it its name when it is whole.
     ///
     /// # Errors
@@ -75,14 +76,50 @@ impl PackWriter {
     pub fn create(path: &Path) -> Result<PackWriter> {
         let mut options = File::options();
         let file = options.read(true).write(true).create_new(true).open(path);
-        let mut file = BufWriter::with_capacity(1 << 20, file.map_err(|e| Error::io(path, "create it", e))?);
+        let file = BufWriter::with_capacity(1 << 20, file.map_err(|e| Error::io(path, "create it", e))?);
+        PackWriter::begin(path, file, LEVEL)
+    }
+
+    /// Writes what is left and makes the file durable.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn finish(mut self) -> Result<PackId> {
+        let id = self.end()?;
+        self.out.get_ref().sync_data().map_err(|e| Error::io(&self.path, "write", e))?;
+        Ok(id)
+    }
+}
+
+impl PackWriter<Vec<u8>> {
+    /// Starts one in memory; `level` is zstd's.
+    ///
+    /// # Errors
+    /// None that is known.
+    pub fn in_memory(level: i32) -> Result<PackWriter<Vec<u8>>> {
+        PackWriter::begin(Path::new("a new pack"), Vec::new(), level)
+    }
+
+    /// Its bytes.
+    ///
+    /// # Errors
+    /// zstd fails.
+    pub fn into_bytes(mut self) -> Result<(PackId, Vec<u8>)> {
+        let id = self.end()?;
+        Ok((id, self.out))
+    }
+}
+
+impl<W: Write> PackWriter<W> {
+    fn begin(path: &Path, mut out: W, level: i32) -> Result<PackWriter<W>> {
         let mut header = MAGIC.to_vec();
         header.extend(VERSION.to_le_bytes());
         header.resize(HEADER, 0);
-        file.write_all(&header).map_err(|e| Error::io(path, "write", e))?;
+        out.write_all(&header).map_err(|e| Error::io(path, "write", e))?;
         Ok(PackWriter {
             path: path.to_path_buf(),
-            file,
+            out,
+            level,
             batch: Vec::with_capacity(BATCH * PAGE_BYTES),
             batches: Vec::new(),
             hashes: Vec::new(),
@@ -119,8 +156,8 @@ impl PackWriter {
             return Ok(());
         }
         let failed = |e| Error::io(&self.path, "write", e);
-        let packed = zstd::bulk::compress(&self.batch, LEVEL).map_err(failed)?;
-        self.file.write_all(&packed).map_err(failed)?;
+        let packed = zstd::bulk::compress(&self.batch, self.level).map_err(failed)?;
+        self.out.write_all(&packed).map_err(failed)?;
         let len = u32::try_from(packed.len()).unwrap_or(u32::MAX);
         self.batches.push(Batch { at: self.at, len, pages, first: self.len() - pages });
         self.at += u64::from(len);
@@ -128,11 +165,7 @@ impl PackWriter {
         Ok(())
     }
 
-    /// Writes what is left and makes the file durable.
-    ///
-    /// # Errors
-    /// It cannot be written.
-    pub fn finish(mut self) -> Result<PackId> {
+    fn end(&mut self) -> Result<PackId> {
         self.end_batch()?;
         let mut index = Vec::with_capacity(self.batches.len() * 8 + self.hashes.len() * 32 + TRAILER);
         for batch in &self.batches {
@@ -145,8 +178,8 @@ impl PackWriter {
         index.extend(u32::try_from(self.batches.len()).unwrap_or(u32::MAX).to_le_bytes());
         index.extend(self.len().to_le_bytes());
         index.extend(MAGIC);
-        let written = self.file.write_all(&index).and_then(|()| self.file.flush());
-        written.and_then(|()| self.file.get_ref().sync_data()).map_err(|e| Error::io(&self.path, "write", e))?;
+        let written = self.out.write_all(&index).and_then(|()| self.out.flush());
+        written.map_err(|e| Error::io(&self.path, "write", e))?;
         Ok(id)
     }
 }
@@ -168,6 +201,14 @@ impl Pack {
     /// `Corrupt` when it is another one or cut off, `Unsupported` when a newer vmar wrote it.
     pub fn open(path: &Path, id: PackId) -> Result<Pack> {
         let file = File::open(path).map_err(|e| Error::io(path, "open it", e))?;
+        Pack::of_file(path, file, id)
+    }
+
+    /// The same of a file that is open; `path` is for errors alone.
+    ///
+    /// # Errors
+    /// As [`Pack::open`].
+    pub fn of_file(path: &Path, file: File, id: PackId) -> Result<Pack> {
         let len = file.metadata().map_err(|e| Error::io(path, "look at it", e))?.len();
         let broken = |what: &str| corrupt(path, what);
         if len < (HEADER + TRAILER) as u64 {
@@ -231,10 +272,11 @@ impl Pack {
     }
 
     fn unpack(&self, number: usize) -> Result<Arc<Vec<u8>>> {
-        let mut unpacked = self.unpacked.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, bytes)) = unpacked.iter().find(|(n, _)| *n == number) {
+        let unpacked = || self.unpacked.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, bytes)) = unpacked().iter().find(|(n, _)| *n == number) {
             return Ok(Arc::clone(bytes));
         }
+        // Without the lock, so that several threads unpack at once.
         let broken = |what: &str| corrupt(&self.path, &format!("batch {number}: {what}"));
         let batch = self.batches.get(number).ok_or_else(|| broken("there is none"))?;
         let mut packed = vec![0; to_usize(batch.len.into())];
@@ -242,6 +284,7 @@ impl Pack {
         let len = to_usize(batch.pages.into()) * PAGE_BYTES;
         let bytes = zstd::bulk::decompress(&packed, len).map_err(|e| broken(&format!("cannot be unpacked: {e}")))?;
         let bytes = Arc::new(bytes);
+        let mut unpacked = unpacked();
         if unpacked.len() == UNPACKED {
             unpacked.pop_front();
         }
