@@ -3,6 +3,8 @@
 set -euo pipefail
 # shellcheck source=qemu-scripts/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source=qemu-scripts/migrate/vm.sh
+. "$repo/qemu-scripts/migrate/vm.sh"
 
 all_modes=default,xbzrle,multifd-zstd,vmar,vmar+base,vmar+template,vmar+base+template,return,vmar+all
 
@@ -179,50 +181,6 @@ set_rate() {
 # What host a's end of the link has sent and got so far, in bytes.
 link_bytes() {
     ip -n a -s -j link show dev link0 | jq -r '.[0].stats64 | "\(.tx.bytes) \(.rx.bytes)"'
-}
-
-# qemu_start HOST NAME DIR OVERLAY WHAT: a vmar and a QEMU there, with a guest that boots (WHAT: boot), or ready to take one that then
-# runs by itself (incoming) or not (incoming-stopped).
-# shellcheck disable=SC2054 # QEMU's commas
-qemu_start() {
-    local host=$1 name=$2 dir=$3 overlay=$4 what=$5 left=200 reconnect='reconnect=1' machine=() accel=$VMAR_ACCEL calm=''
-    local bin=${qemu_of[$host]}
-    [ "$("$bin" --version | sed -n 's/.*version \([0-9]*\)\..*/\1/p')" -lt 10 ] || reconnect='reconnect-ms=1000'
-    [ "$accel" != tcg ] || { accel=tcg,tb-size=256 calm=' no_timer_check'; }
-    vm_serve_more=()
-    case $what in
-        boot) ;;
-        incoming) machine=(-incoming defer) ;;
-        incoming-stopped) machine=(-incoming defer -S) ;;
-    esac
-    [ "$what" = boot ] || vm_serve_more=(--incoming)
-    vm_folder "$dir"
-    vm_dirs+=("$dir")
-    vm_serve "$name" "$dir" "$overlay"
-    now_ms >"$dir/began"
-    # Not by a function: this is to be QEMU's own process.
-    nsenter --net="/run/netns/$host" "$bin" -name "vmar-$name" -nodefaults -display none -no-reboot -machine "$machine_type,memory-backend=ram0" \
-        -object "memory-backend-memfd,id=ram0,size=$ram_bytes,share=on" -m "${ram_bytes}B" -smp "$smp" -accel "$accel" \
-        -chardev "socket,id=disk0,path=$dir/blk.sock,$reconnect" -device vhost-user-blk-pci,chardev=disk0,bootindex=1 \
-        -kernel "$vm_images/$name.vmlinuz" -initrd "$vm_images/$name.initrd" \
-        -append "$(cat "$vm_images/$name.cmdline") panic=-1$calm systemd.debug_shell=ttyS1" -device virtio-rng-pci \
-        -qmp "unix:$dir/proxy.qmp,server=on,wait=off" -qmp "unix:$dir/script.qmp,server=on,wait=off" -serial "file:$dir/serial.log" \
-        -chardev "socket,id=shell,path=$dir/shell.sock,server=on,wait=off" -serial chardev:shell "${machine[@]}" \
-        >"$dir/qemu.log" 2>&1 </dev/null &
-    echo $! >"$dir/qemu.pid"
-    until [ -S "$dir/proxy.qmp" ] && [ -S "$dir/script.qmp" ] && [ -S "$dir/shell.sock" ]; do
-        kill -0 "$(cat "$dir/qemu.pid")" 2>/dev/null || die "QEMU ended: $(tail -n 1 "$dir/qemu.log") (log: $dir/qemu.log)"
-        left=$((left - 1))
-        [ "$left" -gt 0 ] || die "QEMU shows no monitor after 20 s (log: $dir/qemu.log)"
-        sleep 0.1
-    done
-}
-
-# in_guest SECONDS VERB [ARGUMENT...]: see migrate/guest.sh
-in_guest() {
-    local seconds=$1
-    shift
-    python3 "$here/console.py" "$now/shell.sock" "$seconds" "$@" <"$here/guest.sh"
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,38 +367,6 @@ choose_qemu() {
     [ -z "$qemu_to" ] || machine_type=pc-q35-$(qemu_version a | cut -d. -f1,2)
 }
 
-# qemu_version HOST
-qemu_version() {
-    "${qemu_of[$1]}" --version | sed -n 's/.*version \([0-9.]*\).*/\1/p'
-}
-
-# library_with NAME...: $vm_library has these images.
-library_with() {
-    local name sources=() known
-    if [ ! -d "$vm_library" ]; then
-        mkdir -p "$(dirname "$vm_library")"
-        "$vmar" library init "$vm_library" >"$dir/library.log" || die "could not make the library $vm_library"
-    fi
-    known=$("$vmar" image list --json --library "$vm_library" | jq -r '.[].name') || die "could not read the library $vm_library"
-    for name; do
-        grep -qxF -- "$name" <<<"$known" || sources+=("$name=$(realpath "$vm_images/$name.raw")")
-    done
-    [ ${#sources[@]} -gt 0 ] || return 0
-    say "adding ${#sources[@]} images to $vm_library"
-    "$vmar" image add "${sources[@]}" --library "$vm_library" >>"$dir/library.log" 2>&1 || die "could not add the images: $(tail -n 1 "$dir/library.log")"
-}
-
-# Until 9.0 QEMU loses writes of an emulated guest while it migrates: it clears dirty bits 64 at a time and does not tell the translated
-# code (its commit 03bfc2188f06): two guests in some sixty moves crashed, in whatever mode. It goes page by page, and does tell, through
-# memory that is not of whole 64 pages, so that is what it gets; the first round begins up to a second later.
-choose_memory() {
-    ram_bytes=$((vm_memory * 1048576))
-    if [ "$VMAR_ACCEL" = tcg ] && [ "$(qemu_version a | cut -d. -f1)" -lt 9 ]; then
-        ram_bytes=$((ram_bytes + 8192))
-        say "note: QEMU $(qemu_version a) loses writes of emulated guests that migrate, but for 8 KiB more memory, which the guest gets"
-    fi
-}
-
 # The modes that this vmar and these QEMUs have.
 choose_modes() {
     local mode left=() without=''
@@ -526,7 +452,7 @@ vm_library=${vm_library:-$dir/library}
 # shellcheck disable=SC2034 # for vm_serve
 vm_record=''
 probe_accel "$vm_images/$image.vmlinuz"
-choose_memory
+choose_memory a
 vm_guard
 # Nothing ends this without a word.
 set -o errtrace

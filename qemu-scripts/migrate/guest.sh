@@ -4,6 +4,7 @@
 #
 #   setup FILES_MIB LOAD DIRTY_MIB    makes and sums up what is verified, starts the counter and the load
 #   verify                            says what is wrong, and fails; or what is worth a note, and does not
+#   audit                             the same, then the database's own checks if there is one, then the files again, from the disk
 set -Eeuo pipefail
 export LC_ALL=C
 dir=/run/vmar-migrate
@@ -100,6 +101,29 @@ verify() {
     awk -v n="$before" 'NR == n + 1' $dir/lates
 }
 
+# What PostgreSQL itself says: all indexes against their tables, all rows, and that the balances of pgbench's TPC-B agree.
+audit_db() {
+    local said
+    said=$(runuser -u postgres -- psql --quiet --no-align --tuples-only --set ON_ERROR_STOP=1 vmar_migrate 2>&1 <<'SQL'
+create extension if not exists amcheck;
+select count(*) from (select bt_index_check(c.oid, true) from pg_class c join pg_index i on i.indexrelid = c.oid
+    join pg_am a on a.oid = c.relam where a.amname = 'btree' and c.relpersistence = 'p') x;
+select case when a = t and t = b and b = h then 'agree' else 'differ: ' || a || ' ' || t || ' ' || b || ' ' || h end from
+    (select (select sum(abalance) from pgbench_accounts) a, (select sum(tbalance) from pgbench_tellers) t,
+     (select sum(bbalance) from pgbench_branches) b, (select coalesce(sum(delta), 0) from pgbench_history) h) x;
+SQL
+    ) || fail "the database: $said"
+    [ "${said##*$'\n'}" = agree ] || fail "the database: $said"
+}
+
+audit() {
+    verify
+    if [ "$(cat $dir/load)" = db ]; then audit_db; fi
+    sync
+    echo 3 >/proc/sys/vm/drop_caches
+    verify
+}
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Loads
 
@@ -153,8 +177,28 @@ load_db() {
     background load runuser -u postgres -- "$bin/pgbench" --no-vacuum --client=1 --rate=10 --time=1000000 vmar_migrate
 }
 
+# C in 60 files, compiled again and again. What the compiler reads is in the page cache, what it writes is on its way to the disk.
+load_build() {
+    local n m
+    command -v gcc >/dev/null && command -v make >/dev/null || fail "load build: no compiler in this image: take one that has it, such as build"
+    mkdir -p /var/tmp/vmar-build
+    cd /var/tmp/vmar-build
+    for n in $(seq 60); do
+        printf '#include <%s.h>\n' math stdio stdlib string >"$n.c"
+        for m in $(seq 40); do
+            printf 'double f%s_%s(double x) { char b[64]; snprintf(b, 64, "%%f", sin(x * %s) + %s); return atof(b) * strlen(b); }\n' "$n" "$m" "$n" "$m"
+        done >>"$n.c"
+    done
+    printf 'all.a: $(patsubst %%.c,%%.o,$(wildcard *.c))\n\tar rcs $@ $^\nCFLAGS = -O1 -g\n' >Makefile
+    background load sh -c 'cd /var/tmp/vmar-build && while :; do make --silent || exit 1; rm -f *.o all.a; done'
+    # Until it has compiled for a while.
+    sleep 60
+}
+
 setup() {
     local mib=$1 load=$2 dirty=$3
+    mkdir -p $dir
+    echo "$load" >$dir/load
     # What ends on its own soon after a boot is over.
     systemctl --quiet stop apt-daily.timer apt-daily-upgrade.timer man-db.timer 2>/dev/null || true
     make_files "$mib"
@@ -165,6 +209,7 @@ setup() {
         video) background_perl load "$video" ;;
         web) load_web ;;
         db) load_db ;;
+        build) load_build ;;
         *) fail "no load $load" ;;
     esac
     errors >$dir/errors
