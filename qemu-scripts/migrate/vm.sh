@@ -69,13 +69,12 @@ library_with() {
     "$vmar" image add "${sources[@]}" --library "$vm_library" >>"$dir/library.log" 2>&1 || die "could not add the images: $(tail -n 1 "$dir/library.log")"
 }
 
-# Until 9.0 QEMU loses writes of an emulated guest while it migrates: it clears dirty bits 64 at a time and does not tell the translated
+# choose_memory HOST: until 9.0 QEMU loses writes of an emulated guest while it migrates: it clears dirty bits 64 at a time and does not tell the translated
 # code (its commit 03bfc2188f06): two guests in some sixty moves crashed, in whatever mode. It goes page by page, and does tell, through
 # memory that is not of whole 64 pages, so that is what it gets; the first round begins up to a second later.
-# choose_memory HOST
 choose_memory() {
     ram_bytes=$((vm_memory * 1048576))
-    if [ "$VMAR_ACCEL" = tcg ] && [ "$(qemu_version a | cut -d. -f1)" -lt 9 ]; then
+    if [ "$VMAR_ACCEL" = tcg ] && [ "$(qemu_version "$1" | cut -d. -f1)" -lt 9 ]; then
         ram_bytes=$((ram_bytes + 8192))
         say "note: QEMU $(qemu_version "$1") loses writes of emulated guests that migrate, but for 8 KiB more memory, which the guest gets"
     fi

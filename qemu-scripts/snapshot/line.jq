@@ -5,7 +5,7 @@
 | (["free", "cache-clean"] | map($p[.] // {pages: 0, zero: 0} | .pages - .zero) | add) as $once
 | ($p.disk // {pages: 0, zero: 0} | (.pages - .zero) * 4096) as $disk
 | (.first.about.stream_bytes + $disk) as $whole
-| . as $all
+| ($once + ([$p | to_entries[] | select(.key != "disk") | .value.zero] | add)) as $idle
 | .stores as $n
 | ($whole * $n) as $native
 | ($once * 4096 + ($whole - $once * 4096) * $n) as $paper
@@ -14,7 +14,8 @@
     kernel: .first.about.kernel,
     pages: $p,
     whole_bytes: $whole, native_bytes: $native, paper_bytes: $paper, vmar_bytes: .first_bytes, again_bytes: .second_bytes,
-    ram_native_bytes: ((.first.memory_bytes + $disk) * $n),
+    # As the paper counts: zero pages are pages like others, and kept once.
+    ram_native_bytes: ((.first.memory_bytes + $disk) * $n), ram_paper_bytes: ((.first.memory_bytes + $disk) * $n - $idle * 4096 * ($n - 1)),
     saved_paper: (1 - $paper / $native), saved_vmar: (1 - .first_bytes / $native), saved_again: (1 - .second_bytes / $native),
     stood_ms: [.first.stood_ms, .second.stood_ms], save_s: [.first.seconds, .second.seconds],
     plain: (.plain | if . then {save_s: .seconds, bytes: (.bytes + .overlay_bytes), restore_s: .restore.seconds,

@@ -32,24 +32,22 @@ pub struct Known {
 }
 
 impl Known {
-    /// Of a domain's snapshots, the newest first and those of this VM before others, as far as there is room. Only packs count that
-    /// are in all the stores where they belong.
+    /// Of a domain's snapshots, the newest first, as far as there is room. Only packs count that are in all the stores where they
+    /// belong.
     ///
     /// # Errors
     /// A store cannot be read.
-    pub fn load(stores: &Stores, vm: &str, domain: &str, copies: usize) -> Result<Known> {
+    pub fn load(stores: &Stores, domain: &str, copies: usize) -> Result<Known> {
         let mut known = Known::default();
-        let mut snapshots: Vec<Snapshot> = Vec::new();
-        for name in stores.snapshots()?.into_keys() {
-            match stores.load(&name) {
-                Ok(snapshot) if snapshot.about.domain == domain => snapshots.push(snapshot),
+        for name in stores.newest_first()? {
+            match stores.load_any(&name) {
+                Ok(snapshot) if snapshot.about.domain == domain => known.add_snapshot(stores, &snapshot, copies),
                 Ok(_) => {}
                 Err(e) => log::warn!("its pages are not used: {e}"),
             }
-        }
-        snapshots.sort_by_key(|s| (s.about.vm != vm, std::cmp::Reverse(s.about.taken)));
-        for snapshot in &snapshots {
-            known.add_snapshot(stores, snapshot, copies);
+            if known.pages.len() >= CONTENTS_MAX {
+                break;
+            }
         }
         Ok(known)
     }

@@ -99,7 +99,7 @@ pub fn save(stores: &Stores, options: &Options<'_>, observer: &dyn Observer, sto
     let vm = options.vm.map(str::to_string).map_or_else(|| monitor.name(), |vm| Ok(Some(vm)))?;
     let vm =
         vm.ok_or_else(|| Error::new(ErrorKind::Usage, "--vm", "QEMU has no name for the VM").mend("give it one"))?;
-    let mut known = Known::load(stores, &vm, options.domain, copies)?;
+    let mut known = Known::load(stores, options.domain, copies)?;
     if let Some(dir) = options.templates {
         known.add_template(dir, options.domain)?;
     }

@@ -5,13 +5,18 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::migrate::stream::{Event, Mark, PAGE_SIZE, Parser, Place};
 use crate::store::manifest::MemoryBlock;
 use crate::units::to_usize;
-use memmap2::MmapMut;
+use memmap2::Mmap;
 use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, open};
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// Memory of all guests that are taken, at most.
 const MEMORY_MAX: u64 = 1 << 40;
+
+/// Pages that follow each other are written together, as many as this in bytes: by a mapping each of them would cost a fault while the VM
+/// stands still.
+const RUN: usize = 1 << 20;
 
 /// What a stream holds, as far as it has come.
 #[derive(Debug)]
@@ -26,11 +31,24 @@ struct Inner {
     blocks: Vec<MemoryBlock>,
     /// Where each block begins in `memory`.
     starts: Vec<u64>,
-    memory: Option<MmapMut>,
+    file: Option<Memory>,
     skeleton: Skeleton,
     bytes: u64,
     /// The last section of RAM has ended.
     ended: bool,
+}
+
+/// The file that memory is in.
+#[derive(Debug)]
+struct Memory {
+    dir: PathBuf,
+    file: File,
+    len: u64,
+    /// Pages that follow each other, and where the first one belongs.
+    run: Vec<u8>,
+    at: u64,
+    /// A bit for each page that is not zero in the file.
+    written: Vec<u64>,
 }
 
 /// A VM, as it stood.
@@ -39,7 +57,7 @@ pub struct Vm {
     /// The blocks of its memory.
     pub blocks: Vec<MemoryBlock>,
     /// Their content, one after the other.
-    pub memory: MmapMut,
+    pub memory: Mmap,
     /// All the rest.
     pub skeleton: Skeleton,
     /// QEMU's machine type.
@@ -94,11 +112,11 @@ impl Spool {
             }
             Ok::<(), Error>(())
         })?;
-        let (Inner { blocks, memory, skeleton, bytes, ended, .. }, machine) = (self.inner, self.parser.machine());
-        match memory {
-            Some(memory) if ended => {
+        let (Inner { blocks, file, skeleton, bytes, ended, .. }, machine) = (self.inner, self.parser.machine());
+        match file {
+            Some(file) if ended => {
                 let machine = machine.unwrap_or_default().to_string();
-                Ok(Vm { blocks, memory, skeleton, machine, stream_bytes: bytes })
+                Ok(Vm { blocks, memory: file.map()?, skeleton, machine, stream_bytes: bytes })
             }
             _ => Err(strange("it ends in the middle of memory")),
         }
@@ -118,15 +136,7 @@ impl Inner {
         if all == 0 || all > MEMORY_MAX {
             return Err(strange(&format!("it has {all} bytes of memory")));
         }
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let file = open(dir, flags, Mode::RUSR | Mode::WUSR);
-        let file = File::from(file.map_err(|e| Error::io(dir, "make a file in it", e.into()))?);
-        // All room now: to write to a mapping for which there is none ends the process.
-        fallocate(&file, FallocateFlags::empty(), 0, all)
-            .map_err(|e| Error::io(dir, &format!("keep {all} bytes of memory there for a while"), e.into()))?;
-        // SAFETY: the file has no name, so nobody else has it or can cut it.
-        let memory = unsafe { MmapMut::map_mut(&file) }.map_err(|e| Error::io(dir, "map a file in it", e))?;
-        self.memory = Some(memory);
+        self.file = Some(Memory::create(dir, all)?);
         self.blocks = blocks;
         Ok(())
     }
@@ -140,17 +150,57 @@ impl Inner {
         if place.offset >= block.len {
             return Err(strange("a page is behind the end of its block"));
         }
-        let at = to_usize(start + place.offset);
-        let goal = self.memory.as_mut().and_then(|memory| memory.get_mut(at..at + to_usize(PAGE_SIZE)));
-        match (goal, page) {
-            (Some(goal), Some(page)) if page.len() == goal.len() => goal.copy_from_slice(page),
-            // The file is zeros; only a page that came before and is zero now has to be written.
-            (Some(goal), None) if crate::units::is_zero(goal) => {}
-            (Some(goal), None) => goal.fill(0),
-            _ => return Err(strange("a page is behind the end of memory")),
-        }
+        let file = self.file.as_mut().ok_or_else(|| strange("a page comes before the list of blocks"))?;
+        file.page(start + place.offset, page)?;
         self.skeleton.page(place);
         Ok(())
+    }
+}
+
+impl Memory {
+    fn create(dir: &Path, len: u64) -> Result<Memory> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let file = open(dir, flags, Mode::RUSR | Mode::WUSR);
+        let file = File::from(file.map_err(|e| Error::io(dir, "make a file in it", e.into()))?);
+        // All room now, and not an error when half of it has come.
+        fallocate(&file, FallocateFlags::empty(), 0, len)
+            .map_err(|e| Error::io(dir, &format!("keep {len} bytes of memory there for a while"), e.into()))?;
+        let written = vec![0; to_usize((len / PAGE_SIZE).div_ceil(64))];
+        Ok(Memory { dir: dir.to_path_buf(), file, len, run: Vec::with_capacity(RUN), at: 0, written })
+    }
+
+    /// The content of a page; none is zeros.
+    fn page(&mut self, at: u64, page: Option<&[u8]>) -> Result<()> {
+        let number = at / PAGE_SIZE;
+        let word = self.written.get_mut(to_usize(number / 64)).filter(|_| at < self.len);
+        let word = word.ok_or_else(|| strange("a page is behind the end of memory"))?;
+        let bit = 1 << (number % 64);
+        const ZEROS: [u8; 4096] = [0; 4096];
+        let page = match page {
+            Some(page) => page,
+            // The file has zeros unless the page came before.
+            None if *word & bit == 0 => return Ok(()),
+            None => &ZEROS,
+        };
+        *word |= bit;
+        if self.at + self.run.len() as u64 != at || self.run.len() >= RUN {
+            self.flush()?;
+            self.at = at;
+        }
+        self.run.extend_from_slice(page);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        let written = self.file.write_all_at(&self.run, self.at);
+        self.run.clear();
+        written.map_err(|e| Error::io(&self.dir, "keep memory there for a while", e))
+    }
+
+    fn map(mut self) -> Result<Mmap> {
+        self.flush()?;
+        // SAFETY: the file has no name, so nobody else has it or can cut it, and it is written no more.
+        unsafe { Mmap::map(&self.file) }.map_err(|e| Error::io(&self.dir, "map a file in it", e))
     }
 }
 

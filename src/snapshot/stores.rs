@@ -67,6 +67,15 @@ impl Store {
         self.packs.get(&id).copied()
     }
 
+    /// What it has of a snapshot.
+    fn snapshot(&self, name: &str) -> Option<Result<Snapshot>> {
+        let key = place::snapshot_key(name);
+        match self.place.get(&key) {
+            Err(e) if e.kind() == ErrorKind::NotFound => None,
+            read => Some(read.and_then(|bytes| Snapshot::decode(&format!("{}/{key}", self.url()), name, &bytes))),
+        }
+    }
+
     fn open(url: &str, access: Access) -> Result<Store> {
         let place = place::open(url)?;
         let mark = match place.get(MARK) {
@@ -204,15 +213,49 @@ impl Stores {
         Ok(out)
     }
 
+    /// The names of all snapshots, those first that were written last.
+    ///
+    /// # Errors
+    /// A store cannot be read.
+    pub fn newest_first(&self) -> Result<Vec<String>> {
+        let mut written: BTreeMap<String, SystemTime> = BTreeMap::new();
+        for store in &self.stores {
+            for object in store.place.list(SNAPSHOTS)? {
+                if let Some(name) = place::snapshot_name(&object.name) {
+                    written.entry(name.into()).or_insert(object.written);
+                }
+            }
+        }
+        let mut names: Vec<_> = written.into_iter().collect();
+        names.sort_by_key(|(_, written)| std::cmp::Reverse(*written));
+        Ok(names.into_iter().map(|(name, _)| name).collect())
+    }
+
+    /// The first copy of a snapshot that is whole. Whether all copies are the same is not looked at: [`Stores::load`] does.
+    ///
+    /// # Errors
+    /// No store has one.
+    pub fn load_any(&self, name: &str) -> Result<Snapshot> {
+        let mut failed = None;
+        for store in &self.stores {
+            match store.snapshot(name) {
+                Some(Ok(snapshot)) => return Ok(snapshot),
+                Some(Err(e)) => failed = Some(e),
+                None => {}
+            }
+        }
+        Err(failed.unwrap_or_else(|| self.absent(name)))
+    }
+
+    fn absent(&self, name: &str) -> Error {
+        let places = self.stores.iter().map(Store::url).collect::<Vec<_>>().join(", ");
+        Error::new(ErrorKind::NotFound, format!("snapshot {name}"), format!("is not in {places}"))
+            .mend("'vmar snapshot list' shows the names")
+    }
+
     /// What each store has of a snapshot; none where it has nothing.
     pub fn copies_of(&self, name: &str) -> Vec<Option<Result<Snapshot>>> {
-        let read = |store: &Store| match store.place.get(&place::snapshot_key(name)) {
-            Err(e) if e.kind() == ErrorKind::NotFound => None,
-            result => Some(result.and_then(|bytes| {
-                Snapshot::decode(&format!("{}/{}", store.url(), place::snapshot_key(name)), name, &bytes)
-            })),
-        };
-        self.stores.iter().map(read).collect()
+        self.stores.iter().map(|store| store.snapshot(name)).collect()
     }
 
     /// Reads a snapshot: the copy of any store that is whole.
@@ -239,12 +282,7 @@ impl Stores {
                 _ => {}
             }
         }
-        let absent = || {
-            let places = self.stores.iter().map(Store::url).collect::<Vec<_>>().join(", ");
-            Error::new(ErrorKind::NotFound, format!("snapshot {name}"), format!("is not in {places}"))
-                .mend("'vmar snapshot list' shows the names")
-        };
-        found.map(|(_, snapshot)| snapshot).ok_or_else(|| failed.unwrap_or_else(absent))
+        found.map(|(_, snapshot)| snapshot).ok_or_else(|| failed.unwrap_or_else(|| self.absent(name)))
     }
 
     /// Writes a snapshot to all stores: last of all, when its packs are there.

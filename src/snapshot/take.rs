@@ -128,7 +128,7 @@ impl<'a> Standing<'a> {
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                    drop(self.look(last)?)
+                    self.look(last)?;
                 }
                 Err(e) => return Err(Error::io(&door.path, "read QEMU's migration", e)),
             }
