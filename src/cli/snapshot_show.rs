@@ -315,6 +315,7 @@ pub fn findings(common: &Common, stores: &Stores, found: &Findings, freed: Optio
     } else {
         wrong.iter().for_each(|line| println!("{line}"));
         mended.iter().for_each(|line| println!("mended: {line}"));
+        lost.iter().for_each(|line| println!("store left out: {line}"));
         println!(
             "{} snapshots, {} packs, {} read: {} faults, {} mended",
             found.snapshots,
@@ -327,6 +328,12 @@ pub fn findings(common: &Common, stores: &Stores, found: &Findings, freed: Optio
     if !found.broken.is_empty() {
         let cause = format!("cannot be restored from these stores: {}", found.broken.join(", "));
         return Err(Error::new(ErrorKind::Corrupt, "snapshots", cause).mend("name more stores that they were saved to"));
+    }
+    if !lost.is_empty() {
+        let cause = format!("{} of {} could not be looked at", lost.len(), lost.len() + stores.all().len());
+        return Err(Error::new(ErrorKind::NotFound, "stores", cause).mend(
+            "all can be restored without; bring it back, or let 'vmar snapshot repair' fill an empty one in its place",
+        ));
     }
     if wrong.len() > harmless {
         return Err(Error::new(ErrorKind::Corrupt, "snapshots", format!("{} faults", wrong.len() - harmless))

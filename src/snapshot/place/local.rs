@@ -68,6 +68,21 @@ impl Directory {
     }
 }
 
+/// Makes a directory and those above it, durably.
+fn make_dir(dir: &Path) -> Result<()> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    make_dir(parent)?;
+    match fs::create_dir(dir) {
+        // Another thread was faster.
+        Err(e) if e.kind() == IoKind::AlreadyExists && dir.is_dir() => {}
+        made => made.map_err(|e| Error::io(dir, "make it", e))?,
+    }
+    sync_dir(parent)
+}
+
 impl Place for Directory {
     fn url(&self) -> &str {
         &self.url
@@ -99,7 +114,7 @@ impl Place for Directory {
     fn put(&self, key: &str, bytes: &[u8], _: Care) -> Result<()> {
         let goal = self.dir.join(key);
         for dir in [Some(self.dir.join(STAGING)).as_deref(), goal.parent()].into_iter().flatten() {
-            fs::create_dir_all(dir).map_err(|e| Error::io(dir, "make it", e))?;
+            make_dir(dir)?;
         }
         if key == MARK {
             self.check_new()?;
