@@ -6,7 +6,7 @@ set -euo pipefail
 # shellcheck source=qemu-scripts/migrate/vm.sh
 . "$repo/qemu-scripts/migrate/vm.sh"
 
-all_checks=all,each,once,class,plain
+all_checks=all,each,once,many,class,plain
 
 usage() {
     cat <<EOF
@@ -19,6 +19,7 @@ memory and on its disk, a counter that runs, its kernel's messages, and, with a 
   all     from all stores
   each    with each store lost in turn
   once    with all packs lost that are in one store: free pages come back as zeros
+  many    four VMs at once from the one snapshot, each verified
   class   the negative control: with the clean page cache lost as well, as the paper does. This one has to come to harm
   plain   beside it: QEMU's migration to a file through zstd -1, and a copy of the overlay; saved and loaded, not audited
 
@@ -161,6 +162,36 @@ audit() {
     end_vm
 }
 
+# many COUNT: so many VMs from "second", at once.
+many() {
+    local n dirs=() pids=() began seconds state=well said=''
+    for n in $(seq "$1"); do
+        dirs+=("$dir/vm-many-$n")
+        mkdir -p "$dir/vm-many-$n"
+        "$vmar" --library "$vm_library" snapshot restore second --overlay "$dir/vm-many-$n/overlay.qcow2" \
+            --state-dir "$dir/vm-many-$n/state" "${every[@]}" >/dev/null 2>>"$dir/vmar.log" || die "no disk: $(tail -n 1 "$dir/vmar.log")"
+        qemu_start - "$image" "$dir/vm-many-$n" "$dir/vm-many-$n/overlay.qcow2" restore
+    done
+    began=$(now_ms)
+    for now in "${dirs[@]}"; do
+        "$vmar" --library "$vm_library" snapshot restore second --qmp "$now/proxy.qmp" "${every[@]}" --json >"$now/memory.json" \
+            2>>"$now/restore.log" &
+        pids+=("$!")
+    done
+    for n in "${pids[@]}"; do
+        wait "$n" || die "no memory: $(tail -qn 1 "$dir"/vm-many-*/restore.log)"
+    done
+    seconds=$(as_seconds $(($(now_ms) - began)))
+    for now in "${dirs[@]}"; do
+        said=$(in_guest 600 verify 2>&1) || { state=harm; break; }
+    done
+    audits+=("$(jq -cn --arg what "$1 VMs at once" --arg state "$state" --arg said "$said" --argjson s "$seconds" \
+        '{$what, expected: "well", $state, $said, disk_s: null, memory_s: $s, lost_pages: 0}')")
+    say "$1 VMs at once: $state, memory of all in $seconds s"
+    [ "$state" = well ] || bad=$((bad + 1))
+    end_vm
+}
+
 say "$(nproc) processors, $VMAR_ACCEL, QEMU $(qemu_version -), image $image, $vm_memory MiB, load $load, logs in $dir"
 now=$dir/vm-0
 mkdir -p "$now"
@@ -214,6 +245,7 @@ for check in ${checks//,/ }; do
                 mv "$dir/store-$n.whole" "$dir/store-$n"
             done
             ;;
+        many) many 4 ;;
         class)
             said=$("$lose" second less "${every[@]}" --class cache-clean) || die "lose_class: $said"
             audit "clean page cache lost ($said)" harm less "${every[@]}"

@@ -134,5 +134,7 @@ tests/qemu/migrate.sh --proxies --seconds 60 --moves 1 || fail "moved under load
 pass "a guest under load moves through vmar migrate, byte for byte, and goes on when the link is cut"
 tests/qemu/cuts.sh --cuts 6 --last 4 || fail "links were cut: see above"
 pass "wherever the link is cut, the guest runs at one side at most, and goes on"
+tests/qemu/snapshot.sh --seconds 30 || fail "kept and brought back: see above"
+pass "a guest under load is kept in three stores, and goes on from one that is left"
 rm -rf "$work"
 echo "$passed passed, 0 failed"
