@@ -86,8 +86,11 @@ pub struct SaveArgs {
     #[arg(long)]
     vm: Option<String>,
     /// An overlay of the VM, which 'vmar serve' serves; repeated, in the order in which they will be restored (needs --library)
-    #[arg(long = "overlay", value_name = "FILE")]
+    #[arg(long = "overlay", value_name = "FILE", required_unless_present = "memory_only")]
     overlays: Vec<PathBuf>,
+    /// Save no disk: nothing writes to those that the VM has, or they are kept in another way
+    #[arg(long, conflicts_with = "overlays")]
+    memory_only: bool,
     #[command(flatten)]
     state: StateDir,
     /// The VM's base image: pages that it holds are refilled from it [default: that of the first --overlay] (needs --library)
@@ -212,6 +215,7 @@ fn save(common: &Common, args: &SaveArgs) -> Result<()> {
         copies: args.copies,
         replication: if args.replication == By::Full { Replication::Full } else { Replication::Page },
         image,
+        memory_only: args.memory_only,
         disks: &disks,
         templates: args.templates.as_deref(),
         spool: &args.spool,

@@ -35,6 +35,7 @@ macro_rules! command {
 
 command!(QueryStatus, "query-status");
 command!(QueryName, "query-name");
+command!(QueryBlock, "query-block");
 command!(QueryCapabilities, "query-migrate-capabilities");
 command!(SetCapabilities, "migrate-set-capabilities");
 command!(QueryParameters, "query-migrate-parameters");
@@ -136,6 +137,17 @@ impl Monitor {
     /// QEMU does not say.
     pub fn name(&mut self) -> Result<Option<String>> {
         Ok(self.ask(&QueryName(json!({})))?["name"].as_str().map(str::to_string))
+    }
+
+    /// Files of the disks that QEMU itself writes to (`-drive`); those of vhost-user devices are not among them.
+    ///
+    /// # Errors
+    /// QEMU does not say.
+    pub fn own_disks(&mut self) -> Result<Vec<String>> {
+        let said = self.ask(&QueryBlock(json!({})))?;
+        let inserted = said.as_array().into_iter().flatten().map(|device| &device["inserted"]);
+        let file = |disk: &Value| disk["file"].as_str().map(str::to_string);
+        Ok(inserted.filter(|disk| disk["ro"] == false).filter_map(file).collect())
     }
 
     /// Stops the VM.

@@ -55,6 +55,8 @@ pub struct Options<'a> {
     pub replication: Replication,
     /// The VM's base image.
     pub image: Option<(&'a Library, &'a ImageRecord)>,
+    /// Disks are not to be saved.
+    pub memory_only: bool,
     /// Its disks.
     pub disks: &'a [DiskOf<'a>],
     /// A store of memory whose template is used.
@@ -96,6 +98,9 @@ pub fn save(stores: &Stores, options: &Options<'_>, observer: &dyn Observer, sto
     let began = Instant::now();
     let copies = check_options(stores, options)?;
     let mut monitor = Monitor::connect(options.qmp)?;
+    if !options.memory_only {
+        refuse_own_disks(&mut monitor)?;
+    }
     let vm = options.vm.map(str::to_string).map_or_else(|| monitor.name(), |vm| Ok(Some(vm)))?;
     let vm =
         vm.ok_or_else(|| Error::new(ErrorKind::Usage, "--vm", "QEMU has no name for the VM").mend("give it one"))?;
@@ -144,6 +149,17 @@ pub fn save(stores: &Stores, options: &Options<'_>, observer: &dyn Observer, sto
         stood,
         took: began.elapsed(),
     })
+}
+
+/// A disk that is not in the snapshot, and goes on being written, is not what the restored VM believes it is.
+fn refuse_own_disks(monitor: &mut Monitor) -> Result<()> {
+    match monitor.own_disks()?.first() {
+        None => Ok(()),
+        Some(disk) => {
+            Err(Error::file(ErrorKind::Unsupported, disk, "is a disk of QEMU's own, and would not be in the snapshot")
+                .mend("have 'vmar serve' serve it, or say --memory-only if nothing writes to it"))
+        }
+    }
 }
 
 /// In how many stores pages will be, if all makes sense.
