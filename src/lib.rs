@@ -62,6 +62,13 @@
 //! hashes with those of earlier images, compares bytes, [`map`] builds the block map, and [`library`] commits all of it by
 //! one rename.
 //!
+//! # Follow one snapshot
+//!
+//! 1. [`snapshot::take`] stops the VM, has QEMU write it to a socket and looks at its disks; the VM goes on.
+//! 2. [`introspect`] finds the guest's kernel in its memory and says what each page is used for; [`snapshot::keep`] finds pages in the base
+//!    image and in the stores, and packs what is new ([`store`]).
+//! 3. Packs go to all [`snapshot::stores`], or to one if they may be lost; the snapshot's own file follows when they are there.
+//!
 //! # Look inside
 //!
 //! ```

@@ -247,7 +247,7 @@ impl Keeper<'_> {
 
 /// Where a page is that was decided.
 #[derive(Clone, Copy, Debug)]
-enum Place {
+enum Spot {
     /// In a pack of the stores: its number in [`Plan::old`].
     Old(u32, u32),
     /// In a new pack of this care, the n-th page of all such packs.
@@ -260,7 +260,7 @@ struct Plan<'a> {
     /// Known packs that are used, and their numbers in the manifest.
     old: HashMap<u32, u32>,
     packs: Vec<PackId>,
-    placed: HashMap<Digest, Place>,
+    placed: HashMap<Digest, Spot>,
     critical: Vec<usize>,
     once: Vec<usize>,
     counts: Vec<Count>,
@@ -300,7 +300,7 @@ impl<'a> Plan<'a> {
                 packs.extend(self.known.pack(pack).map(|pack| pack.id));
                 u32::try_from(packs.len() - 1).unwrap_or(u32::MAX)
             });
-            self.placed.insert(seen.hash, Place::Old(*place, page));
+            self.placed.insert(seen.hash, Spot::Old(*place, page));
         } else if content.bytes.is_none() {
             // It was found before the VM was stopped, and nobody else writes to what is known.
             return Err(Error::new(ErrorKind::Corrupt, "snapshot", "a page is not where it was").mend("take it again"));
@@ -310,7 +310,7 @@ impl<'a> Plan<'a> {
                 Care::Once => (&mut self.once, &mut count.once),
             };
             *counted += 1;
-            self.placed.insert(seen.hash, Place::New(content.care, list.len()));
+            self.placed.insert(seen.hash, Spot::New(content.care, list.len()));
             list.push(number);
         }
         Ok(())
@@ -344,8 +344,8 @@ impl<'a> Plan<'a> {
         }
         let narrow = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         match self.placed.get(&seen.hash) {
-            Some(Place::Old(pack, page)) => Held::Pack { pack: *pack, page: *page },
-            Some(Place::New(care, number)) => {
+            Some(Spot::Old(pack, page)) => Held::Pack { pack: *pack, page: *page },
+            Some(Spot::New(care, number)) => {
                 let first = if *care == Care::Critical { self.starts.0 } else { self.starts.1 };
                 Held::Pack { pack: first + narrow(number / PACK_PAGES), page: narrow(number % PACK_PAGES) }
             }
