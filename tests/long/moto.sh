@@ -223,13 +223,16 @@ refused 'repair' 60 check --spool "$work" --json
 faults=$(jq '.faults | length' "$work/refused.out")
 [ "$faults" -eq 5 ] || fail "check: 5 faults were made, $faults are found: $(cat "$work/refused.out")"
 step "harm: cut, changed, exchanged, removed: check finds $faults of 5"
+back_disk three
+stores "${three[0]}" "${three[1]}"
+refused 'whole copy' 60 restore three --qmp "$next/proxy.qmp" --spool "$work"
+guest_end "$next"
+step "harm: not restored from the S3 stores alone, which lack a pack: $refusal"
+stores "${three[@]}"
 back three
-grep -q 'another one is asked' "$work/memory-three.log" || fail "restore has not said that it asked another store"
-step "harm: restored from what is whole; the guest is what it was"
+step "harm: restored from all three; the guest is what it was"
 "$vmar" snapshot repair "${store[@]}" --spool "$work" >"$work/repair.log" 2>&1 || fail "repair: $(last "$work/repair.log")"
 check "after repair"
-stores "${three[0]}" "${three[1]}"
-check "after repair, of the S3 stores alone"
 stores "${three[0]}"
 back three
 step "repaired: restored from one S3 store alone; the guest is what it was"
@@ -246,15 +249,23 @@ for trouble in "status 503 6" "status 500 6" "cut 4"; do
     [ "$(cat "$work/mode-$a")" = pass ] || fail "restore: not all of '$trouble' came"
     step "$trouble: saved and restored; the guest is what it was"
 done
-mode "$a" status 503
+stores "$(url "$a" bucket/late)"
+: >"$work/requests-$a"
 save late &
 saving=$!
+until grep -q '^PUT .*/packs/' "$work/requests-$a"; do
+    kill -0 "$saving" 2>/dev/null || fail "save: ended before it had a middle: $(last "$work/save-late.log")"
+    sleep 0.02
+done
+mode "$a" status 503
 sleep 20
 mode "$a" pass
 wait "$saving" || fail "save, 503 for 20 s: $(last "$work/save-late.log")"
-check "after 20 s of 503"
+refusals=$(grep -c ' 503 ' "$work/requests-$a") || fail "save, 503 for 20 s: it has not asked then"
+check "after 20 s of 503 in a save, $refusals times"
 
 # And one that is not coming back.
+stores "$(url "$a" bucket/busy)"
 mode "$a" status 503
 refused 'SlowDown' 120 list
 step "503 for ever, to read: $refusal"

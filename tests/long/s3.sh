@@ -30,11 +30,12 @@ guest_start() {
 
 # guest_end DIR: without a word, as a host that fails. What was saved has to be enough.
 guest_end() {
-    local what
+    local what pid
     for what in qemu vmar; do
-        kill -KILL "$(cat "$1/$what.pid")" 2>/dev/null || true
-        wait "$(cat "$1/$what.pid")" 2>/dev/null || true
+        pid=$(cat "$1/$what.pid" 2>/dev/null) || continue
         rm -f "$1/$what.pid"
+        kill -KILL "$pid" 2>/dev/null || true
+        wait "$pid" 2>/dev/null || true
     done
 }
 
