@@ -197,11 +197,20 @@ impl Arriving {
     /// # Errors
     /// There is one, or it cannot be made.
     pub fn create(path: &Path, state_dir: &Path, options: &CreateOptions<'_>) -> Result<Arriving> {
+        Arriving::check_free(path)?;
+        Arriving::begin(path, state_dir, options)
+    }
+
+    /// Whether there is no file yet.
+    ///
+    /// # Errors
+    /// There is one.
+    pub fn check_free(path: &Path) -> Result<()> {
         if fs::symlink_metadata(path).is_ok() {
             return Err(Error::file(ErrorKind::Exists, path, "is there already")
                 .mend("name a new file, or remove it if nobody needs it"));
         }
-        Arriving::begin(path, state_dir, options)
+        Ok(())
     }
 
     fn begin(path: &Path, state_dir: &Path, options: &CreateOptions<'_>) -> Result<Arriving> {

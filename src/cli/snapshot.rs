@@ -12,10 +12,11 @@ use crate::library::{ImageRecord, Library};
 use crate::migrate::monitor::Monitor;
 use crate::overlay::{BaseIdentity, CreateOptions};
 use crate::snapshot::file::{AboutDisk, Replication, Snapshot};
+use crate::snapshot::keep::check as stopped;
 use crate::snapshot::mend::Work;
 use crate::snapshot::restore::{self, Pages};
 use crate::snapshot::save::{self, DiskOf, Options};
-use crate::snapshot::stores::{Access, Stores};
+use crate::snapshot::stores::{Access, Stores, check_name};
 use crate::snapshot::take::private_dir;
 use clap::{Subcommand, ValueEnum};
 use std::fs;
@@ -248,6 +249,7 @@ fn bring_back(common: &Common, args: &RestoreArgs) -> Result<()> {
         let cause = format!("the snapshot has {} disks", snapshot.disks.len());
         return Err(Error::new(ErrorKind::Usage, "--overlay", cause).mend("name a new file for each"));
     }
+    args.overlays.iter().try_for_each(|path| Arriving::check_free(path))?;
     let library = common.library.as_deref().map(Library::open).transpose()?;
     let pages = Pages::new(&stores, &snapshot, library.as_ref(), &args.spool)?;
     let progress = Progress::new();
@@ -301,7 +303,8 @@ fn load(
     let wait = Duration::from_secs(args.wait);
     let mut monitor = loop {
         match Monitor::connect(qmp) {
-            Err(_) if began.elapsed() < wait && !stop.load(std::sync::atomic::Ordering::Relaxed) => {
+            Err(_) if began.elapsed() < wait => {
+                stopped(stop)?;
                 std::thread::sleep(Duration::from_millis(20));
             }
             result => break result?,
@@ -361,20 +364,26 @@ fn check(common: &Common, args: &CheckArgs, repair: bool) -> Result<()> {
     let work =
         Work { stores: &stores, spool: &args.spool, quick: args.quick, repair, observer: &progress, stop: &stop };
     let findings = work.run(&args.names)?;
-    let freed =
-        if repair && args.names.is_empty() && findings.faults.is_empty() { Some(stores.prune()?) } else { None };
+    let freed = if repair && args.names.is_empty() && findings.faults.len() == findings.harmless() {
+        Some(stores.prune()?)
+    } else {
+        None
+    };
     drop(progress);
     show::findings(common, &stores, &findings, freed)
 }
 
 fn delete(names: &[String], args: &StoreArgs) -> Result<()> {
     let stores = Stores::open(&args.stores, Access::Alone)?;
+    let there = stores.snapshots()?;
     for name in names {
-        if !stores.delete(name)? {
+        check_name(name)?;
+        if !there.contains_key(name) {
             return Err(Error::new(ErrorKind::NotFound, format!("snapshot {name}"), "is in none of the stores")
                 .mend("'vmar snapshot list' shows the names"));
         }
     }
+    names.iter().try_for_each(|name| stores.delete(name).map(|_| ()))?;
     let freed = stores.prune()?;
     println!("{} freed", crate::units::human_bytes(freed));
     Ok(())

@@ -293,7 +293,7 @@ fn say(fault: &Fault) -> String {
         }
         Fault::PackGone { pack } => {
             format!(
-                "pack {}… of free pages is in no store: they come back as zeros, and no guest misses them",
+                "pack {}… of free pages is whole in no store: they come back as zeros, and no guest misses them",
                 short(pack)
             )
         }
@@ -308,7 +308,7 @@ pub fn findings(common: &Common, stores: &Stores, found: &Findings, freed: Optio
     let wrong: Vec<String> = found.faults.iter().map(say).collect();
     let mended: Vec<String> = found.mended.iter().map(say).collect();
     let lost: Vec<String> = stores.lost().iter().map(|e| e.to_string()).collect();
-    let harmless = found.faults.iter().filter(|fault| matches!(fault, Fault::PackGone { .. })).count();
+    let harmless = found.harmless();
     if common.json {
         print_json(&json!({"snapshots": found.snapshots, "packs": found.packs, "bytes": found.bytes, "faults": wrong,
             "mended": mended, "broken": found.broken, "lost_stores": lost, "freed_bytes": freed}))?;

@@ -27,7 +27,7 @@ pub mod vmcoreinfo;
 pub mod zones;
 
 #[cfg(test)]
-mod synthetic;
+pub(crate) mod synthetic;
 #[cfg(test)]
 mod tests;
 

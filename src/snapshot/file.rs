@@ -281,7 +281,7 @@ impl Snapshot {
             let ordered = disk.runs.iter().all(|run| {
                 let after = run.first >= end;
                 end = run.first.saturating_add(run.blocks);
-                data += if run.data { run.blocks } else { 0 };
+                data = if run.data { run.blocks.saturating_add(data) } else { data };
                 after
             });
             ordered && end <= crate::units::blocks_in(about.size) && data == disk.data.pages.len() as u64

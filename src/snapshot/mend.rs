@@ -4,7 +4,7 @@ use super::file::Snapshot;
 use super::keep::{check, threads};
 use super::place::{self, Care};
 use super::restore::fetch;
-use super::stores::{Store, Stores};
+use super::stores::{Store, Stores, check_name};
 use crate::error::{Error, Result};
 use crate::indexer::Observer;
 use crate::store::PackId;
@@ -52,7 +52,7 @@ pub enum Fault {
         /// How many stores have it, and whole.
         left: usize,
     },
-    /// No store has a pack that may be lost: its pages come back as zeros.
+    /// No store has a whole copy of a pack that may be lost: its pages come back as zeros.
     PackGone {
         /// Which one.
         pack: PackId,
@@ -74,6 +74,13 @@ pub struct Findings {
     pub broken: Vec<String>,
     /// What was wrong, and is mended.
     pub mended: Vec<Fault>,
+}
+
+impl Findings {
+    /// Faults that no guest notices, and nobody can mend.
+    pub fn harmless(&self) -> usize {
+        self.faults.iter().filter(|fault| matches!(fault, Fault::PackGone { .. })).count()
+    }
 }
 
 /// What is known of a pack.
@@ -108,6 +115,7 @@ impl Work<'_> {
     pub fn run(&self, names: &[String]) -> Result<Findings> {
         let mut findings = Findings::default();
         let all = self.stores.snapshots()?;
+        names.iter().try_for_each(|name| check_name(name))?;
         let names: Vec<String> = if names.is_empty() { all.into_keys().collect() } else { names.to_vec() };
         findings.snapshots = names.len();
         let mut snapshots = Vec::new();
@@ -209,6 +217,7 @@ impl Work<'_> {
         }
         if good.is_empty() && wanted.care == Care::Once {
             findings.faults.push(Fault::PackGone { pack: id });
+            return Ok(false);
         }
         let mut faults: Vec<(&Store, Fault)> = Vec::new();
         let left = good.len();

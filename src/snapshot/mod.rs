@@ -30,3 +30,6 @@ pub mod skeleton;
 pub mod spool;
 pub mod stores;
 pub mod take;
+
+#[cfg(test)]
+mod tests;

@@ -10,7 +10,7 @@ use super::file::{About, AboutDisk, BaseImage, Disk, Kernel, Replication, Snapsh
 use super::keep::{Content, Count, Keeper, Kept};
 use super::known::Known;
 use super::place::Care;
-use super::stores::{Stores, check_name};
+use super::stores::{Stores, check_name, taken};
 use super::take::{Block, Taken, TakenDisk, take};
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
@@ -166,8 +166,7 @@ fn refuse_own_disks(monitor: &mut Monitor) -> Result<()> {
 fn check_options(stores: &Stores, options: &Options<'_>) -> Result<usize> {
     check_name(options.name)?;
     if stores.snapshots()?.contains_key(options.name) {
-        return Err(Error::new(ErrorKind::Exists, format!("snapshot {}", options.name), "is there already")
-            .mend("take another name, or delete it first"));
+        return Err(taken(options.name));
     }
     let copies = options.copies.unwrap_or(stores.all().len());
     if copies == 0 || copies > stores.all().len() {

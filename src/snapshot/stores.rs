@@ -76,7 +76,7 @@ impl Store {
         }
     }
 
-    fn open(url: &str, access: Access) -> Result<Store> {
+    fn open(url: &str, access: Access, others: &[Store]) -> Result<Store> {
         let place = place::open(url)?;
         let mark = match place.get(MARK) {
             Ok(mark) => mark,
@@ -84,8 +84,11 @@ impl Store {
                 log::info!("store {url} is new");
                 let mark = Mark { format: FORMAT.into(), version: VERSION, id: new_id()? };
                 let mark = serde_json::to_vec(&mark).map_err(|e| Error::new(ErrorKind::Io, "JSON", e))?;
-                place.put(MARK, &mark, Care::Critical)?;
-                mark
+                match place.put_new(MARK, &mark, Care::Critical) {
+                    Ok(()) => mark,
+                    // Another process may have been quicker.
+                    Err(e) => place.get(MARK).map_err(|_| e)?,
+                }
             }
             Err(e) if e.kind() == ErrorKind::NotFound => {
                 return Err(Error::new(ErrorKind::NotFound, url, "is no store of snapshots").mend("check the URL"));
@@ -101,6 +104,10 @@ impl Store {
             return Err(
                 Error::new(ErrorKind::Unsupported, url, cause).mend("use the vmar that made it, or a newer one")
             );
+        }
+        if let Some(twin) = others.iter().find(|other| other.id == mark.id) {
+            let cause = format!("is the same store as {}: what is lost there is lost here", twin.url());
+            return Err(Error::new(ErrorKind::Usage, url, cause).mend("name each store once"));
         }
         let lock = match access {
             Access::Read => None,
@@ -136,14 +143,8 @@ impl Stores {
     pub fn open(urls: &[String], access: Access) -> Result<Stores> {
         let (mut stores, mut lost): (Vec<Store>, Vec<Error>) = (Vec::new(), Vec::new());
         for url in urls {
-            match Store::open(url, access) {
-                Ok(store) => {
-                    if let Some(twin) = stores.iter().find(|other| other.id == store.id) {
-                        let cause = format!("is the same store as {}: what is lost there is lost here", twin.url());
-                        return Err(Error::new(ErrorKind::Usage, url, cause).mend("name each store once"));
-                    }
-                    stores.push(store);
-                }
+            match Store::open(url, access, &stores) {
+                Ok(store) => stores.push(store),
                 Err(e) if access == Access::Read && !matches!(e.kind(), ErrorKind::Usage) => {
                     log::warn!("a store is left out: {e}");
                     lost.push(e);
@@ -288,18 +289,19 @@ impl Stores {
     /// Writes a snapshot to all stores: last of all, when its packs are there.
     ///
     /// # Errors
-    /// A store does not take it; then none has it.
+    /// A store does not take it, or has one of this name by now; then none has it of this process.
     pub fn publish(&self, snapshot: &Snapshot) -> Result<u64> {
         let key = place::snapshot_key(&snapshot.about.name);
         let bytes = snapshot.encode().map_err(|e| Error::io(&key, "pack it", e))?;
         for (number, store) in self.stores.iter().enumerate() {
-            if let Err(e) = store.place.put(&key, &bytes, Care::Critical) {
+            if let Err(e) = store.place.put_new(&key, &bytes, Care::Critical) {
                 for earlier in self.stores.iter().take(number) {
                     if let Err(e) = earlier.place.remove(&key) {
                         log::warn!("half a snapshot is left: {e}");
                     }
                 }
-                return Err(e);
+                let name = &snapshot.about.name;
+                return Err(if e.kind() == ErrorKind::Exists { taken(name) } else { e });
             }
         }
         Ok(bytes.len() as u64)
@@ -368,6 +370,12 @@ impl Stores {
         }
         Ok(freed)
     }
+}
+
+/// The name is another snapshot's.
+pub fn taken(name: &str) -> Error {
+    Error::new(ErrorKind::Exists, format!("snapshot {name}"), "is there already")
+        .mend("take another name, or delete it first")
 }
 
 /// Refuses a name that no file and no URL can have.

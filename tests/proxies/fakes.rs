@@ -1,6 +1,7 @@
 //! A guest's memory, and QEMUs that send and take it as the real ones do, on both sides of two real processes.
 
 use crate::common::*;
+pub use crate::guest::*;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -8,54 +9,8 @@ use std::process::{Child, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub const PAGE: usize = 4096;
 /// Success, as QEMU's return path says it.
 pub const SHUT_OK: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 0];
-
-/// Noise that a seed makes.
-pub fn noise(seed: u64) -> [u8; PAGE] {
-    let mut page = [0; PAGE];
-    let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    for word in page.as_chunks_mut::<8>().0 {
-        x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        *word = (x ^ x >> 29).to_le_bytes();
-    }
-    page
-}
-
-/// Memory of so many pages: a tenth zero, the others noise of their own.
-pub fn guest(seed: u64, pages: u64) -> Vec<[u8; PAGE]> {
-    (0..pages).map(|n| if n % 10 == 0 { [0; PAGE] } else { noise(seed * 1_000_000 + n) }).collect()
-}
-
-/// QEMU's stream of that memory in one round.
-pub fn stream(memory: &[[u8; PAGE]]) -> Vec<u8> {
-    let len = (memory.len() * PAGE) as u64;
-    let mut out = b"QEVM\0\0\0\x03\x07\0\0\0\x04test".to_vec();
-    // OPEN_RETURN_PATH.
-    out.extend([8, 0, 1, 0, 0]);
-    out.extend(b"\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04");
-    out.extend((len | 4).to_be_bytes());
-    out.extend(b"\x04ram0");
-    out.extend(len.to_be_bytes());
-    out.extend(0x10u64.to_be_bytes());
-    out.extend(b"\x7e\0\0\0\x02\x03\0\0\0\x02");
-    for (n, page) in (0u64..).zip(memory) {
-        let zero = page.iter().all(|b| *b == 0);
-        let named = n == 0;
-        let flags = if zero { 2 } else { 8 } | if named { 0 } else { 0x20 };
-        out.extend(((n * PAGE as u64) | flags).to_be_bytes());
-        if named {
-            out.extend(b"\x04ram0");
-        }
-        if zero { out.push(0) } else { out.extend(page) }
-    }
-    out.extend(0x10u64.to_be_bytes());
-    out.extend(b"\x7e\0\0\0\x02\x04\0\0\0\x09\x03cpu\0\0\0\0\0\0\0\x01");
-    out.extend((0..5000u32).flat_map(u32::to_be_bytes));
-    out.extend(b"\x7e\0\0\0\x09\0");
-    out
-}
 
 /// What became of a migration.
 pub struct End {

@@ -6,5 +6,8 @@
 mod common;
 mod disk;
 mod fakes;
+#[path = "../common/guest.rs"]
+#[allow(dead_code)]
+mod guest;
 mod memory;
 mod wrong;

@@ -13,6 +13,7 @@
 //! | `stream` | bytes of QEMU's migration stream, in pieces | `migrate::part::Cutter`, and both sides of a link |
 //! | `frames` | messages, operations and literals of a sender | `migrate::{wire::Message, frame::Decoder, join::Joiner}` |
 //! | `manifest` | bytes of memory images and packs | `store::{Manifest, Pack}` |
+//! | `snapshot` | bytes of snapshots, parts that do not belong together | `snapshot::{file::Snapshot, skeleton::Skeleton}` |
 
 pub mod alloc;
 pub mod chains;
@@ -33,6 +34,7 @@ pub mod requests;
 pub mod rng;
 pub mod server;
 pub mod shrink;
+pub mod snapshot;
 pub mod stream;
 pub mod trace;
 
@@ -46,8 +48,10 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Mutex;
 
-pub const NAMES: [&str; 11] =
-    ["chains", "config", "messages", "map", "qcow2", "live", "trace", "library", "stream", "frames", "manifest"];
+pub const NAMES: [&str; 12] = [
+    "chains", "config", "messages", "map", "qcow2", "live", "trace", "library", "stream", "frames", "manifest",
+    "snapshot",
+];
 
 /// What a target needs of its surroundings.
 #[derive(Clone)]
@@ -148,6 +152,10 @@ macro_rules! with_target {
             }
             "manifest" => {
                 let mut $t = all::manifest::Manifests::new($setup);
+                $body
+            }
+            "snapshot" => {
+                let mut $t = all::snapshot::Snapshots::new($setup);
                 $body
             }
             other => panic!("no target is called {other:?}"),

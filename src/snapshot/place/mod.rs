@@ -69,6 +69,14 @@ pub trait Place: Debug + Send + Sync {
     /// It cannot be written; then there is none, or the one that there was.
     fn put(&self, key: &str, bytes: &[u8], care: Care) -> Result<()>;
 
+    /// The same of one whose name nobody has. Places that cannot tell replace it: whoever writes there has looked before.
+    ///
+    /// # Errors
+    /// `Exists` when there is one, and as [`Place::put`].
+    fn put_new(&self, key: &str, bytes: &[u8], care: Care) -> Result<()> {
+        self.put(key, bytes, care)
+    }
+
     /// Removes an object, if there is one.
     ///
     /// # Errors
