@@ -42,6 +42,7 @@ const CRATES: &[(&str, &[&str])] = &[
     // Stores of snapshots, and the binary of the cluster.
     ("tokio", &["snapshot", "bin"]),
     ("object_store", &["snapshot"]),
+    ("hdfs_native", &["snapshot"]),
 ];
 
 /// Lines of a file that still has one idea.

@@ -94,7 +94,7 @@ impl Rig {
         spool.feed(&stream(bytes)).unwrap();
         let vm = spool.finish().unwrap();
         let stores = self.open(Access::Write);
-        let known = Known::load(&stores, "web", "default", 3).unwrap();
+        let known = Known::load(&stores, "default", 3).unwrap();
         let keeper = Keeper { stores: &stores, known: &known, base: None, copies: 3, observer: &Silent, stop: &GO_ON };
         let content = |(page, class): (_, &Class)| Content {
             bytes: Some(page),

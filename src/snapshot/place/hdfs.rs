@@ -57,7 +57,8 @@ impl Hdfs {
                 "replication-once" => &mut replication.1,
                 _ => return Err(usage(format!("has a parameter {name:?} that nobody knows"))),
             };
-            *place = value.parse().ok().filter(|n| (1..=512).contains(n)).ok_or_else(|| usage(format!("{name}={value}")))?;
+            *place =
+                value.parse().ok().filter(|n| (1..=512).contains(n)).ok_or_else(|| usage(format!("{name}={value}")))?;
         }
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
         let runtime = runtime.worker_threads(1).enable_all().build();

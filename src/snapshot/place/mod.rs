@@ -1,4 +1,4 @@
-//! A place where snapshots are: a directory, or a bucket. Each is a domain of failure of its own.
+//! A place where snapshots are: a directory, a bucket, or a directory of HDFS. Each is a domain of failure of its own.
 //!
 //! ```text
 //! vmar-snapshots           {"format":"vmar-snapshots","version":1,"id":"…"}
@@ -10,6 +10,8 @@
 //! All objects are written whole or not at all, and never changed. Packs are named by what they hold, so that writing one twice is
 //! writing it once.
 
+#[cfg(feature = "hdfs")]
+pub mod hdfs;
 pub mod local;
 pub mod remote;
 
@@ -135,6 +137,9 @@ pub fn open(url: &str) -> Result<Box<dyn Place>> {
     if let Some(path) = url.strip_prefix("file://") {
         return Ok(Box::new(local::Directory::new(url, Path::new(path))));
     }
+    if url.starts_with("hdfs://") {
+        return hdfs_place(url);
+    }
     if url.contains("://") {
         return Ok(Box::new(remote::Remote::open(url)?));
     }
@@ -142,4 +147,15 @@ pub fn open(url: &str) -> Result<Box<dyn Place>> {
         return Err(Error::new(ErrorKind::Usage, "--store", "is empty").mend("name a directory or s3://BUCKET/PREFIX"));
     }
     Ok(Box::new(local::Directory::new(url, Path::new(url))))
+}
+
+#[cfg(feature = "hdfs")]
+fn hdfs_place(url: &str) -> Result<Box<dyn Place>> {
+    Ok(Box::new(hdfs::Hdfs::open(url)?))
+}
+
+#[cfg(not(feature = "hdfs"))]
+fn hdfs_place(url: &str) -> Result<Box<dyn Place>> {
+    Err(Error::new(ErrorKind::Unsupported, format!("--store {url}"), "this vmar was built without HDFS")
+        .mend("build it with 'cargo build --release --features hdfs'"))
 }

@@ -1,9 +1,8 @@
-//! A bucket of an S3 server, or a directory of HDFS.
+//! A bucket of an S3 server.
 //!
 //! ```text
 //! s3://BUCKET/PREFIX?endpoint=http://10.0.0.1:3900&endpoint=http://10.0.0.2:3900&region=garage&credentials=FILE
 //!                   &class=STANDARD&class-once=ONEZONE_IA
-//! hdfs://NAMENODE:8020/PREFIX?replication=3
 //! ```
 //!
 //! What the URL does not say comes from the environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT`, …).
@@ -11,8 +10,7 @@
 //! next one is asked when one does not answer: nodes of one cluster. When none does, all are asked again for a minute, so that a
 //! server may be restarted; for some seconds only as long as none ever has, since then nothing has begun yet. One that listens and says
 //! nothing is one that does not answer. What a server has understood and refused is an error at once. `class` and `class-once` are storage classes for objects that
-//! must not be lost, and for those that may be: PARS's replication by page where one bucket is all there is. On HDFS it is the
-//! replication of each file: so many for the first, 1 for the others.
+//! must not be lost, and for those that may be: PARS's replication by page where one bucket is all there is.
 //!
 //! There are no locks here, and `If-None-Match` is not enforced by all servers: one process at a time may write to the same place
 //! from outside. An object that nobody names is removed only when it is older than a day.
@@ -46,7 +44,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// Threads of a place: they send and receive, and compute the digests of what is sent.
 const WORKERS: usize = 2;
 /// Age of what nobody names until it is removed: longer than any writer takes.
-const GRACE: u64 = 24 * 60 * 60;
+pub(super) const GRACE: u64 = 24 * 60 * 60;
 
 /// Objects of each care, at one endpoint.
 #[derive(Clone, Debug)]
@@ -81,7 +79,6 @@ struct Parameters {
     credentials: Option<String>,
     class: Option<String>,
     class_once: Option<String>,
-    replication: Option<String>,
 }
 
 impl Parameters {
@@ -99,11 +96,10 @@ impl Parameters {
                 "credentials" => &mut out.credentials,
                 "class" => &mut out.class,
                 "class-once" => &mut out.class_once,
-                "replication" => &mut out.replication,
                 _ => {
                     let cause = format!("has a parameter {name:?} that nobody knows");
                     return Err(Error::new(ErrorKind::Usage, format!("--store {url}"), cause)
-                        .mend("there are endpoint, region, credentials, class, class-once and, of hdfs, replication"));
+                        .mend("there are endpoint, region, credentials, class and class-once"));
                 }
             };
             *place = value;
@@ -129,7 +125,6 @@ impl Remote {
         let prefix = Key::parse(prefix.trim_matches('/')).map_err(|e| usage(&e.to_string(), "take a plain path"))?;
         let endpoints = match scheme {
             "s3" => s3(url, host, &parameters)?,
-            "hdfs" => hdfs(url, host, &parameters)?,
             _ => return Err(usage("is of no kind that is known", "take a directory, s3:// or hdfs://")),
         };
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
@@ -407,26 +402,6 @@ fn has_credentials(builder: &object_store::aws::AmazonS3Builder) -> bool {
         .iter()
         .any(|key| builder.get_config_value(key).is_some())
         || builder.get_config_value(&Is::SkipSignature).as_deref() == Some("true")
-}
-
-#[cfg(feature = "hdfs")]
-fn hdfs(url: &str, host: &str, parameters: &Parameters) -> Result<Vec<Endpoint>> {
-    use hdfs_native_object_store::HdfsObjectStoreBuilder;
-    let replication = parameters.replication.as_deref().unwrap_or("3");
-    let open = |replication: &str| -> Result<Arc<dyn ObjectStore>> {
-        let builder = HdfsObjectStoreBuilder::new().with_url(format!("hdfs://{host}"));
-        let store = builder.with_config([("dfs.replication", replication)]).build().map_err(|e| {
-            Error::new(ErrorKind::Usage, format!("--store {url}"), said(&e)).mend("check the name node's address")
-        })?;
-        Ok(Arc::new(store))
-    };
-    Ok(vec![Endpoint { name: format!("hdfs://{host}"), critical: open(replication)?, once: open("1")? }])
-}
-
-#[cfg(not(feature = "hdfs"))]
-fn hdfs(url: &str, _: &str, _: &Parameters) -> Result<Vec<Endpoint>> {
-    Err(Error::new(ErrorKind::Unsupported, format!("--store {url}"), "this vmar was built without HDFS")
-        .mend("build it with 'cargo build --release --features hdfs'"))
 }
 
 #[cfg(test)]
