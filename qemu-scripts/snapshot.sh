@@ -6,7 +6,7 @@ set -euo pipefail
 # shellcheck source=qemu-scripts/migrate/vm.sh
 . "$repo/qemu-scripts/migrate/vm.sh"
 
-all_checks=all,each,once,many,class,plain
+all_checks=all,each,once,free,many,class,plain
 
 usage() {
     cat <<EOF
@@ -19,6 +19,7 @@ memory and on its disk, a counter that runs, its kernel's messages, and, with a 
   all     from all stores
   each    with each store lost in turn
   once    with all packs lost that are in one store: free pages come back as zeros
+  free    with all free pages lost, those as well that the base image has
   many    four VMs at once from the one snapshot, each verified
   class   the negative control: with the clean page cache lost as well, as the paper does. This one has to come to harm
   plain   beside it: QEMU's migration to a file through zstd -1, and a copy of the overlay; saved and loaded, not audited
@@ -102,7 +103,7 @@ choose_memory -
 vm_guard
 lose=${CARGO_TARGET_DIR:-$repo/target}/release/examples/lose_class
 case ,$checks, in
-    *,class,*) [ -x "$lose" ] || (cd "$repo" && cargo build --release --locked --quiet --example lose_class) || die "could not build $lose" ;;
+    *,class,* | *,free,*) [ -x "$lose" ] || (cd "$repo" && cargo build --release --locked --quiet --example lose_class) || die "could not build $lose" ;;
 esac
 rm -rf "$dir"/vm-* "$dir"/store-* "$dir"/plain*
 library_with "$image"
@@ -244,6 +245,10 @@ for check in ${checks//,/ }; do
                 rm -rf "$dir/store-$n"
                 mv "$dir/store-$n.whole" "$dir/store-$n"
             done
+            ;;
+        free)
+            said=$("$lose" second nofree "${every[@]}" --class free) || die "lose_class: $said"
+            audit "free pages lost ($said)" well nofree "${every[@]}"
             ;;
         many) many 4 ;;
         class)
