@@ -158,7 +158,7 @@ fn a_store_or_a_spool_without_room_costs_the_new_snapshot_alone() {
     went_well(rig.save_with(&rig.running(&early.stream), "same", &[]));
     // The other way round: the memory has no room in the spool.
     let spool = Small::mount(rig.path("spool-small"), "1M").unwrap();
-    let out = rig.run("save", &["large", "--qmp", text(&qemu.path), "--spool", text(&spool.0)]);
+    let out = rig.run("save", &["large", "--memory-only", "--qmp", text(&qemu.path), "--spool", text(&spool.0)]);
     line(&out, 1, &["spool-small", "bytes of memory there for a while", "free some space"]);
     as_before(&qemu);
     assert!(names(&spool.0).is_empty());

@@ -20,7 +20,7 @@ impl Rig {
     fn begin(&self, name: &str, qmp: &str, more: &[&str]) -> Child {
         let (state, spool) = (self.path("state"), self.path("own-spool"));
         fs::create_dir_all(&spool).unwrap();
-        let args = [name, "--qmp", qmp, "--state-dir", text(&state), "--spool", text(&spool)];
+        let args = [name, "--memory-only", "--qmp", qmp, "--state-dir", text(&state), "--spool", text(&spool)];
         let mut command = self.command("save", &[&args, more].concat());
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
@@ -258,7 +258,7 @@ fn a_qemu_that_says_nothing_is_given_up_and_runs_on() {
         (qemu.state().mute, qemu.state().writes) = (mute, writes);
         let spool = rig.path(&format!("spool{n}"));
         fs::create_dir(&spool).unwrap();
-        let args = ["new", "--qmp", text(&qemu.path), "--spool", text(&spool)];
+        let args = ["new", "--memory-only", "--qmp", text(&qemu.path), "--spool", text(&spool)];
         let mut command = rig.command_in(&stores[n..=n], "save", &args);
         (command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap(), qemu, spool)
     };

@@ -51,6 +51,8 @@ pub struct State {
     /// The command that gets no answer; the greeting is one, too.
     pub mute: Option<&'static str>,
     pub name: Option<String>,
+    /// Its own disks.
+    pub blocks: Value,
     /// What it was given by a migration.
     pub got: Vec<u8>,
     /// Whoever wrote it has closed the socket.
@@ -82,6 +84,7 @@ impl Qemu {
             takes: Takes::All,
             mute: None,
             name: Some("web".into()),
+            blocks: json!([{"device": "ide1-cd0", "inserted": {"ro": true, "file": "/seed.iso"}}, {"device": "floppy0"}]),
             got: Vec::new(),
             drained: false,
             client: None,
@@ -196,6 +199,7 @@ fn execute(now: &mut State, state: &Arc<Mutex<State>>, command: &str, with: &Val
     match command {
         "query-status" => return Ok(json!({"status": now.status, "running": now.status == "running"})),
         "query-name" => return Ok(now.name.as_ref().map_or(json!({}), |name| json!({"name": name}))),
+        "query-block" => return Ok(now.blocks.clone()),
         "query-migrate-capabilities" => {
             let of = |(name, on): (&String, &bool)| json!({"capability": name, "state": on});
             return Ok(now.capabilities.iter().map(of).collect());

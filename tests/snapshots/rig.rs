@@ -83,7 +83,8 @@ impl Rig {
     pub fn save_with(&self, qemu: &Qemu, name: &str, more: &[&str]) -> Output {
         let (state, spool) = (self.path("state"), self.spool());
         let args = [name, "--qmp", text(&qemu.path), "--state-dir", text(&state), "--spool", text(&spool)];
-        self.run("save", &[&args, more].concat())
+        let disks: &[&str] = if more.contains(&"--overlay") { &[] } else { &["--memory-only"] };
+        self.run("save", &[&args, disks, more].concat())
     }
 
     /// A directory for what is there for a while; nothing is left in it.

@@ -194,6 +194,16 @@ fn names_and_numbers_that_cannot_be_are_refused_before_the_vm_is_touched() {
     line(&rig.save_with(&qemu, "new", &["--store", ""]), 2, &["--store", "is empty"]);
     qemu.state().name = None;
     line(&rig.save_with(&qemu, "new", &[]), 2, &["--vm", "no name", "give it one"]);
+    // A disk that would not be in the snapshot; and neither disks nor that there shall be none.
+    qemu.state().blocks[0]["inserted"]["ro"] = false.into();
+    let overlay = rig.path("overlay");
+    let args = ["save", "new", "--qmp", text(&qemu.path)];
+    line(&rig.run("save", &args[1..]), 2, &["--overlay", "--memory-only"]);
+    rig.image("base", &noise(1));
+    let library = rig.bench.library();
+    ok(&["--library", text(&library), "overlay", "create", text(&overlay), "--image", "base"]);
+    let out = rig.save_with(&qemu, "new", &["--overlay", text(&overlay)]);
+    line(&out, 1, &["/seed.iso", "would not be in the snapshot", "--memory-only"]);
     assert!(!qemu.state().told.iter().any(|c| c == "stop" || c == "migrate"), "{:?}", qemu.state().told);
     as_before(&qemu);
     assert!(before == tree(&rig.stores[0]));
@@ -278,7 +288,7 @@ fn a_qemu_that_dies_is_named_and_nothing_is_kept_of_it() {
         assert_eq!(names(&rig.stores[0].join("snapshots")), ["early.snapshot"]);
     }
     let nobody = rig.path("nobody");
-    let out = rig.run("save", &["new", "--qmp", text(&nobody)]);
+    let out = rig.run("save", &["new", "--memory-only", "--qmp", text(&nobody)]);
     line(&out, 1, &["nobody", "connect to QEMU's monitor", "check the path"]);
     rig.comes_back(&saved);
 }
