@@ -147,13 +147,12 @@ fn a_store_or_a_spool_without_room_costs_the_new_snapshot_alone() {
     rig.ok("check", &[]);
     // So little that the snapshot's own file does not fit: then no store has it.
     let left = fs::File::create(small.0.join("ballast")).unwrap();
-    let fill = |bytes: u64| fill_up(&left, bytes);
-    while fill(1 << 16) {}
-    while fill(1 << 12) {}
+    [1 << 16, 1 << 12].into_iter().for_each(|bytes| while fill(&left, bytes) {});
     line(&rig.save_with(&rig.running(&early.stream), "same", &[]), 1, &["small/store", "free some space"]);
     for store in &rig.stores {
         assert_eq!(names(&store.join("snapshots")), ["early.snapshot"]);
     }
+    drop(left);
     fs::remove_file(small.0.join("ballast")).unwrap();
     went_well(rig.save_with(&rig.running(&early.stream), "same", &[]));
     // The other way round: the memory has no room in the spool.
@@ -169,7 +168,7 @@ fn a_store_or_a_spool_without_room_costs_the_new_snapshot_alone() {
 }
 
 /// Writes so many bytes; false when they do not fit.
-fn fill_up(mut file: &fs::File, bytes: u64) -> bool {
+fn fill(mut file: &fs::File, bytes: usize) -> bool {
     use std::io::Write;
-    file.write_all(&vec![1; bytes as usize]).is_ok()
+    file.write_all(&vec![1; bytes]).is_ok()
 }

@@ -252,7 +252,7 @@ fn a_qemu_that_says_nothing_is_given_up_and_runs_on() {
     let rig = Rig::new(1);
     let (early, _) = rig.save("early", &vm(guest(1, 300)), &[]);
     let stream = later(7).stream();
-    let stores: Vec<PathBuf> = (0..5).map(|n| rig.path(&format!("own{n}"))).collect();
+    let stores: Vec<PathBuf> = (0..6).map(|n| rig.path(&format!("own{n}"))).collect();
     let begin = |n: usize, mute, writes| {
         let qemu = rig.running(&stream);
         (qemu.state().mute, qemu.state().writes) = (mute, writes);
@@ -265,12 +265,16 @@ fn a_qemu_that_says_nothing_is_given_up_and_runs_on() {
     let mut under_way = vec![
         (begin(0, Some("greeting"), Writes::All), "QEMU's monitor"),
         (begin(1, Some("query-status"), Writes::All), "query-status"),
-        (begin(2, None, Writes::NeverConnects), "QEMU says nothing for 60 s"),
-        (begin(3, None, Writes::Stops(1 << 20)), "QEMU says nothing for 60 s"),
+        (begin(2, Some("stop"), Writes::All), "QEMU's monitor"),
+        (begin(3, Some("migrate"), Writes::All), "migrate"),
+        (begin(4, None, Writes::NeverConnects), "QEMU says nothing for 60 s; see its log"),
+        (begin(5, None, Writes::Stops(1 << 20)), "QEMU says nothing for 60 s; see its log"),
     ];
     for ((child, qemu, spool), why) in under_way.drain(..) {
         let out = child.wait_with_output().unwrap();
-        line(&out, 1, &[why]);
+        let said = String::from_utf8_lossy(&out.stderr);
+        let lines: Vec<&str> = said.lines().filter(|line| line.starts_with("vmar: ")).collect();
+        assert!(out.status.code() == Some(1) && lines.len() == 1 && lines[0].contains(why), "{why}: {said}");
         as_before(&qemu);
         assert!(names(&spool).is_empty());
     }
