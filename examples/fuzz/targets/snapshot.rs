@@ -17,6 +17,9 @@ const CHECKSUM: usize = 32;
 /// Pages of a disk that are made; a run may say that there are more.
 const DATA_MAX: u64 = 64;
 
+/// First block, blocks, and whether they hold data.
+type RawRun = (u64, u64, bool);
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Input {
     /// Pages of each block of memory.
@@ -24,8 +27,8 @@ pub struct Input {
     packs: u8,
     /// Bytes, or block, first, count and whether it is named.
     pieces: Vec<Result<u16, (u16, u64, u64, bool)>>,
-    /// Size of each disk, and its runs: first, blocks and whether they hold data.
-    disks: Vec<(u64, Vec<(u64, u64, bool)>)>,
+    /// Size of each disk, and its runs.
+    disks: Vec<(u64, Vec<RawRun>)>,
     /// More or fewer classes than pages.
     classes: i8,
     /// Images that the summary has and the manifests have not.
