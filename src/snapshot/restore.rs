@@ -92,7 +92,7 @@ impl<'a> Pages<'a> {
                 out.fill(0);
                 Ok(true)
             }
-            Held::Pack { pack, page } => self.from_pack(pack, page, out),
+            Held::Pack { pack, page } => self.packed(pack, page, out),
             Held::Image { image, block } => {
                 if self.images.read(image, block, out) && blake3::hash(out).as_bytes() == &page.hash {
                     return Ok(false);
@@ -110,7 +110,7 @@ impl<'a> Pages<'a> {
         }
     }
 
-    fn from_pack(&self, number: u32, page: u32, out: &mut [u8; 4096]) -> Result<bool> {
+    fn packed(&self, number: u32, page: u32, out: &mut [u8; 4096]) -> Result<bool> {
         let Some(pack) = self.packs.get(to_usize(number.into())) else {
             return Err(Error::new(ErrorKind::Corrupt, self.name(), "a page is in a pack that there is not"));
         };
