@@ -1,5 +1,6 @@
 //! What was saved comes back, and what is there already is not written again.
 
+use crate::common::{ok, text};
 use crate::guest::*;
 use crate::rig::*;
 use std::fs;
@@ -178,4 +179,27 @@ fn what_the_stores_have_is_not_written_again_and_not_freed_too_early() {
     let (last, _) = rig.save("last", &vm(memory), &[]);
     line(&rig.run("delete", &["last", "nosuch"]), 1, &["nosuch", "in none of the stores", "snapshot list"]);
     rig.comes_back(&last);
+}
+
+/// A template is a pack of pages; one of them is used, so all of it goes to the stores, and the snapshot stays when the template goes.
+#[test]
+fn what_a_template_has_is_not_packed_again() {
+    let rig = Rig::new(2);
+    let memory = guest(7, 500);
+    rig.save("other", &vm(memory.clone()), &[]);
+    let id = rig.packs(0).remove(0);
+    let (file, kept) = (rig.path(&format!("1-{id}")), rig.path("kept"));
+    fs::copy(rig.stores[0].join("packs").join(&id), &file).unwrap();
+    ok(&["template", "import", "--store", text(&kept), text(&file)]);
+    rig.run("delete", &["other"]);
+    assert!(rig.packs(0).is_empty());
+    let mut changed = memory;
+    changed[3] = noise(3);
+    let (saved, said) = rig.save("new", &vm(changed), &["--templates", text(&kept)]);
+    let count = &said["pages"]["unknown"];
+    assert_eq!((count["known"].as_u64(), count["critical"].as_u64()), (Some(449), Some(1)), "{said}");
+    assert!(rig.packs(0).contains(&id) && rig.packs(1).contains(&id), "the template is in all stores");
+    fs::remove_dir_all(kept).unwrap();
+    rig.comes_back_from(&rig.stores[1..], &saved, &[]);
+    rig.ok("check", &[]);
 }
