@@ -7,12 +7,14 @@
 //! ```
 //!
 //! What the URL does not say comes from the environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT`, …).
-//! `credentials` names a file with lines of that form, for several servers with keys of their own. With several endpoints the
-//! next one is asked when one does not answer: nodes of one cluster. When none does, all are asked again for a minute, so that a
-//! server may be restarted; for some seconds only as long as none ever has, since then nothing has begun yet. One that listens and says
-//! nothing is one that does not answer. What a server has understood and refused is an error at once. `class` and `class-once` are storage classes for objects that
-//! must not be lost, and for those that may be: PARS's replication by page where one bucket is all there is. On HDFS it is the
-//! replication of each file: so many for the first, 1 for the others.
+//! `credentials` names a file with lines of that form, for several servers with keys of their own. `class` and `class-once` are storage
+//! classes for objects that must not be lost, and for those that may be: PARS's replication by page where one bucket is all there is. On
+//! HDFS it is the replication of each file: so many for the first, 1 for the others.
+//!
+//! With several endpoints the next one is asked when one does not answer: nodes of one cluster. When none does, all are asked again: for
+//! a minute in the middle of something, so that a server may be restarted; for some seconds before that, since nothing has begun yet; and
+//! not again after that was in vain, so that other stores have their turn. One that listens and says nothing is one that does not
+//! answer. What a server has understood and refused is an error at once.
 //!
 //! There are no locks here, and `If-None-Match` is not enforced by all servers: one process at a time may write to the same place
 //! from outside. An object that nobody names is removed only when it is older than a day.
@@ -26,7 +28,7 @@ use std::fmt::Debug;
 use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 
@@ -66,8 +68,8 @@ pub struct Remote {
     endpoints: Vec<Endpoint>,
     /// Of these the one that answered last.
     current: AtomicUsize,
-    /// One has answered.
-    answered: AtomicBool,
+    /// For how many seconds they are asked again.
+    patience: AtomicU64,
     class: Option<String>,
     class_once: Option<String>,
     runtime: Runtime,
@@ -143,7 +145,7 @@ impl Remote {
             prefix,
             endpoints,
             current: AtomicUsize::new(0),
-            answered: AtomicBool::new(false),
+            patience: AtomicU64::new(AGAIN_FIRST.as_secs()),
             class,
             class_once,
             runtime,
@@ -174,18 +176,18 @@ impl Remote {
             let e = match answer.unwrap_or_else(|source| Err(object_store::Error::JoinError { source })) {
                 Ok(value) => {
                     self.current.store(number, Ordering::Relaxed);
-                    self.answered.store(true, Ordering::Relaxed);
+                    self.patience.store(AGAIN.as_secs(), Ordering::Relaxed);
                     return Ok(value);
                 }
                 Err(e) => e,
             };
             if !is_trouble(&e) {
-                self.answered.store(true, Ordering::Relaxed);
+                self.patience.store(AGAIN.as_secs(), Ordering::Relaxed);
                 return Err(self.refused(what, key, &endpoint.name, &e));
             }
             let asked_all = tried >= count;
-            let again = if self.answered.load(Ordering::Relaxed) { AGAIN } else { AGAIN_FIRST };
-            if asked_all && began.elapsed() > again {
+            if asked_all && began.elapsed().as_secs() >= self.patience.load(Ordering::Relaxed) {
+                self.patience.store(0, Ordering::Relaxed);
                 return Err(self.refused(what, key, &endpoint.name, &e));
             }
             // Once each: what comes after that says the same.
@@ -271,7 +273,7 @@ fn shorten(text: &str) -> String {
     };
     if let (Some(code), Some((status, _))) = (element("Code"), text.split_once('<')) {
         let message = element("Message").unwrap_or_default();
-        return format!("{} {code}: {message}", status.trim());
+        return format!("{} {code}: {}", status.trim(), message.trim_end_matches('.'));
     }
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     line.trim_end_matches(':').chars().take(LONG).collect()
@@ -468,7 +470,7 @@ mod tests {
     #[test]
     fn what_a_server_says_is_one_line() {
         let xml = "Server returned non-2xx status code: 403 Forbidden: <?xml version=\"1.0\"?>\n<Error><Code>AccessDenied</Code>\
-                   <Message>Invalid signature</Message><Resource>/b</Resource></Error>";
+                   <Message>Invalid signature.</Message><Resource>/b</Resource></Error>";
         assert_eq!(shorten(xml), "403 Forbidden: AccessDenied: Invalid signature");
         assert_eq!(shorten("Server returned non-2xx status code: 502 Bad Gateway: "), "502 Bad Gateway");
         assert_eq!(shorten("<html>\n  <body>no</body>"), "<html> <body>no</body>");
