@@ -14,12 +14,11 @@ use crate::overlay::{BaseIdentity, CreateOptions};
 use crate::snapshot::file::{AboutDisk, Replication, Snapshot};
 use crate::snapshot::keep::check as stopped;
 use crate::snapshot::mend::Work;
+use crate::snapshot::private::PrivateDir;
 use crate::snapshot::restore::{self, Pages};
 use crate::snapshot::save::{self, DiskOf, Options};
 use crate::snapshot::stores::{Access, Stores, check_name};
-use crate::snapshot::take::private_dir;
 use clap::{Subcommand, ValueEnum};
-use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -87,7 +86,7 @@ pub struct SaveArgs {
     #[arg(long)]
     vm: Option<String>,
     /// An overlay of the VM, which 'vmar serve' serves; repeated, in the order in which they will be restored (needs --library)
-    #[arg(long = "overlay", value_name = "FILE", required_unless_present = "memory_only")]
+    #[arg(long = "overlay", value_name = "FILE")]
     overlays: Vec<PathBuf>,
     /// Save no disk: nothing writes to those that the VM has, or they are kept in another way
     #[arg(long, conflicts_with = "overlays")]
@@ -188,6 +187,10 @@ pub fn run(common: &Common, verb: Verb) -> Result<()> {
 }
 
 fn save(common: &Common, args: &SaveArgs) -> Result<()> {
+    if args.overlays.is_empty() && !args.memory_only {
+        return Err(Error::new(ErrorKind::Usage, "--overlay", "no disk is named")
+            .mend("name each overlay of the VM, or say --memory-only if nothing writes to its disks"));
+    }
     let stop = stop_on_signals()?;
     let needs = !args.overlays.is_empty() || args.image.is_some();
     let library = if needs { Some(Library::open(common.library()?)?) } else { None };
@@ -318,11 +321,10 @@ fn load(
     let mut stream = match &args.incoming {
         Some(path) => UnixStream::connect(path).map_err(|e| Error::io(path, "connect to the waiting QEMU", e))?,
         None => {
-            let (dir, path) = private_dir(&args.spool)?;
-            let connected = monitor.incoming(&path).and_then(|()| {
-                UnixStream::connect(&path).map_err(|e| Error::io(&path, "connect to the waiting QEMU", e))
+            let dir = PrivateDir::create(&args.spool)?;
+            let connected = monitor.incoming(dir.socket()).and_then(|()| {
+                UnixStream::connect(dir.socket()).map_err(|e| Error::io(dir.socket(), "connect to the waiting QEMU", e))
             });
-            drop(fs::remove_dir_all(&dir));
             connected?
         }
     };

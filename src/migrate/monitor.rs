@@ -8,7 +8,7 @@ use qapi::{Command, Qmp, Stream, qmp};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::fmt::Display;
-use std::io::BufReader;
+use std::io::{BufReader, ErrorKind as ErrorOf};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -227,7 +227,13 @@ impl Monitor {
     }
 
     fn ask<C: qmp::QmpCommand + Command<Ok = Value>>(&mut self, command: &C) -> Result<Value> {
-        self.qmp.execute(command).map_err(|e| refused(&self.path, &format!("{}: {e}", C::NAME)))
+        self.qmp.execute(command).map_err(|e| match &e {
+            qapi::ExecuteError::Io(io) if matches!(io.kind(), ErrorOf::WouldBlock | ErrorOf::TimedOut) => {
+                let cause = format!("QEMU's monitor does not answer {} within {} s", C::NAME, ANSWER.as_secs());
+                Error::file(ErrorKind::Io, &self.path, cause).mend("see whether QEMU hangs, and what its log says")
+            }
+            e => refused(&self.path, &format!("{}: {e}", C::NAME)),
+        })
     }
 
     /// Runs the VM.

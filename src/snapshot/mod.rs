@@ -24,6 +24,7 @@ pub mod keep;
 pub mod known;
 pub mod mend;
 pub mod place;
+pub mod private;
 pub mod restore;
 pub mod save;
 pub mod skeleton;

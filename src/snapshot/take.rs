@@ -4,6 +4,7 @@ use super::file::Run;
 use super::keep::check;
 use super::known::Known;
 use super::place::Care;
+use super::private::PrivateDir;
 use super::save::{DiskOf, Options};
 use super::spool::{Spool, Vm};
 use crate::error::{Error, ErrorKind, Result};
@@ -16,7 +17,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
@@ -107,7 +108,7 @@ impl<'a> Standing<'a> {
         stop: &AtomicBool,
     ) -> Result<(Vm, Vec<TakenDisk>, Option<Mmap>)> {
         let door = Door::open(options.spool)?;
-        self.monitor.migrate(&door.path)?;
+        self.monitor.migrate(door.path())?;
         let taken = self.receive(&door, options.spool, stop);
         let vm = taken.inspect_err(|_| drop(self.monitor.cancel()))?;
         let (disks, spooled) = look_at_disks(options.disks, options.spool, known, stop)?;
@@ -117,7 +118,7 @@ impl<'a> Standing<'a> {
     fn receive(&mut self, door: &Door, spool: &Path, stop: &AtomicBool) -> Result<Vm> {
         let mut stream = self.accept(door, stop)?;
         let set = stream.set_nonblocking(false).and_then(|()| stream.set_read_timeout(Some(LOOK)));
-        set.map_err(|e| Error::io(&door.path, "use it", e))?;
+        set.map_err(|e| Error::io(door.path(), "use it", e))?;
         let (mut spool, mut buf, mut last) = (Spool::new(spool), vec![0; 1 << 20], Instant::now());
         loop {
             match stream.read(&mut buf) {
@@ -130,7 +131,7 @@ impl<'a> Standing<'a> {
                 Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
                     self.look(last)?;
                 }
-                Err(e) => return Err(Error::io(&door.path, "read QEMU's migration", e)),
+                Err(e) => return Err(Error::io(door.path(), "read QEMU's migration", e)),
             }
             check(stop)?;
         }
@@ -151,7 +152,7 @@ impl<'a> Standing<'a> {
                     self.look(began)?;
                     std::thread::sleep(Duration::from_millis(2));
                 }
-                Err(e) => return Err(Error::io(&door.path, "wait for QEMU", e)),
+                Err(e) => return Err(Error::io(door.path(), "wait for QEMU", e)),
             }
             check(stop)?;
         }
@@ -199,54 +200,27 @@ impl<'a> Standing<'a> {
     }
 }
 
-/// A socket that QEMU connects to, also as another user: its directory cannot be listed, and its name not be guessed.
+/// A socket that QEMU connects to, also as another user.
 struct Door {
-    dir: PathBuf,
-    path: PathBuf,
+    dir: PrivateDir,
     listener: UnixListener,
 }
 
 impl Door {
     fn open(parent: &Path) -> Result<Door> {
-        let (dir, path) = private_dir(parent)?;
-        let listener = UnixListener::bind(&path).and_then(|listener| {
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o666))?;
+        let dir = PrivateDir::create(parent)?;
+        let listener = UnixListener::bind(dir.socket()).and_then(|listener| {
+            fs::set_permissions(dir.socket(), fs::Permissions::from_mode(0o666))?;
             listener.set_nonblocking(true)?;
             Ok(listener)
         });
-        match listener {
-            Ok(listener) => Ok(Door { dir, path, listener }),
-            Err(e) => {
-                drop(fs::remove_dir_all(&dir));
-                Err(Error::io(&path, "make a socket", e))
-            }
-        }
+        let listener = listener.map_err(|e| Error::io(dir.socket(), "make a socket", e))?;
+        Ok(Door { dir, listener })
     }
-}
 
-impl Drop for Door {
-    fn drop(&mut self) {
-        drop(fs::remove_dir_all(&self.dir));
+    fn path(&self) -> &Path {
+        self.dir.socket()
     }
-}
-
-/// A new directory, and the path of a socket in it.
-pub fn private_dir(parent: &Path) -> Result<(PathBuf, PathBuf)> {
-    let mut random = [0; 8];
-    let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random));
-    read.map_err(|e| Error::io("/dev/urandom", "read", e))?;
-    let parent = std::path::absolute(parent).map_err(|e| Error::io(parent, "find", e))?;
-    let dir = parent.join(format!(".vmar-{}", crate::codec::hex(&random)));
-    let made = fs::create_dir(&dir).and_then(|()| fs::set_permissions(&dir, fs::Permissions::from_mode(0o711)));
-    made.map_err(|e| Error::io(&dir, "make it", e))?;
-    let path = dir.join("stream");
-    if path.as_os_str().len() > 100 {
-        drop(fs::remove_dir(&dir));
-        return Err(
-            Error::file(ErrorKind::Usage, &parent, "is too long a path for a socket").mend("name another with --spool")
-        );
-    }
-    Ok((dir, path))
 }
 
 /// Goes through the disks; what the stores do not have is spooled.

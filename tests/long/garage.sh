@@ -86,8 +86,10 @@ node_start() {
 }
 
 node_kill() {
-    kill -KILL "$(cat "$work/node$1/pid")"
-    wait "$(cat "$work/node$1/pid")" 2>/dev/null || true
+    local pid
+    pid=$(cat "$work/node$1/pid")
+    kill -KILL "$pid"
+    wait "$pid" 2>/dev/null || true
 }
 
 # healthy N: waits until node N sees all three. What they have missed comes to them later, in the background.

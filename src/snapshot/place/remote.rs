@@ -6,11 +6,13 @@
 //! ```
 //!
 //! What the URL does not say comes from the environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT`, …).
-//! `credentials` names a file with lines of that form, for several servers with keys of their own. With several endpoints the
-//! next one is asked when one does not answer: nodes of one cluster. When none does, all are asked again for a minute, so that a
-//! server may be restarted; for some seconds only as long as none ever has, since then nothing has begun yet. One that listens and says
-//! nothing is one that does not answer. What a server has understood and refused is an error at once. `class` and `class-once` are storage classes for objects that
-//! must not be lost, and for those that may be: PARS's replication by page where one bucket is all there is.
+//! `credentials` names a file with lines of that form, for several servers with keys of their own. `class` and `class-once` are storage
+//! classes for objects that must not be lost, and for those that may be: PARS's replication by page where one bucket is all there is.
+//!
+//! With several endpoints the next one is asked when one does not answer: nodes of one cluster. When none does, all are asked again: for
+//! a minute in the middle of something, so that a server may be restarted; for some seconds before that, since nothing has begun yet; and
+//! not again after that was in vain, so that other stores have their turn. One that listens and says nothing is one that does not
+//! answer. What a server has understood and refused is an error at once.
 //!
 //! There are no locks here, and `If-None-Match` is not enforced by all servers: one process at a time may write to the same place
 //! from outside. An object that nobody names is removed only when it is older than a day.
@@ -24,7 +26,7 @@ use std::fmt::Debug;
 use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 
@@ -46,12 +48,11 @@ const WORKERS: usize = 2;
 /// Age of what nobody names until it is removed: longer than any writer takes.
 pub(super) const GRACE: u64 = 24 * 60 * 60;
 
-/// Objects of each care, at one endpoint.
+/// One address of the server.
 #[derive(Clone, Debug)]
 struct Endpoint {
     name: String,
-    critical: Arc<dyn ObjectStore>,
-    once: Arc<dyn ObjectStore>,
+    store: Arc<dyn ObjectStore>,
 }
 
 /// An object store.
@@ -64,8 +65,8 @@ pub struct Remote {
     endpoints: Vec<Endpoint>,
     /// Of these the one that answered last.
     current: AtomicUsize,
-    /// One has answered.
-    answered: AtomicBool,
+    /// For how many seconds they are asked again.
+    patience: AtomicU64,
     class: Option<String>,
     class_once: Option<String>,
     runtime: Runtime,
@@ -138,7 +139,7 @@ impl Remote {
             prefix,
             endpoints,
             current: AtomicUsize::new(0),
-            answered: AtomicBool::new(false),
+            patience: AtomicU64::new(AGAIN_FIRST.as_secs()),
             class,
             class_once,
             runtime,
@@ -169,18 +170,18 @@ impl Remote {
             let e = match answer.unwrap_or_else(|source| Err(object_store::Error::JoinError { source })) {
                 Ok(value) => {
                     self.current.store(number, Ordering::Relaxed);
-                    self.answered.store(true, Ordering::Relaxed);
+                    self.patience.store(AGAIN.as_secs(), Ordering::Relaxed);
                     return Ok(value);
                 }
                 Err(e) => e,
             };
             if !is_trouble(&e) {
-                self.answered.store(true, Ordering::Relaxed);
+                self.patience.store(AGAIN.as_secs(), Ordering::Relaxed);
                 return Err(self.refused(what, key, &endpoint.name, &e));
             }
             let asked_all = tried >= count;
-            let again = if self.answered.load(Ordering::Relaxed) { AGAIN } else { AGAIN_FIRST };
-            if asked_all && began.elapsed() > again {
+            if asked_all && began.elapsed().as_secs() >= self.patience.load(Ordering::Relaxed) {
+                self.patience.store(0, Ordering::Relaxed);
                 return Err(self.refused(what, key, &endpoint.name, &e));
             }
             // Once each: what comes after that says the same.
@@ -266,7 +267,7 @@ fn shorten(text: &str) -> String {
     };
     if let (Some(code), Some((status, _))) = (element("Code"), text.split_once('<')) {
         let message = element("Message").unwrap_or_default();
-        return format!("{} {code}: {message}", status.trim());
+        return format!("{} {code}: {}", status.trim(), message.trim_end_matches('.'));
     }
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     line.trim_end_matches(':').chars().take(LONG).collect()
@@ -305,7 +306,7 @@ impl Place for Remote {
 
     fn list(&self, folder: &str) -> Result<Vec<Object>> {
         let prefix = self.key(folder);
-        let found = self.ask("list it", folder, |endpoint| list(endpoint.critical, prefix.clone()))?;
+        let found = self.ask("list it", folder, |endpoint| list(endpoint.store, prefix.clone()))?;
         let objects = found.into_iter().filter_map(|meta| {
             let name = meta.location.filename()?.to_string();
             Some(Object { name, bytes: meta.size, written: meta.last_modified.into() })
@@ -317,7 +318,7 @@ impl Place for Remote {
 
     fn get(&self, key: &str) -> Result<Vec<u8>> {
         let place = self.key(key);
-        self.ask("read it", key, |endpoint| get(endpoint.critical, place.clone()))
+        self.ask("read it", key, |endpoint| get(endpoint.store, place.clone()))
     }
 
     fn put(&self, key: &str, bytes: &[u8], care: Care) -> Result<()> {
@@ -330,10 +331,9 @@ impl Place for Remote {
         let payload = object_store::PutPayload::from(payload);
         let limit = SILENCE + Duration::from_secs(bytes.len() as u64 / SLOWEST);
         self.ask("write it", key, |endpoint| {
-            let store = if care == Care::Critical { endpoint.critical } else { endpoint.once };
             let options = PutOptions { attributes: attributes.clone(), ..PutOptions::default() };
             let (place, payload) = (place.clone(), payload.clone());
-            async move { within(limit, store.put_opts(&place, payload, options)).await.map(|_| ()) }
+            async move { within(limit, endpoint.store.put_opts(&place, payload, options)).await.map(|_| ()) }
         })
     }
 
@@ -341,7 +341,7 @@ impl Place for Remote {
         let place = self.key(key);
         let removed = self.ask("remove it", key, |endpoint| {
             let place = place.clone();
-            async move { within(SILENCE, endpoint.critical.delete(&place)).await }
+            async move { within(SILENCE, endpoint.store.delete(&place)).await }
         });
         removed.or_else(|e| if e.kind() == ErrorKind::NotFound { Ok(()) } else { Err(e) })
     }
@@ -386,8 +386,7 @@ fn s3(url: &str, bucket: &str, parameters: &Parameters) -> Result<Vec<Endpoint>>
         let store = builder.build().map_err(|e| {
             Error::new(ErrorKind::Usage, format!("--store {url}"), said(&e)).mend("name what is missing, see --help")
         })?;
-        let store: Arc<dyn ObjectStore> = Arc::new(store);
-        Ok(Endpoint { name, critical: Arc::clone(&store), once: store })
+        Ok(Endpoint { name, store: Arc::new(store) })
     };
     match &parameters.endpoints[..] {
         [] => Ok(vec![built(builder)?]),
@@ -443,7 +442,7 @@ mod tests {
     #[test]
     fn what_a_server_says_is_one_line() {
         let xml = "Server returned non-2xx status code: 403 Forbidden: <?xml version=\"1.0\"?>\n<Error><Code>AccessDenied</Code>\
-                   <Message>Invalid signature</Message><Resource>/b</Resource></Error>";
+                   <Message>Invalid signature.</Message><Resource>/b</Resource></Error>";
         assert_eq!(shorten(xml), "403 Forbidden: AccessDenied: Invalid signature");
         assert_eq!(shorten("Server returned non-2xx status code: 502 Bad Gateway: "), "502 Bad Gateway");
         assert_eq!(shorten("<html>\n  <body>no</body>"), "<html> <body>no</body>");
