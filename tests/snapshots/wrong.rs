@@ -198,7 +198,7 @@ fn names_and_numbers_that_cannot_be_are_refused_before_the_vm_is_touched() {
     qemu.state().blocks[0]["inserted"]["ro"] = false.into();
     let overlay = rig.path("overlay");
     let args = ["save", "new", "--qmp", text(&qemu.path)];
-    line(&rig.run("save", &args[1..]), 2, &["--overlay", "snapshot save --help"]);
+    line(&rig.run("save", &args[1..]), 2, &["--overlay", "--memory-only"]);
     rig.image("base", &noise(1));
     let library = rig.bench.library();
     ok(&["--library", text(&library), "overlay", "create", text(&overlay), "--image", "base"]);
