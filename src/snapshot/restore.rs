@@ -19,11 +19,12 @@ use crate::store::manifest::{Held, Page};
 use crate::store::{Pack, PackId};
 use crate::units::to_usize;
 use rustix::fs::{Mode, OFlags, open};
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{OnceLock, mpsc};
+use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 
 /// Pieces that are under way at once, for each thread.
 const AHEAD: usize = 3;
@@ -45,6 +46,8 @@ pub struct Pages<'a> {
     images: BaseFiles,
     spool: &'a Path,
     lost: AtomicU64,
+    /// URLs of stores that did not answer.
+    troubles: Mutex<HashSet<String>>,
 }
 
 impl<'a> Pages<'a> {
@@ -77,7 +80,7 @@ impl<'a> Pages<'a> {
                 return Err(no_image(snapshot, number));
             }
         }
-        Ok(Pages { snapshot, packs, images, spool, lost: AtomicU64::new(0) })
+        Ok(Pages { snapshot, packs, images, spool, lost: AtomicU64::new(0), troubles: Mutex::default() })
     }
 
     /// Pages that came back as zeros because nobody has them any more.
@@ -114,15 +117,17 @@ impl<'a> Pages<'a> {
         let Some(pack) = self.packs.get(to_usize(number.into())) else {
             return Err(Error::new(ErrorKind::Corrupt, self.name(), "a page is in a pack that there is not"));
         };
-        for (store, copy) in &pack.copies {
-            let opened = copy.get_or_init(|| {
-                let warned = |e: &Error| log::warn!("store {}: {e}; another one is asked", store.url());
-                fetch(store, pack.id, self.spool).inspect_err(warned).ok()
-            });
-            let Some(opened) = opened else { continue };
-            match opened.read(page, out) {
-                Ok(()) => return Ok(false),
-                Err(e) => log::warn!("store {}: {e}; another one is asked", store.url()),
+        // A store that does not answer costs its patience with each pack, so it is asked when no other one is left.
+        for late in [false, true] {
+            for (store, copy) in &pack.copies {
+                if copy.get().is_none() && self.is_in_trouble(store) != late {
+                    continue;
+                }
+                let Some(opened) = copy.get_or_init(|| self.open(store, pack.id)) else { continue };
+                match opened.read(page, out) {
+                    Ok(()) => return Ok(false),
+                    Err(e) => log::warn!("store {}: {e}; another one is asked", store.url()),
+                }
             }
         }
         if pack.once {
@@ -131,6 +136,21 @@ impl<'a> Pages<'a> {
             return Ok(true);
         }
         Err(missing(self.snapshot, pack.id))
+    }
+
+    fn open(&self, store: &Store, id: PackId) -> Option<Pack> {
+        let opened = fetch(store, id, self.spool);
+        if let Err(e) = &opened {
+            log::warn!("store {}: {e}; another one is asked", store.url());
+            if e.kind() == ErrorKind::Io {
+                self.troubles.lock().unwrap_or_else(PoisonError::into_inner).insert(store.url().into());
+            }
+        }
+        opened.ok()
+    }
+
+    fn is_in_trouble(&self, store: &Store) -> bool {
+        self.troubles.lock().unwrap_or_else(PoisonError::into_inner).contains(store.url())
     }
 
     fn name(&self) -> String {

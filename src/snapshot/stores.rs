@@ -145,20 +145,17 @@ impl Stores {
         for url in urls {
             match Store::open(url, access, &stores) {
                 Ok(store) => stores.push(store),
-                Err(e) if access == Access::Read && !matches!(e.kind(), ErrorKind::Usage) => {
-                    log::warn!("a store is left out: {e}");
-                    lost.push(e);
-                }
+                Err(e) if access == Access::Read && !matches!(e.kind(), ErrorKind::Usage) => lost.push(e),
                 Err(e) => return Err(e),
             }
         }
-        match (stores.is_empty(), lost.pop()) {
-            (true, Some(e)) => Err(e),
-            (_, last) => {
-                lost.extend(last);
-                Ok(Stores { stores, lost })
-            }
+        if stores.is_empty()
+            && let Some(e) = lost.pop()
+        {
+            return Err(e);
         }
+        lost.iter().for_each(|e| log::warn!("a store is left out: {e}"));
+        Ok(Stores { stores, lost })
     }
 
     /// Those that are there, in the order of the command line.
