@@ -33,7 +33,7 @@ pub const LEVEL: i32 = 3;
 /// A page to be kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Content<'a> {
-    /// Its bytes; none of a page that is known to be in the stores.
+    /// Its bytes; none of a page that is known to be in the stores, or zero.
     pub bytes: Option<&'a [u8; 4096]>,
     /// Its hash, if it has no bytes.
     pub hash: Digest,

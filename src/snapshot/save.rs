@@ -10,12 +10,13 @@ use super::file::{About, AboutDisk, BaseImage, Disk, Kernel, Replication, Snapsh
 use super::keep::{Content, Count, Keeper, Kept};
 use super::known::Known;
 use super::place::Care;
+use super::spool::Vm;
 use super::stores::{Stores, check_name, taken};
 use super::take::{Block, Taken, TakenDisk, take};
 use crate::codec::hex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::indexer::Observer;
-use crate::introspect::{BlockMemory, Class, Layout, introspect};
+use crate::introspect::{Class, Layout, introspect};
 use crate::library::{ImageRecord, Library};
 use crate::migrate::bases::{BaseFiles, Bases};
 use crate::migrate::disk::LeavingDisk;
@@ -115,7 +116,7 @@ pub fn save(stores: &Stores, options: &Options<'_>, observer: &dyn Observer, sto
     let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let taken = take(&mut monitor, options, &known, stop)?;
     drop(monitor);
-    let (classes, kernel) = classify(&taken);
+    let (classes, kernel) = classify(&taken.vm);
     let base = bases.as_ref().map(|(bases, files)| (bases, files));
     let keeper = Keeper { stores, known: &known, base, copies, observer, stop };
     let kept = keeper.keep(&contents(&taken, &classes, options.replication))?;
@@ -134,7 +135,7 @@ pub fn save(stores: &Stores, options: &Options<'_>, observer: &dyn Observer, sto
         once: kept.once.iter().map(|id| hex(&id.0)).collect(),
         disks: about_disks(options.disks, &taken),
     };
-    let (memory_bytes, stood) = (taken.vm.memory.len() as u64, taken.stood);
+    let (memory_bytes, stood) = (taken.vm.pages() as u64 * 4096, taken.stood);
     let snapshot = assemble(about, taken, classes, &kept, options.image.map(|(_, image)| image.digest));
     let bytes = stores.publish(&snapshot)?;
     stores.check_packs(&snapshot)?;
@@ -177,43 +178,37 @@ fn check_options(stores: &Stores, options: &Options<'_>) -> Result<usize> {
 }
 
 /// The class of each page of all blocks, and what is known of the kernel.
-fn classify(taken: &Taken) -> (Vec<Class>, Kernel) {
-    let vm = &taken.vm;
+fn classify(vm: &Vm) -> (Vec<Class>, Kernel) {
     let pages = |block: usize| vm.blocks.get(block).map_or(0, |b| to_usize(b.len / 4096));
-    let mut classes = vec![Class::Unknown; vm.memory.len() / 4096];
+    let mut classes = vec![Class::Unknown; vm.pages()];
     // RAM of a VM without NUMA nodes is one block, and by far the largest.
     let Some(main) = (0..vm.blocks.len()).max_by_key(|n| pages(*n)) else {
         return (classes, Kernel::Doubt("the VM has no memory".into()));
     };
     let first: usize = (0..main).map(pages).sum();
-    let bytes = vm.memory.get(first * 4096..(first + pages(main)) * 4096).unwrap_or_default();
-    let layout = Layout::for_machine(&vm.machine, bytes.len() as u64);
-    let Some((layout, memory)) = layout.and_then(|layout| Some((layout, BlockMemory::new(layout, bytes)?))) else {
-        let why = format!("where memory lies in a machine {} is not known", vm.machine);
-        return (with_content(classes, &vm.memory), Kernel::Doubt(why));
-    };
-    let kernel = match introspect(&memory, &layout, None) {
-        Ok(seen) => {
-            for (class, found) in classes.iter_mut().skip(first).zip(seen.classes) {
-                *class = found;
+    let kernel = match Layout::for_machine(&vm.machine, pages(main) as u64 * 4096) {
+        None => Kernel::Doubt(format!("where memory lies in a machine {} is not known", vm.machine)),
+        Some(layout) => match introspect(&vm.ram(layout, first), &layout, None) {
+            Ok(seen) => {
+                for (class, found) in classes.iter_mut().skip(first).zip(seen.classes) {
+                    *class = found;
+                }
+                Kernel::Known { release: seen.release, btf: seen.btf }
             }
-            Kernel::Known { release: seen.release, btf: seen.btf }
-        }
-        Err(doubt) => Kernel::Doubt(doubt.to_string()),
+            Err(doubt) => Kernel::Doubt(doubt.to_string()),
+        },
     };
-    (with_content(classes, &vm.memory), kernel)
-}
-
-fn with_content(classes: Vec<Class>, memory: &[u8]) -> Vec<Class> {
-    classes.into_iter().zip(memory.chunks(4096)).map(|(class, page)| class.with_content(page)).collect()
+    for (number, class) in classes.iter_mut().enumerate() {
+        *class = vm.page(number).map_or(Class::Zero, |page| class.with_content(page));
+    }
+    (classes, kernel)
 }
 
 /// All pages of memory, then all blocks of the disks.
 fn contents<'a>(taken: &'a Taken, classes: &[Class], replication: Replication) -> Vec<Content<'a>> {
-    let pages = taken.vm.memory.as_chunks::<4096>().0;
-    let memory = pages.iter().zip(classes).map(|(page, class)| {
+    let memory = classes.iter().enumerate().map(|(number, class)| {
         let care = if replication == Replication::Page && class.may_be_lost() { Care::Once } else { Care::Critical };
-        Content { bytes: Some(page), hash: ZERO, class: Some(*class), care }
+        Content { bytes: taken.vm.page(number), hash: ZERO, class: Some(*class), care }
     });
     let spooled = taken.spooled.as_deref().unwrap_or_default().as_chunks::<4096>().0;
     let block = |block: &Block| match block {

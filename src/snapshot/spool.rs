@@ -2,6 +2,7 @@
 
 use super::skeleton::Skeleton;
 use crate::error::{Error, ErrorKind, Result};
+use crate::introspect::{GuestMemory, Layout};
 use crate::migrate::stream::{Event, Mark, PAGE_SIZE, Parser, Place};
 use crate::store::manifest::MemoryBlock;
 use crate::units::to_usize;
@@ -56,8 +57,10 @@ struct Memory {
 pub struct Vm {
     /// The blocks of its memory.
     pub blocks: Vec<MemoryBlock>,
-    /// Their content, one after the other.
-    pub memory: Mmap,
+    /// Their content, one after the other. Pages that were never written are better not touched: see [`Vm::page`].
+    memory: Mmap,
+    /// A bit for each page that is not zero, or was not once.
+    written: Vec<u64>,
     /// All the rest.
     pub skeleton: Skeleton,
     /// QEMU's machine type.
@@ -116,10 +119,61 @@ impl Spool {
         match file {
             Some(file) if ended => {
                 let machine = machine.unwrap_or_default().to_string();
-                Ok(Vm { blocks, memory: file.map()?, skeleton, machine, stream_bytes: bytes })
+                let (memory, written) = file.map()?;
+                Ok(Vm { blocks, memory, written, skeleton, machine, stream_bytes: bytes })
             }
             _ => Err(strange("it ends in the middle of memory")),
         }
+    }
+}
+
+impl Vm {
+    /// Pages of all blocks.
+    pub fn pages(&self) -> usize {
+        self.memory.len() / 4096
+    }
+
+    /// A page, by its number among all; none when it is zero and nothing was ever there: to look at it would cost the host a page.
+    pub fn page(&self, number: usize) -> Option<&[u8; 4096]> {
+        let word = self.written.get(number / 64)?;
+        if word >> (number % 64) & 1 == 0 {
+            return None;
+        }
+        self.memory.as_chunks().0.get(number)
+    }
+
+    /// Pages of a block that are RAM of this layout, the first one of them by its number.
+    pub fn ram(&self, layout: Layout, first: usize) -> Ram<'_> {
+        Ram { vm: self, layout, first }
+    }
+}
+
+/// A block of a VM's memory as the guest addresses it.
+#[derive(Clone, Copy, Debug)]
+pub struct Ram<'a> {
+    vm: &'a Vm,
+    layout: Layout,
+    first: usize,
+}
+
+impl GuestMemory for Ram<'_> {
+    fn read(&self, physical: u64, buf: &mut [u8]) -> bool {
+        let Some((offset, left)) = self.layout.offset(physical) else { return false };
+        if left < buf.len() as u64 {
+            return false;
+        }
+        let (mut at, mut rest) = (to_usize(offset), buf);
+        while !rest.is_empty() {
+            let inside = at % 4096;
+            let (now, later) = rest.split_at_mut((4096 - inside).min(rest.len()));
+            match self.vm.page(self.first + at / 4096).and_then(|page| page.get(inside..inside + now.len())) {
+                Some(bytes) => now.copy_from_slice(bytes),
+                None => now.fill(0),
+            }
+            at += now.len();
+            rest = later;
+        }
+        true
     }
 }
 
@@ -197,14 +251,57 @@ impl Memory {
         written.map_err(|e| Error::io(&self.dir, "keep memory there for a while", e))
     }
 
-    fn map(mut self) -> Result<Mmap> {
+    fn map(mut self) -> Result<(Mmap, Vec<u64>)> {
         self.flush()?;
         // SAFETY: the file has no name, so nobody else has it or can cut it, and it is written no more.
-        unsafe { Mmap::map(&self.file) }.map_err(|e| Error::io(&self.dir, "map a file in it", e))
+        let memory = unsafe { Mmap::map(&self.file) }.map_err(|e| Error::io(&self.dir, "map a file in it", e))?;
+        Ok((memory, self.written))
     }
 }
 
 fn strange(why: &str) -> Error {
     Error::new(ErrorKind::Unsupported, "QEMU's migration stream", why)
         .mend("see docs/snapshots.md for the versions and capabilities of QEMU that are known")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::introspect::BlockMemory;
+
+    /// Reads of any place and length are what they are of plain memory, across pages that were never written.
+    #[test]
+    fn ram_reads_as_a_block_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let pages = 40;
+        let mut memory = Memory::create(dir.path(), pages * 4096).unwrap();
+        let mut model = vec![0; to_usize(pages * 4096)];
+        for n in (3..pages).filter(|n| n % 4 != 0) {
+            let page: Vec<u8> = (0..4096u64).map(|at| (at * n + at / 7) as u8).collect();
+            memory.page(n * 4096, Some(&page)).unwrap();
+            model[to_usize(n * 4096)..][..4096].copy_from_slice(&page);
+        }
+        memory.page(5 * 4096, None).unwrap();
+        model[5 * 4096..6 * 4096].fill(0);
+        let (memory, written) = memory.map().unwrap();
+        let vm = Vm {
+            blocks: vec![],
+            memory,
+            written,
+            skeleton: Skeleton::default(),
+            machine: "q35".into(),
+            stream_bytes: 0,
+        };
+        assert!(vm.page(4).is_none() && vm.page(7).is_some() && vm.page(40).is_none());
+        // The first three pages are another block's.
+        let layout = Layout::with_split((pages - 3) * 4096, 20 * 4096).unwrap();
+        let (ram, plain) = (vm.ram(layout, 3), BlockMemory::new(layout, &model[3 * 4096..]).unwrap());
+        for at in (0..(1u64 << 32) + 40 * 4096).step_by(1234).filter(|at| *at < 30 * 4096 || *at > 0xFFFF_F000) {
+            for len in [1, 8, 4096, 9000] {
+                let (mut ours, mut theirs) = (vec![1; len], vec![2; len]);
+                let read = (ram.read(at, &mut ours), plain.read(at, &mut theirs));
+                assert!(read == (true, true) && ours == theirs || read == (false, false), "{at} {len}: {read:?}");
+            }
+        }
+    }
 }

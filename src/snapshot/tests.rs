@@ -96,14 +96,13 @@ impl Rig {
         let stores = self.open(Access::Write);
         let known = Known::load(&stores, "default", 3).unwrap();
         let keeper = Keeper { stores: &stores, known: &known, base: None, copies: 3, observer: &Silent, stop: &GO_ON };
-        let content = |(page, class): (_, &Class)| Content {
-            bytes: Some(page),
+        let content = |(number, class): (usize, &Class)| Content {
+            bytes: vm.page(number),
             hash: ZERO,
             class: Some(*class),
             care: if class.may_be_lost() { Care::Once } else { Care::Critical },
         };
-        let pages = vm.memory.as_chunks::<4096>().0;
-        let kept = keeper.keep(&pages.iter().zip(classes).map(content).collect::<Vec<_>>()).unwrap();
+        let kept = keeper.keep(&classes.iter().enumerate().map(content).collect::<Vec<_>>()).unwrap();
         let counts = kept.counts.clone();
         let snapshot = snapshot(name, vm, classes, kept);
         stores.publish(&snapshot).unwrap();
