@@ -8,8 +8,8 @@
 //!
 //! Each part of the body has a u64 length in front; integers are little-endian. *Memory* and *data* are manifests
 //! ([`crate::store::manifest`]): pages in the order of the guest's blocks of memory, and the blocks of the disk that the overlay has data for,
-//! in the order of the runs. *Runs* has three numbers for each (LEB128): first block, blocks, 1 for data or 0 for zeros; what is in no
-//! run is the base image's.
+//! in the order of the runs; all of them name the same packs and images. *Runs* has three numbers for each (LEB128): first block,
+//! blocks, 1 for data or 0 for zeros; what is in no run is the base image's.
 
 use super::skeleton::Skeleton;
 use crate::codec::Cursor;
@@ -273,8 +273,7 @@ fn parse_runs(mut bytes: &[u8]) -> Option<Vec<Run>> {
 impl Snapshot {
     /// The parts belong together: whoever uses them need not look at that again.
     fn fits(&self) -> bool {
-        let images = self.about.images.len();
-        let images_fit = |manifest: &Manifest| manifest.images.len() == images;
+        let same = |manifest: &Manifest| manifest.images == self.memory.images && manifest.packs == self.memory.packs;
         let disk_fits = |(disk, about): (&Disk, &AboutDisk)| {
             let mut end = 0;
             let mut data = 0;
@@ -288,8 +287,8 @@ impl Snapshot {
         };
         self.classes.len() == self.memory.pages.len()
             && self.skeleton.fits(&self.memory.blocks)
-            && images_fit(&self.memory)
-            && self.disks.iter().all(|disk| images_fit(&disk.data))
+            && self.memory.images.len() == self.about.images.len()
+            && self.disks.iter().all(|disk| same(&disk.data))
             && self.disks.iter().zip(&self.about.disks).all(disk_fits)
     }
 

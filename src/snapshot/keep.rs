@@ -207,8 +207,8 @@ impl Keeper<'_> {
         }
         check(self.stop)?;
         for (new, made) in news.iter().zip(made) {
-            // None was left out: no thread has failed.
-            let Some(id) = made.into_inner().unwrap_or_else(PoisonError::into_inner) else { continue };
+            let made = made.into_inner().unwrap_or_else(PoisonError::into_inner);
+            let id = made.ok_or_else(|| Error::new(ErrorKind::Io, "snapshot", "a pack was not made"))?;
             kept.packs.push(id);
             kept.once.extend((new.care == Care::Once).then_some(id));
         }

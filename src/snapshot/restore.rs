@@ -16,7 +16,7 @@ use crate::migrate::bases::BaseFiles;
 use crate::migrate::disk::ArrivingDisk;
 use crate::migrate::order::{Permits, Reorder};
 use crate::store::manifest::{Held, Page};
-use crate::store::{Pack, PackId};
+use crate::store::{Digest, Pack, PackId};
 use crate::units::to_usize;
 use rustix::fs::{Mode, OFlags, open};
 use std::collections::HashSet;
@@ -95,7 +95,7 @@ impl<'a> Pages<'a> {
                 out.fill(0);
                 Ok(true)
             }
-            Held::Pack { pack, page } => self.packed(pack, page, out),
+            Held::Pack { pack, page: number } => self.packed(pack, number, &page.hash, out),
             Held::Image { image, block } => {
                 if self.images.read(image, block, out) && blake3::hash(out).as_bytes() == &page.hash {
                     return Ok(false);
@@ -113,7 +113,7 @@ impl<'a> Pages<'a> {
         }
     }
 
-    fn packed(&self, number: u32, page: u32, out: &mut [u8; 4096]) -> Result<bool> {
+    fn packed(&self, number: u32, page: u32, hash: &Digest, out: &mut [u8; 4096]) -> Result<bool> {
         let Some(pack) = self.packs.get(to_usize(number.into())) else {
             return Err(Error::new(ErrorKind::Corrupt, self.name(), "a page is in a pack that there is not"));
         };
@@ -124,6 +124,11 @@ impl<'a> Pages<'a> {
                     continue;
                 }
                 let Some(opened) = copy.get_or_init(|| self.open(store, pack.id)) else { continue };
+                // The pack compares the page with the hash that it has for it; that has to be the one that is wanted.
+                if opened.hashes().get(to_usize(page.into())) != Some(hash) {
+                    let cause = format!("page {page} of pack {} is another one than it says", hex(&pack.id.0));
+                    return Err(Error::new(ErrorKind::Corrupt, self.name(), cause).mend("take the snapshot again"));
+                }
                 match opened.read(page, out) {
                     Ok(()) => return Ok(false),
                     Err(e) => log::warn!("store {}: {e}; another one is asked", store.url()),

@@ -9,11 +9,12 @@ use super::restore::{Pages, memory};
 use super::spool::{Spool, Vm};
 use super::stores::{Access, Stores};
 use crate::codec::hex;
+use crate::error::ErrorKind;
 use crate::indexer::Silent;
 use crate::introspect::Class;
 use crate::introspect::synthetic::{Guest, HIGH_FRAME, LINUX_6_12, LOW};
 use crate::migrate::stream::{Kind, Place};
-use crate::store::manifest::{Manifest, ZERO};
+use crate::store::manifest::{Held, Manifest, Page, ZERO};
 use crate::units::{is_zero, to_usize};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -232,4 +233,24 @@ fn what_was_free_and_is_used_now_is_kept_as_what_is_used() {
     // Free again: what is kept with more care than it needs is not written once more.
     let counts = rig.save("free again", &bytes, &classes);
     assert_eq!(counts.iter().map(|count| count.once + count.critical).sum::<u64>(), 0);
+}
+
+/// A file that is whole and names another page than it has the hash of: what it says of hashes is what counts.
+#[test]
+fn a_page_that_is_another_one_is_not_restored() {
+    let (rig, (bytes, classes)) = (Rig::new(), guest(1));
+    rig.save("one", &bytes, &classes);
+    let stores = rig.open(Access::Write);
+    let mut wrong = stores.load("one").unwrap();
+    let of_pack = |page: &Page| matches!(page.held, Held::Pack { .. });
+    let numbers: Vec<usize> = (0..wrong.memory.pages.len()).filter(|n| of_pack(&wrong.memory.pages[*n])).collect();
+    let (a, b) = (numbers[10], numbers[11]);
+    let held = wrong.memory.pages[a].held;
+    wrong.memory.pages[a].held = wrong.memory.pages[b].held;
+    wrong.memory.pages[b].held = held;
+    wrong.about.name = "wrong".into();
+    stores.publish(&wrong).unwrap();
+    let error = rig.restore("wrong").unwrap_err();
+    assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("is another one"), "{error}");
+    assert!(rig.restore("one").unwrap() == (stream(&bytes), 0));
 }
