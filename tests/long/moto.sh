@@ -269,7 +269,7 @@ stores "$(url "$a" bucket/busy)"
 mode "$a" status 503
 refused 'SlowDown' 120 list
 step "503 for ever, to read: $refusal"
-refused 'SlowDown' 120 save never --qmp "$now/proxy.qmp"
+refused 'SlowDown' 120 save never --memory-only --qmp "$now/proxy.qmp"
 step "503 for ever, to save: $refusal"
 mode "$a" silent
 refused 'no answer within' 120 list

@@ -162,3 +162,43 @@ pub fn mutate(rng: &mut Rng, edits: &mut Vec<Edit>, fields: &[Field], len: u64, 
         _ => edits.clear(),
     }
 }
+
+/// What a file of this kind has in front of its body and behind it: vmar's files of pages begin with magic, version and the body's
+/// length, and end with a checksum. What zstd packs between these is edited unpacked, too.
+pub const HEADER: usize = 24;
+pub const CHECKSUM: usize = 32;
+
+/// What is done to a file with a packed body.
+pub struct PackedEdits<'a> {
+    /// To the body before it is packed.
+    pub body: &'a [Edit],
+    /// What the header says that the body is long, if not what it is.
+    pub announced: Option<u64>,
+    /// To the file, before it gets its checksum.
+    pub file: &'a [Edit],
+    /// To all of it.
+    pub whole: &'a [Edit],
+}
+
+impl PackedEdits<'_> {
+    /// The file with all that done to it.
+    pub fn apply(&self, clean: &[u8]) -> Vec<u8> {
+        let mut file = clean[..clean.len() - CHECKSUM].to_vec();
+        if !self.body.is_empty() {
+            let len = u64::from_le_bytes(file[16..HEADER].try_into().unwrap()) as usize;
+            let mut body = zstd::bulk::decompress(&file[HEADER..], len).unwrap();
+            self.body.iter().for_each(|e| e.apply(&mut body));
+            file.truncate(16);
+            file.extend((body.len() as u64).to_le_bytes());
+            file.extend(zstd::bulk::compress(&body, 1).unwrap());
+        }
+        if let Some(announced) = self.announced {
+            file[16..HEADER].copy_from_slice(&announced.to_le_bytes());
+        }
+        self.file.iter().for_each(|e| e.apply(&mut file));
+        let checksum = blake3::hash(&file);
+        file.extend(checksum.as_bytes());
+        self.whole.iter().for_each(|e| e.apply(&mut file));
+        file
+    }
+}

@@ -1,6 +1,6 @@
 //! Bytes of memory images and of packs.
 
-use super::edits::{self, Edit, Field};
+use super::edits::{self, Edit, Field, PackedEdits};
 use super::rng::Rng;
 use super::{Fuzz, Outcome, Seen, Setup};
 use serde::{Deserialize, Serialize};
@@ -8,9 +8,6 @@ use std::path::{Path, PathBuf};
 use vmar::store::manifest::{Held, MemoryBlock, Page};
 use vmar::store::{Manifest, PAGE_BYTES, Pack, PackId, PackWriter};
 
-/// What zstd packs between these is edited unpacked, too.
-const HEADER: usize = 24;
-const CHECKSUM: usize = 32;
 const TRAILER: usize = 24;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -67,23 +64,8 @@ fn seed(input: &Input) -> Manifest {
 
 /// The file of a manifest with all that was done to it.
 fn file_of(clean: &[u8], input: &Input) -> Vec<u8> {
-    let mut file = clean[..clean.len() - CHECKSUM].to_vec();
-    if !input.body.is_empty() {
-        let len = u64::from_le_bytes(file[16..HEADER].try_into().unwrap()) as usize;
-        let mut body = zstd::bulk::decompress(&file[HEADER..], len).unwrap();
-        input.body.iter().for_each(|e| e.apply(&mut body));
-        file.truncate(16);
-        file.extend((body.len() as u64).to_le_bytes());
-        file.extend(zstd::bulk::compress(&body, 1).unwrap());
-    }
-    if let Some(announced) = input.announced {
-        file[16..HEADER].copy_from_slice(&announced.to_le_bytes());
-    }
-    input.file.iter().for_each(|e| e.apply(&mut file));
-    let checksum = blake3::hash(&file);
-    file.extend(checksum.as_bytes());
-    input.whole.iter().for_each(|e| e.apply(&mut file));
-    file
+    let edits = PackedEdits { body: &input.body, announced: input.announced, file: &input.file, whole: &input.whole };
+    edits.apply(clean)
 }
 
 impl Manifests {
